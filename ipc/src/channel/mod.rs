@@ -1,0 +1,1 @@
+//! Control messages between the supervisor and its processes.

@@ -1,0 +1,10 @@
+//! All that crosses a process boundary of a Bulkhead machine.
+//!
+//! `vmm` and `devices` build on this crate and never on each other.
+
+pub mod channel;
+pub mod jail;
+pub mod log;
+pub mod memory;
+pub mod vfio_user;
+pub mod vhost_user;

@@ -1,0 +1,1 @@
+//! The register protocol, a strict subset of vfio-user.

@@ -1,0 +1,2 @@
+//! `bulkhead-vmm`: the core process.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `bulkhead`: the supervisor and its command line.
+fn main() {}
