@@ -1,7 +1,7 @@
 //! What a device type gives to the daemon: its features and configuration space, and workers for its queues.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 
 use super::vring::Vring;
 
@@ -47,10 +47,11 @@ pub trait VirtioDevice: Send {
 pub trait QueueWorker: Send {
     /// Sets up what must exist before the thread's seccomp filter: io_uring, epoll, buffers.
     /// `wake` is an eventfd that is written, and never read, when [`Self::turn`] must return: watch it edge-triggered.
+    /// Returns the descriptors that the worker keeps open from now on, for the check of the seal.
     ///
     /// # Errors
     /// The worker cannot run; the process ends with the error.
-    fn prepare(&mut self, wake: BorrowedFd<'_>) -> io::Result<()>;
+    fn prepare(&mut self, wake: BorrowedFd<'_>) -> io::Result<Vec<RawFd>>;
 
     /// Begins to serve a ring. Requests may be waiting in it already.
     ///
