@@ -34,7 +34,9 @@ const ALIGNMENT: usize = 64;
 #[derive(Debug, Error)]
 pub enum InflightError {
     /// No queues, no entries, or a size that cannot be.
-    #[error("an in-flight area for {queues} queues of {queue_size} entries in {size} bytes at offset {offset} cannot be")]
+    #[error(
+        "an in-flight area for {queues} queues of {queue_size} entries in {size} bytes at offset {offset} cannot be"
+    )]
     Shape {
         /// Number of queues.
         queues: u16,
@@ -122,7 +124,9 @@ impl InflightArea {
         let shape = InflightError::Shape { queues, queue_size, size, offset };
         let needed = Self::size(queues, queue_size);
         let end = offset.checked_add(size);
-        let (Some(end), true) = (end, needed > 0 && size >= needed as u64 && offset.is_multiple_of(PAGE_SIZE)) else {
+        let (Some(end), true) =
+            (end, needed > 0 && size >= needed as u64 && offset.is_multiple_of(PAGE_SIZE))
+        else {
             return Err(shape);
         };
         let file = File::from(fd);
@@ -160,11 +164,18 @@ pub struct InflightQueue {
 impl InflightQueue {
     fn load<T: vm_memory::AtomicAccess + Default>(&self, offset: usize) -> T {
         // The area was mapped with room for every queue; a failure cannot happen and reads as zero.
-        self.mapping.as_volatile_slice().load(self.base.saturating_add(offset), Ordering::Relaxed).unwrap_or_default()
+        self.mapping
+            .as_volatile_slice()
+            .load(self.base.saturating_add(offset), Ordering::Relaxed)
+            .unwrap_or_default()
     }
 
     fn store<T: vm_memory::AtomicAccess>(&self, offset: usize, value: T) {
-        let _ = self.mapping.as_volatile_slice().store(value, self.base.saturating_add(offset), Ordering::Relaxed);
+        let _ = self.mapping.as_volatile_slice().store(
+            value,
+            self.base.saturating_add(offset),
+            Ordering::Relaxed,
+        );
     }
 
     fn state(head: u16) -> usize {

@@ -4,11 +4,12 @@
 //! malformed chain from a short one. A ring that the guest has broken is left alone until the front end sets it up anew.
 //! Follows virtio 1.2, 2.7, and vhost-user, "Ring states".
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::collections::VecDeque;
 
+use arc_swap::ArcSwapOption;
 use nix::unistd::write;
 use thiserror::Error;
 use tracing::warn;
@@ -53,6 +54,12 @@ pub enum VringError {
     Request(&'static str),
 }
 
+/// Largest split ring there can be, entries (virtio 1.2, 2.7).
+const MAX_SIZE: u16 = 32768;
+
+/// The call descriptor of a ring, shared between its worker and the control thread.
+pub type CallSlot = Arc<ArcSwapOption<OwnedFd>>;
+
 /// What a ring needs to run. Addresses are guest-physical.
 #[derive(Clone, Debug)]
 pub struct VringSetup {
@@ -74,8 +81,8 @@ pub struct VringSetup {
     pub indirect: bool,
     /// The driver signals here that it made requests available.
     pub kick: Arc<OwnedFd>,
-    /// The driver is interrupted through this; without it it polls.
-    pub call: Option<Arc<OwnedFd>>,
+    /// The driver is interrupted through this; without it it polls. The control thread may change it at any time.
+    pub call: CallSlot,
     /// The front end learns here that the ring is broken.
     pub error: Option<Arc<OwnedFd>>,
 }
@@ -107,7 +114,7 @@ impl Vring {
         mut inflight: Option<InflightQueue>,
     ) -> Result<Self, VringError> {
         let bad = |reason| VringError::Setup { index: setup.index, reason };
-        let mut queue = Queue::new(virtio_queue::defs::MAX_QUEUE_SIZE).map_err(|_| bad("size"))?;
+        let mut queue = Queue::new(MAX_SIZE).map_err(|_| bad("size"))?;
         queue.try_set_size(setup.size).map_err(|_| bad("its size is not a power of two"))?;
         queue
             .try_set_desc_table_address(GuestAddress(setup.descriptors))
@@ -141,7 +148,7 @@ impl Vring {
         queue.set_next_avail(next);
         // A predecessor may have died between the used ring and the interrupt.
         let unsignalled = inflight.is_some();
-        let mut ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
+        let ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
         if ring.unsignalled {
             ring.call();
         }
@@ -272,7 +279,7 @@ impl Vring {
     }
 
     fn call(&self) {
-        if let Some(call) = &self.setup.call {
+        if let Some(call) = self.setup.call.load().as_deref() {
             // A full counter means that the driver has a signal waiting.
             let _ = write(call, &1u64.to_ne_bytes());
         }

@@ -65,7 +65,8 @@ impl WorkerHandle {
         enter: EnterThread,
     ) -> Result<Self, WorkerError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags).map_err(|errno| WorkerError::Start(errno.into()))?;
+        let wake =
+            EventFd::from_value_and_flags(0, flags).map_err(|errno| WorkerError::Start(errno.into()))?;
         let wake = Arc::new(wake);
         let (commands, mailbox) = channel();
         let (ready, readiness) = sync_channel(1);
@@ -83,8 +84,7 @@ impl WorkerHandle {
         };
         let thread =
             Builder::new().name(name.into()).stack_size(STACK).spawn(body).map_err(WorkerError::Start)?;
-        let mut descriptors =
-            readiness.recv().map_err(|_| WorkerError::Gone)?.map_err(WorkerError::Start)?;
+        let mut descriptors = readiness.recv().map_err(|_| WorkerError::Gone)?.map_err(WorkerError::Start)?;
         descriptors.push(wake.as_fd().as_raw_fd());
         Ok(Self { commands, wake, descriptors, thread: Some(thread) })
     }
