@@ -13,6 +13,7 @@ mod vcpu;
 mod vcpu_threads;
 mod vm;
 
+pub use cpuid::address_bits;
 pub use doorbells::Doorbells;
 pub use interrupts::Interrupts;
 pub use vcpu::{Vcpu, VcpuStop};
