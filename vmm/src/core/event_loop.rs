@@ -8,12 +8,12 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::os::fd::AsFd;
 
-use super::CoreError;
+use super::{CoreError, SEND_DEADLINE};
 use super::assembly::Core;
 
 /// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
 const CONTROL: u64 = 0;
-const END: u64 = 1;
+const REPORTS: u64 = 1;
 const DEVICES: u64 = 2;
 /// Events taken from the kernel at once.
 const BATCH: usize = 16;
@@ -31,7 +31,7 @@ impl EventLoop {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token)).map_err(CoreError::system("epoll_ctl"))
         };
         add(channel.as_fd(), CONTROL)?;
-        add(core.end.as_fd(), END)?;
+        add(core.reports.as_fd(), REPORTS)?;
         for (token, device) in (DEVICES..).zip(&core.virtio) {
             add(device.as_fd(), token)?;
         }
@@ -49,16 +49,32 @@ impl EventLoop {
             for event in events.iter().take(count) {
                 match event.data() {
                     CONTROL => control(channel, core)?,
-                    END => {
-                        if let Some(reason) = core.end.reason() {
-                            return Ok(reason.clone());
+                    REPORTS => {
+                        if let Some(end) = send_reports(channel, core)? {
+                            return Ok(end);
                         }
                     }
-                    token => device_event(channel, core, token - DEVICES),
+                    token => {
+                        let index = usize::try_from(token.saturating_sub(DEVICES)).unwrap_or(usize::MAX);
+                        if let Some(device) = core.virtio.get(index) {
+                            device.on_event();
+                        }
+                    }
                 }
             }
         }
     }
+}
+
+/// Sends what waits; the machine's end is left to the caller.
+fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, CoreError> {
+    while let Some(report) = core.reports.next() {
+        match report {
+            FromCore::Ended(end) => return Ok(Some(end)),
+            report => channel.send_within(&report, &[], SEND_DEADLINE)?,
+        }
+    }
+    Ok(None)
 }
 
 fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {

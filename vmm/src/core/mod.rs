@@ -8,6 +8,7 @@
 mod assembly;
 mod event_loop;
 mod host;
+mod reports;
 pub mod register_device;
 
 use std::os::fd::{AsFd, BorrowedFd};
