@@ -5,6 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod inside;
+mod measure;
 mod outside;
 mod policies;
 
@@ -34,6 +35,7 @@ fn main() {
     }
     match arguments.get(1).map(String::as_str) {
         Some("--supervisor-to-kill") => return outside::supervisor_to_kill(),
+        Some("--measure") => return measure::main(),
         Some("--without-namespaces") => return outside::without_namespaces(),
         _ => {}
     }
