@@ -1,1 +1,5 @@
-//! The supervisor.
+//! The supervisor: command line, configuration, launch, supervision, API.
+
+pub mod cli;
+pub mod config;
+pub mod exit_code;
