@@ -3,3 +3,5 @@
 pub mod cli;
 pub mod config;
 pub mod exit_code;
+pub mod logs;
+pub mod terminal;
