@@ -2,6 +2,8 @@
 
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod exit_code;
 pub mod logs;
+pub mod resources;
 pub mod terminal;

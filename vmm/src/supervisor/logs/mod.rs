@@ -126,11 +126,11 @@ impl Log {
         match &mut self.sink {
             Sink::File(file) => file.write_all(line),
             Sink::Stderr => {
-                let stderr = io::stderr().lock();
+                let mut stderr = io::stderr().lock();
                 // A terminal that was stopped, or a pipe that nobody reads, must not stop the supervisor.
                 let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
                 match poll(&mut ready, PollTimeout::ZERO) {
-                    Ok(1) => (&stderr).write_all(line),
+                    Ok(1) => stderr.write_all(line),
                     _ => Err(io::ErrorKind::WouldBlock.into()),
                 }
             }

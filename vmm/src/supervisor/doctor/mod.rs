@@ -1,0 +1,3 @@
+//! What this host offers.
+
+pub mod kvm;
