@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 
@@ -219,9 +219,13 @@ fn open_error(field: &str, path: &Path, error: &io::Error) -> ResourceError {
     ResourceError::Open { field: field.to_owned(), path: path.to_owned(), reason }
 }
 
-/// Opens without ever waiting (a FIFO would) and without making a terminal the controlling one.
+/// Opens without ever waiting (a FIFO would) and without making a terminal the controlling one. Afterwards the file is an
+/// ordinary blocking one: io_uring fails a request on a non-blocking file whenever the page cache does not hold its data.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    options.custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+    let file = options.custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let flags = OFlag::from_bits_retain(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
+    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))?;
+    Ok(file)
 }
 
 fn kind(metadata: &fs::Metadata) -> &'static str {
