@@ -96,7 +96,7 @@ impl Environment {
         Ok(Self { poller, server, signals, terminal: None, log })
     }
 
-    /// Watches the keyboard and the sockets of serial port and console.
+    /// Watches the sockets of serial port and console.
     pub fn watch(&self, resources: &Resources) -> io::Result<()> {
         for (stream, source) in
             [(&resources.serial, Source::SerialListener), (&resources.console, Source::ConsoleListener)]
@@ -104,9 +104,6 @@ impl Environment {
             let Some(stream) = stream else { continue };
             if let Some(listener) = &stream.listener {
                 self.poller.add(listener, source)?;
-            }
-            if stream.keyboard.is_some() {
-                self.poller.add(io::stdin(), Source::Keyboard)?;
             }
         }
         Ok(())
@@ -287,7 +284,7 @@ impl<'a> EventLoop<'a> {
         let count = if event.readable { nix::unistd::read(io::stdin(), &mut typed).unwrap_or(0) } else { 0 };
         if count == 0 {
             // In raw mode a read of nothing is no end; only a hang-up is.
-            if event.hang_up || self.environment.terminal.is_none() {
+            if event.hang_up {
                 self.environment.poller.remove(io::stdin());
             }
             return;
@@ -334,7 +331,9 @@ impl<'a> EventLoop<'a> {
         if self.environment.terminal.is_none()
             && streams.into_iter().flatten().any(|stream| stream.keyboard.is_some())
         {
-            match RawTerminal::enter() {
+            let raw = RawTerminal::enter();
+            match raw.and_then(|raw| self.environment.poller.add(io::stdin(), Source::Keyboard).map(|()| raw))
+            {
                 Ok(raw) => {
                     self.environment.terminal = Some(raw);
                     self.say(

@@ -114,6 +114,9 @@ impl EventLoop<'_> {
         let (Some(process), Ok(number)) = (self.processes.get_mut(index), u16::try_from(index)) else {
             return;
         };
+        if process.state == State::Ended {
+            return;
+        }
         if process.state != State::Starting || policies.len() != listeners.len() {
             let text = format!("{id} sent a READY that makes no sense");
             self.fail(ExitCode::Process, &text);
@@ -223,11 +226,11 @@ impl EventLoop<'_> {
                 Exit::Code(-1)
             }
         };
+        let before = std::mem::replace(&mut process.state, State::Ended);
         // Its last words first: they may be the reason.
         self.control(index, false);
         let Some(process) = self.processes.get_mut(index) else { return };
         process.log.drain(&process.id, &mut self.environment.log);
-        let before = std::mem::replace(&mut process.state, State::Ended);
         let poller = &self.environment.poller;
         poller.remove(&process.channel);
         poller.remove(&process.jailed);
