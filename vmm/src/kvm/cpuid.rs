@@ -30,6 +30,12 @@ pub fn table(supported: &CpuId, id: u8, cpus: u8, tsc_deadline: bool) -> Result<
     CpuId::from_entries(&entries).map_err(|_| KvmError::TableTooLong("CPUID"))
 }
 
+/// Width of guest-physical addresses in bits (leaf 8000_0008h, EAX bits 7–0); 36 on processors that do not say.
+pub fn address_bits(supported: &CpuId) -> u8 {
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.and_then(|entry| u8::try_from(entry.eax & 0xff).ok()).filter(|bits| *bits >= 32).unwrap_or(36)
+}
+
 fn adjust(entry: &mut kvm_cpuid_entry2, id: u8, cpus: u8, tsc_deadline: bool) {
     let apic_id = u32::from(id);
     match entry.function {

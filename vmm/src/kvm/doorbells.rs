@@ -9,7 +9,8 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmError, Vm, call};
-use crate::machine::{DoorbellId, MappedDoorbell, Space};
+use crate::machine::pci::DoorbellId;
+use crate::machine::{MappedDoorbell, Space};
 
 /// The ioeventfds of a machine.
 pub struct Doorbells {
@@ -19,7 +20,8 @@ pub struct Doorbells {
 
 #[derive(Default)]
 struct State {
-    events: BTreeMap<DoorbellId, Arc<EventFd>>,
+    /// By slot and the function's own name for the doorbell.
+    events: BTreeMap<(u8, DoorbellId), Arc<EventFd>>,
     mapped: Vec<MappedDoorbell>,
 }
 
@@ -29,9 +31,9 @@ impl Doorbells {
         Self { vm: vm.handle(), state: Mutex::default() }
     }
 
-    /// Names the eventfd that doorbell `id` signals once the tree maps it.
-    pub fn register(&self, id: DoorbellId, event: Arc<EventFd>) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).events.insert(id, event);
+    /// Names the eventfd that doorbell `id` of the function in `slot` signals once the tree maps it.
+    pub fn register(&self, slot: u8, id: DoorbellId, event: Arc<EventFd>) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).events.insert((slot, id), event);
     }
 
     /// Makes KVM's ioeventfds equal to `wanted`. What KVM refuses stays with the slow path (the tree gets the
@@ -45,14 +47,14 @@ impl Doorbells {
         let mut result = Ok(());
         mapped.retain(|old| {
             let keep = wanted.contains(old);
-            if !keep && let Some(event) = events.get(&old.id) {
+            if !keep && let Some(event) = events.get(&(old.slot, old.id)) {
                 result = std::mem::replace(&mut result, Ok(())).and(self.set(event, old, false));
             }
             keep
         });
         for new in wanted {
             if !mapped.contains(new)
-                && let Some(event) = events.get(&new.id)
+                && let Some(event) = events.get(&(new.slot, new.id))
             {
                 match self.set(event, new, true) {
                     Ok(()) => mapped.push(*new),

@@ -1,6 +1,7 @@
 //! Interrupt routing: ISA lines to PIC and IOAPIC, MSI-X vectors by irqfd.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -11,12 +12,10 @@ use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmError, Vm, call};
+use crate::virtio::{MsiHost, MsiMessage};
 
 /// Inputs of the IOAPIC; message-signalled interrupts get the numbers above.
 const IOAPIC_PINS: u32 = 24;
-
-/// Address and data of a message-signalled interrupt, as the guest wrote them into the vector's table entry.
-pub type MsiMessage = crate::virtio::MsiMessage;
 
 /// Routes of all interrupts of a machine.
 pub struct Interrupts {
@@ -129,4 +128,34 @@ fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
     }
     entry.u.msi.data = message.data;
     entry
+}
+
+/// The interrupt messages of one PCI function, as virtio asks for them: by source, not by route.
+pub struct FunctionMessages {
+    interrupts: Arc<Interrupts>,
+    routes: Mutex<BTreeMap<u16, u32>>,
+}
+
+impl FunctionMessages {
+    /// A function without messages.
+    pub fn new(interrupts: Arc<Interrupts>) -> Self {
+        Self { interrupts, routes: Mutex::default() }
+    }
+}
+
+impl MsiHost for FunctionMessages {
+    fn connect(&self, source: u16, event: &EventFd, message: MsiMessage) -> io::Result<()> {
+        let route = self.interrupts.connect_message(event, message).map_err(io::Error::other)?;
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner).insert(source, route);
+        Ok(())
+    }
+
+    fn disconnect(&self, source: u16, event: &EventFd) {
+        let route = self.routes.lock().unwrap_or_else(PoisonError::into_inner).remove(&source);
+        if let Some(route) = route
+            && let Err(error) = self.interrupts.disconnect_message(event, route)
+        {
+            tracing::error!(source, %error, "interrupt message still connected");
+        }
+    }
 }

@@ -13,8 +13,9 @@ mod vcpu;
 mod vcpu_threads;
 mod vm;
 
+pub use cpuid::address_bits;
 pub use doorbells::Doorbells;
-pub use interrupts::Interrupts;
+pub use interrupts::{FunctionMessages, Interrupts};
 pub use vcpu::{Vcpu, VcpuStop};
 pub use vcpu_threads::VcpuThreads;
 pub use vm::Vm;

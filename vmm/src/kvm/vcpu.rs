@@ -3,6 +3,7 @@
 //! Contains unsafe code: port accesses are read from the page that KVM shares with us, since string
 //! instructions move more than one element and only that page tells the element's size.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
@@ -66,6 +67,11 @@ impl Vcpu {
     /// The vCPU's number, which is its APIC id too.
     pub fn id(&self) -> u8 {
         self.id
+    }
+
+    /// The vCPU's descriptor number, for the check of all descriptors before the process is sealed.
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     pub(super) fn run_page(&mut self) -> *mut kvm_run {

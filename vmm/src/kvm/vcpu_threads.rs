@@ -40,13 +40,14 @@ struct State {
 }
 
 impl VcpuThreads {
-    /// Makes one thread for each vCPU. `prepare` runs first in each (its seccomp filter), `on_stop` when a vCPU cannot go on.
+    /// Makes one thread for each vCPU and returns when all stand at the gate. `prepare` runs first in each (its seccomp
+    /// filter) and says why a vCPU must not run, `on_stop` when a vCPU cannot go on.
     ///
     /// # Errors
     /// The operating system gave no thread.
     pub fn spawn(
         vcpus: Vec<Vcpu>,
-        prepare: impl Fn(u8) + Clone + Send + 'static,
+        prepare: impl Fn() -> Result<(), String> + Clone + Send + 'static,
         on_stop: impl Fn(VcpuStop) + Clone + Send + 'static,
     ) -> Result<Self, KvmError> {
         install_kick_handler();
@@ -56,14 +57,18 @@ impl VcpuThreads {
             let (id, gate, prepare, on_stop) = (vcpu.id(), gate.clone(), prepare.clone(), on_stop.clone());
             let thread = Builder::new().name(format!("vcpu{id}")).stack_size(STACK_BYTES).spawn(move || {
                 arm_kick(&mut vcpu);
-                prepare(id);
-                on_stop(run(&mut vcpu, &gate));
+                on_stop(match prepare() {
+                    Ok(()) => run(&mut vcpu, &gate),
+                    Err(reason) => VcpuStop::Failed(reason),
+                });
                 IMMEDIATE_EXIT.set(ptr::null_mut());
                 gate.leave();
             });
             threads.push(thread.map_err(|source| KvmError::Thread { id, source })?);
         }
-        Ok(Self { gate, threads })
+        let threads = Self { gate, threads };
+        threads.wait_at_gate();
+        Ok(threads)
     }
 
     /// Lets all vCPUs run.
@@ -76,11 +81,15 @@ impl VcpuThreads {
     ///
     /// A vCPU that waits for a device process comes back at that wait's deadline at the latest.
     pub fn pause(&self) {
-        let mut state = self.gate.lock();
-        state.running = false;
+        self.gate.lock().running = false;
         for thread in &self.threads {
             kick(thread);
         }
+        self.wait_at_gate();
+    }
+
+    fn wait_at_gate(&self) {
+        let mut state = self.gate.lock();
         while state.waiting < self.threads.len() {
             state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

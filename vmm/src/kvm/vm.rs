@@ -2,15 +2,14 @@
 //!
 //! Contains unsafe code: guest RAM is given to KVM by host address, and `/dev/kvm` arrives as a bare descriptor.
 
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use std::os::fd::FromRawFd;
 
 use super::capabilities::REQUIRED;
 use super::{KvmError, call};
@@ -53,6 +52,20 @@ impl Vm {
     /// The descriptor that interrupt routing and doorbells share.
     pub fn handle(&self) -> Arc<VmFd> {
         self.fd.clone()
+    }
+
+    /// The descriptors of KVM and of the machine.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        // SAFETY: both belong to `self`, which the result borrows.
+        unsafe { [BorrowedFd::borrow_raw(self.kvm.as_raw_fd()), BorrowedFd::borrow_raw(self.fd.as_raw_fd())] }
+    }
+
+    /// What the host's processor and KVM can show to a guest, for [`super::Vcpu::create`].
+    ///
+    /// # Errors
+    /// KVM refused to tell.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
     }
 
     fn map_ram(&self) -> Result<(), KvmError> {
