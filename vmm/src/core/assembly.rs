@@ -4,16 +4,19 @@
 //! connections to them, whose answers are ready by then.
 
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
+use bulkhead_ipc::vfio_user::ClientError;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::CoreError;
 use super::host::CoreHost;
-use super::register_device::RegisterDevice;
+use super::register_device::{RegisterDevice, RegisterDeviceConfig};
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
 use crate::kvm::{Doorbells, FunctionMessages, Interrupts, Vcpu, VcpuStop, VcpuThreads, Vm, address_bits};
@@ -29,9 +32,10 @@ pub(super) struct Core {
     pub vcpus: VcpuThreads,
     pub virtio: Vec<Arc<VirtioPci>>,
     pub reports: Arc<Reports>,
-    interrupts: Arc<Interrupts>,
-    doorbells: Arc<Doorbells>,
-    vm: Vm,
+    /// All that the process holds, the control channel aside.
+    pub descriptors: Vec<RawFd>,
+    /// Lives as long as the vCPUs run.
+    _vm: Vm,
 }
 
 impl Core {
@@ -60,14 +64,20 @@ impl Core {
         for id in 0..start.cpus {
             vcpus.push(Vcpu::create(&vm, &supported, id, machine.clone())?);
         }
-        let mut devices = Devices { machine: &machine, ram: &ram, interrupts: &interrupts, doorbells: &doorbells, reports: &reports, virtio: Vec::new(), next_slot: FIRST_SLOT };
+        let mut devices = Devices { machine: &machine, ram: &ram, interrupts: &interrupts, doorbells: &doorbells, reports: &reports, virtio: Vec::new(), registers: Vec::new(), next_slot: FIRST_SLOT };
         for (link, stream) in resources.devices {
             devices.connect(&link, stream)?;
         }
-        let virtio = devices.virtio;
-        boot(&machine, &ram, &vcpus, &start.cmdline, resources.kernel, resources.initrd)?;
+        let Devices { virtio, registers, .. } = devices;
+        boot(&machine, &ram, &vcpus, &start.cmdline, &resources.kernel, resources.initrd.as_ref())?;
+        let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
+        held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
+        held.extend(vcpus.iter().map(Vcpu::raw_fd));
+        held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
+        held.extend(virtio.iter().flat_map(|device| device.descriptors()));
+        held.extend(registers.iter().flat_map(|device| device.descriptors()));
         let vcpus = spawn(vcpus, &reports)?;
-        Ok(Self { machine, vcpus, virtio, reports, interrupts, doorbells, vm })
+        Ok(Self { machine, vcpus, virtio, reports, descriptors: held, _vm: vm })
     }
 }
 
@@ -99,6 +109,7 @@ struct Devices<'a> {
     doorbells: &'a Arc<Doorbells>,
     reports: &'a Arc<Reports>,
     virtio: Vec<Arc<VirtioPci>>,
+    registers: Vec<Arc<RegisterDevice>>,
     next_slot: u8,
 }
 
@@ -125,7 +136,19 @@ impl Devices<'_> {
     }
 
     fn connect_registers(&mut self, id: &str, stream: UnixStream) -> Result<(), CoreError> {
-        todo!()
+        let config = RegisterDeviceConfig::com1(id);
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let interrupt = EventFd::from_flags(flags).map_err(CoreError::system("eventfd2"))?;
+        self.interrupts.connect_line(interrupt.as_fd(), config.irq)?;
+        let reports = self.reports.clone();
+        let device_id = id.to_owned();
+        let on_failure = Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
+        let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure)
+            .map_err(|source| CoreError::Register { id: id.to_owned(), source })?;
+        let device = Arc::new(device);
+        self.machine.attach_isa(device.clone())?;
+        self.registers.push(device);
+        Ok(())
     }
 }
 

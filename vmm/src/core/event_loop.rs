@@ -2,11 +2,13 @@
 //!
 //! While a machine is at work this thread sleeps: notifications and interrupts pass it by (ioeventfd, irqfd).
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
 use bulkhead_ipc::channel::message::{FromCore, MachineEnd, ToCore};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use std::os::fd::AsFd;
 
 use super::{CoreError, SEND_DEADLINE};
 use super::assembly::Core;
@@ -78,7 +80,7 @@ fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, Co
 }
 
 fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
-    match channel.recv(Some(std::time::Duration::ZERO)) {
+    match channel.recv(Some(Duration::ZERO)) {
         Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
         Ok((ToCore::Pause, _)) => core.vcpus.pause(),
         Ok((ToCore::Resume, _)) => core.vcpus.resume(),
@@ -89,4 +91,10 @@ fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
         Err(error) => return Err(error.into()),
     }
     Ok(())
+}
+
+impl AsFd for EventLoop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
 }
