@@ -32,12 +32,6 @@ struct Reply {
     descriptors: Vec<OwnedFd>,
 }
 
-impl AsFd for Client {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
 impl Client {
     /// Connects over a Unix stream socket: VERSION, then DEVICE_GET_INFO. `device` names the device in errors.
     ///
