@@ -5,8 +5,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use bulkhead_ipc::memory::{Direction, GuestRam, MemoryError};
+use bulkhead_ipc::memory::{Direction, GuestRam, MemoryError, View};
+use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::{Whence, lseek};
 
 use super::BootError;
 
@@ -105,10 +107,42 @@ impl<'a> Image<'a> {
         Ok(())
     }
 
-    /// Reads `len` bytes at `offset` straight into guest RAM at `address`.
+    /// Reads `len` bytes at `offset` straight into guest RAM at `address`. Holes of the file are left out: RAM is zero
+    /// there, and stays untouched. (Half of an uncompressed Linux kernel is zero, and sparse where it was unpacked.)
     pub(super) fn load(&self, ram: &GuestRam, offset: u64, len: u64, address: u64) -> Result<(), BootError> {
         let view = ram.view(address, len, Direction::Write)?;
-        view.copy_from_file(0, self.file.as_fd(), offset, len).map_err(|error| match error {
+        let end = offset.saturating_add(len);
+        let mut next = offset;
+        while next < end {
+            let (start, stop) = self.data_after(next, end);
+            self.load_part(&view, offset, start, stop)?;
+            next = stop;
+        }
+        Ok(())
+    }
+
+    /// The next stretch of data in `from..end`; empty at `end` when there is none. Where the file system cannot tell,
+    /// all is data.
+    fn data_after(&self, from: u64, end: u64) -> (u64, u64) {
+        let seek = |from: u64, whence| {
+            let from = i64::try_from(from).map_err(|_| Errno::EINVAL)?;
+            lseek(self.file, from, whence).and_then(|at| u64::try_from(at).map_err(|_| Errno::EINVAL))
+        };
+        let start = match seek(from, Whence::SeekData) {
+            Ok(start) => start.clamp(from, end),
+            // A hole up to the end of the file.
+            Err(Errno::ENXIO) => end,
+            Err(_) => return (from, end),
+        };
+        let stop = seek(start, Whence::SeekHole).unwrap_or(end).clamp(start, end);
+        // A file that changes under us must not keep us here.
+        if stop == from { (from, end) } else { (start, stop) }
+    }
+
+    /// Reads `start..stop` of the file to where it belongs in `view`, which begins at `offset` of the file.
+    fn load_part(&self, view: &View, offset: u64, start: u64, stop: u64) -> Result<(), BootError> {
+        let (at, len) = (start.saturating_sub(offset), stop.saturating_sub(start));
+        view.copy_from_file(at, self.file.as_fd(), start, len).map_err(|error| match error {
             MemoryError::Io(source) => BootError::Read { what: self.what, source },
             MemoryError::EndOfFile { .. } => {
                 BootError::Read { what: self.what, source: io::ErrorKind::UnexpectedEof.into() }

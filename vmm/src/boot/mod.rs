@@ -4,8 +4,9 @@
 //! Two kinds of kernels: a bzImage by its 64-bit entry (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), and
 //! an ELF file by its PVH note (xen/docs/misc/pvh.pandoc). The bytes of both are taken as hostile.
 //!
-//! Images are read from their files straight into guest RAM, which has to be fresh: what a kernel expects to be
-//! zero (the part of an ELF segment that is not in the file) is not written.
+//! Images are read from their files straight into guest RAM, which has to be fresh (or after
+//! [`GuestRam::clear`]): what has to be zero is not written, neither the part of an ELF segment that is not in the
+//! file nor holes of the file.
 //!
 //! | guest address | what |
 //! | --- | --- |
@@ -53,7 +54,7 @@ const KERNEL_START: u64 = 0x10_0000;
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootSource<'a> {
-    /// A bzImage or an ELF file with a PVH note. Its file offset is neither used nor moved.
+    /// A bzImage or an ELF file with a PVH note. Its file offset may be anywhere, and is moved.
     pub kernel: &'a File,
     /// An initial RAM disk.
     pub initrd: Option<&'a File>,

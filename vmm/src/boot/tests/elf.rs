@@ -1,6 +1,7 @@
 //! ELF with a PVH note.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 
 use bulkhead_ipc::memory::GuestRam;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
@@ -54,6 +55,26 @@ fn without_an_initrd_there_is_no_module() {
 fn only_what_was_written_is_dirty() {
     let (ram, _) = boot(&make::elf()).unwrap();
     assert_eq!(dirty(&ram), BTreeSet::from([START_INFO, 0x2_0000, SEGMENT, SEGMENT + 4096]));
+}
+
+#[test]
+fn holes_of_the_file_are_left_out() {
+    // Two pages of data around 1 MiB of nothing, in one segment.
+    let mut image = make::elf();
+    let (offset, size) = (0x10_0000u64, MIB + 0x2000);
+    put(&mut image, 64 + 8, &offset.to_le_bytes());
+    put(&mut image, 64 + 32, &size.to_le_bytes());
+    put(&mut image, 64 + 40, &size.to_le_bytes());
+    let kernel = file(&image);
+    kernel.set_len(offset + size).unwrap();
+    kernel.write_all_at(&[7; 4096], offset).unwrap();
+    kernel.write_all_at(&[8; 4096], offset + size - 4096).unwrap();
+    let ram = GuestRam::create(64 * MIB).unwrap();
+    load_kernel(&ram, &source(&kernel, None, "")).unwrap();
+    let last = SEGMENT + size - 4096;
+    assert_eq!([SEGMENT, SEGMENT + 4096, last - 1, last].map(|at| bytes(&ram, at, 1)[0]), [7, 0, 0, 8]);
+    let touched: Vec<_> = dirty(&ram).into_iter().filter(|page| *page >= SEGMENT).collect();
+    assert_eq!(touched, [SEGMENT, last]);
 }
 
 #[test]
