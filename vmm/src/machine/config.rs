@@ -1,0 +1,42 @@
+//! What a machine is built from, and what it hands out.
+
+/// The parts of a machine that are the user's choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Number of vCPUs, 1–255; their local APIC ids are 0, 1, 2 …
+    pub cpus: u8,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
+    pub address_bits: u8,
+}
+
+/// ACPI tables, ready to be copied into guest RAM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AcpiTables {
+    /// The guest-physical address of `blob`. The first bytes of `blob` are the RSDP.
+    pub address: u64,
+    /// The guest-physical address of the RSDP.
+    pub rsdp: u64,
+    /// All tables, linked to each other for `address`.
+    pub blob: Vec<u8>,
+}
+
+/// A device that cannot be plugged in or out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttachError {
+    /// No slot of that number that can take a device.
+    #[error("PCI slot {0} does not exist, is empty or belongs to the chipset")]
+    NoSuchSlot(u8),
+    /// There is a device in it.
+    #[error("PCI slot {0} is taken")]
+    SlotTaken(u8),
+    /// Ports that another device, or the host's interrupt controllers and timer, decodes.
+    #[error("device {name} wants port {port:#x}, which is taken or does not exist")]
+    PortsTaken {
+        /// The device's name.
+        name: String,
+        /// The first such port.
+        port: u16,
+    },
+}
