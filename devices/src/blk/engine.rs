@@ -222,7 +222,9 @@ impl Engine {
         match self.uring.submit_and_wait(want) {
             Ok(_) => Ok(()),
             // Interrupted, or completions must be reaped first: the caller does that and comes back.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -240,7 +242,9 @@ impl Engine {
                 let ended = !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0;
                 return Some(Event::Ready { watch: u32::try_from(watch).unwrap_or(u32::MAX), ended });
             }
-            let Some(slot) = usize::try_from(token).ok().filter(|slot| *slot < self.slots.len()) else { continue };
+            let Some(slot) = usize::try_from(token).ok().filter(|slot| *slot < self.slots.len()) else {
+                continue;
+            };
             if let Some(slot) = self.slots.get_mut(slot) {
                 slot.busy = false;
                 self.busy = self.busy.saturating_sub(1);

@@ -27,10 +27,8 @@ impl ErrorLog {
     pub fn failed(&mut self, operation: &'static str, errno: i32) {
         let now = Instant::now();
         let full = self.kinds.len() >= KINDS;
-        let known = self
-            .kinds
-            .iter_mut()
-            .find(|kind| full || (kind.operation == operation && kind.errno == errno));
+        let known =
+            self.kinds.iter_mut().find(|kind| full || (kind.operation == operation && kind.errno == errno));
         let count = match known {
             Some(kind) => {
                 kind.count = kind.count.saturating_add(1);

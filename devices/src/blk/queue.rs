@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bulkhead_ipc::memory::{Direction, MemoryError};
-use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Vring, VringError};
+use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Segment, Vring, VringError};
 use tracing::warn;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -67,6 +67,8 @@ impl Request {
 enum Begun {
     /// An operation is under way.
     Started,
+    /// Its ranges are listed, and to be worked off.
+    Ranges,
     /// It is done.
     Finished(Status),
 }
@@ -160,7 +162,11 @@ impl BlkQueue {
             Err(error) => return self.malformed(slot, ring, &error.into()),
         };
         let Some((header, status_address)) = parsed else {
-            return self.malformed(slot, ring, &VringError::Request("a disk request without header or status"));
+            return self.malformed(
+                slot,
+                ring,
+                &VringError::Request("a disk request without header or status"),
+            );
         };
         let (Some(request), Some(engine)) = (self.requests.get_mut(slot), self.engine.as_mut()) else {
             return Err(io::ErrorKind::NotFound.into());
@@ -169,14 +175,15 @@ impl BlkQueue {
         request.status_address = status_address;
         request.written = self.chain.writable_bytes();
         request.operation = header.operation;
-        let begun = begin_operation(&self.shared, &self.chain, header, slot, request, engine, ring);
-        match begun {
-            Ok(Ok(Begun::Started)) => Ok(()),
-            Ok(Ok(Begun::Finished(status))) => {
+        let mut beginning =
+            Beginning { shared: &self.shared, chain: &self.chain, ring, engine, request, slot };
+        match beginning.begin(header) {
+            Ok(Begun::Started) => Ok(()),
+            Ok(Begun::Finished(status)) => {
                 self.finish(slot, status, ring);
                 Ok(())
             }
-            Ok(Err(Continue)) => self.next_range(slot, ring),
+            Ok(Begun::Ranges) => self.next_range(slot, ring),
             Err(BeginError::Memory(error)) => self.malformed(slot, ring, &error.into()),
             Err(BeginError::Engine(error)) => Err(error),
         }
@@ -257,7 +264,8 @@ impl BlkQueue {
             (_, Err(libc::EINTR | libc::EAGAIN)) => self.again(slot, ring),
             (Step::Read | Step::Write, Ok(count)) if count > 0 => self.moved(slot, count, ring),
             (Step::Zeroes, Ok(count)) if count > 0 => {
-                if let Some(range) = self.requests.get_mut(slot).and_then(|request| request.ranges.last_mut()) {
+                if let Some(range) = self.requests.get_mut(slot).and_then(|request| request.ranges.last_mut())
+                {
                     range.offset = range.offset.saturating_add(count as u64);
                     range.len = range.len.saturating_sub(count as u64);
                     if range.len > 0 {
@@ -391,9 +399,6 @@ impl BlkQueue {
     }
 }
 
-/// The request's work is a list of ranges.
-struct Continue;
-
 enum BeginError {
     Memory(MemoryError),
     Engine(io::Error),
@@ -411,72 +416,80 @@ impl From<io::Error> for BeginError {
     }
 }
 
-fn begin_operation(
-    shared: &Shared,
-    chain: &Chain,
-    header: Header,
+/// A request at its beginning, and what it needs.
+struct Beginning<'a> {
+    shared: &'a Shared,
+    chain: &'a Chain,
+    ring: &'a Vring,
+    engine: &'a mut Engine,
+    request: &'a mut Request,
     slot: usize,
-    request: &mut Request,
-    engine: &mut Engine,
-    ring: &Vring,
-) -> Result<Result<Begun, Continue>, BeginError> {
-    let finished = |status| Ok(Ok(Begun::Finished(status)));
-    match header.operation {
-        Operation::Read => {
-            let len = chain.writable_bytes().saturating_sub(1);
-            let offset = match request::check_extent(header.sector, len, shared.capacity) {
-                Ok(_) if len == 0 => return finished(Status::Ok),
-                Ok(offset) => offset,
-                Err(status) => return finished(status),
-            };
-            let Some(buffers) = engine.buffers(slot) else { return finished(Status::IoError) };
-            buffers.restart(ring.ram(), Direction::Write);
-            for segment in request::part(chain.writable(), 0, len) {
-                buffers.push(segment.address, u64::from(segment.len))?;
+}
+
+impl Beginning<'_> {
+    fn begin(&mut self, header: Header) -> Result<Begun, BeginError> {
+        match header.operation {
+            Operation::Read => {
+                let len = self.chain.writable_bytes().saturating_sub(1);
+                let segments = request::part(self.chain.writable(), 0, len);
+                self.transfer(Step::Read, header.sector, len, segments)
             }
-            (request.step, request.offset) = (Step::Read, offset);
-            engine.read(slot, offset)?;
-        }
-        Operation::Write => {
-            let len = chain.readable_bytes().saturating_sub(HEADER);
-            if shared.read_only {
-                return finished(Status::IoError);
+            Operation::Write | Operation::Discard | Operation::WriteZeroes if self.shared.read_only => {
+                Ok(Begun::Finished(Status::IoError))
             }
-            let offset = match request::check_extent(header.sector, len, shared.capacity) {
-                Ok(_) if len == 0 => return finished(Status::Ok),
-                Ok(offset) => offset,
-                Err(status) => return finished(status),
-            };
-            let Some(buffers) = engine.buffers(slot) else { return finished(Status::IoError) };
-            buffers.restart(ring.ram(), Direction::Read);
-            for segment in request::part(chain.readable(), HEADER, len) {
-                buffers.push(segment.address, u64::from(segment.len))?;
+            Operation::Write => {
+                let len = self.chain.readable_bytes().saturating_sub(HEADER);
+                let segments = request::part(self.chain.readable(), HEADER, len);
+                self.transfer(Step::Write, header.sector, len, segments)
             }
-            (request.step, request.offset) = (Step::Write, offset);
-            engine.write(slot, offset, !shared.writeback.load(Ordering::Relaxed))?;
-        }
-        Operation::Flush => {
-            request.step = Step::Flush;
-            engine.sync(slot)?;
-        }
-        Operation::GetId => {
-            let room = chain.writable_bytes().saturating_sub(1);
-            request::scatter(chain.writable(), room, &shared.serial, ring.ram())?;
-            return finished(Status::Ok);
-        }
-        Operation::Discard | Operation::WriteZeroes => {
-            if shared.read_only {
-                return finished(Status::IoError);
+            Operation::Flush => {
+                self.request.step = Step::Flush;
+                self.engine.sync(self.slot)?;
+                Ok(Begun::Started)
             }
-            let ranges = &mut request.ranges;
-            return match request::ranges(chain, header.operation, shared.capacity, ring.ram(), ranges)? {
-                Ok(()) => Ok(Err(Continue)),
-                Err(status) => finished(status),
-            };
+            Operation::GetId => {
+                let room = self.chain.writable_bytes().saturating_sub(1);
+                request::scatter(self.chain.writable(), room, &self.shared.serial, self.ring.ram())?;
+                Ok(Begun::Finished(Status::Ok))
+            }
+            Operation::Discard | Operation::WriteZeroes => {
+                let (capacity, ranges) = (self.shared.capacity, &mut self.request.ranges);
+                let read = request::ranges(self.chain, header.operation, capacity, self.ring.ram(), ranges)?;
+                Ok(read.map_or_else(Begun::Finished, |()| Begun::Ranges))
+            }
+            Operation::Unknown(_) => Ok(Begun::Finished(Status::Unsupported)),
         }
-        Operation::Unknown(_) => return finished(Status::Unsupported),
     }
-    Ok(Ok(Begun::Started))
+
+    /// Begins a read or write of `len` bytes.
+    fn transfer(
+        &mut self,
+        step: Step,
+        sector: u64,
+        len: u32,
+        segments: impl Iterator<Item = Segment>,
+    ) -> Result<Begun, BeginError> {
+        let offset = match request::check_extent(sector, len, self.shared.capacity) {
+            Ok(_) if len == 0 => return Ok(Begun::Finished(Status::Ok)),
+            Ok(offset) => offset,
+            Err(status) => return Ok(Begun::Finished(status)),
+        };
+        let direction = if step == Step::Read { Direction::Write } else { Direction::Read };
+        let Some(buffers) = self.engine.buffers(self.slot) else {
+            return Ok(Begun::Finished(Status::IoError));
+        };
+        buffers.restart(self.ring.ram(), direction);
+        for segment in segments {
+            buffers.push(segment.address, u64::from(segment.len))?;
+        }
+        (self.request.step, self.request.offset) = (step, offset);
+        if step == Step::Read {
+            self.engine.read(self.slot, offset)?;
+        } else {
+            self.engine.write(self.slot, offset, !self.shared.writeback.load(Ordering::Relaxed))?;
+        }
+        Ok(Begun::Started)
+    }
 }
 
 impl QueueWorker for BlkQueue {

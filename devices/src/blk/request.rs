@@ -112,7 +112,8 @@ pub fn part(segments: &[Segment], skip: u32, len: u32) -> impl Iterator<Item = S
 fn gather(segments: &[Segment], skip: u32, bytes: &mut [u8], ram: &GuestRam) -> Result<(), MemoryError> {
     let mut rest = bytes;
     for Segment { address, len } in part(segments, skip, u32::try_from(rest.len()).unwrap_or(0)) {
-        let Some((head, tail)) = usize::try_from(len).ok().and_then(|len| rest.split_at_mut_checked(len)) else {
+        let Some((head, tail)) = usize::try_from(len).ok().and_then(|len| rest.split_at_mut_checked(len))
+        else {
             break;
         };
         ram.memory()

@@ -180,8 +180,7 @@ impl Port {
             }
             let Some(bytes) = piece.get_mut(..len) else { return Ok(true) };
             let address = segment.address.saturating_add(u64::from(taken));
-            let outside =
-                |_| VringError::Request("a console's output does not lie in guest memory");
+            let outside = |_| VringError::Request("a console's output does not lie in guest memory");
             ring.ram().memory().read_slice(bytes, GuestAddress(address)).map_err(outside)?;
             self.peer.say(bytes, epoll);
             taken = taken.saturating_add(u32::try_from(len).unwrap_or(left));
