@@ -55,11 +55,10 @@ impl Core {
         let supported = vm.supported_cpuid()?;
         let config = MachineConfig {
             cpus: start.cpus,
-            memory_bytes: start.memory_bytes,
             address_bits: address_bits(&supported),
         };
         let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
-        let machine = Machine::new(config, ram.clone(), Arc::new(host));
+        let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         let mut vcpus = Vec::with_capacity(start.cpus.into());
         for id in 0..start.cpus {
             vcpus.push(Vcpu::create(&vm, &supported, id, machine.clone())?);

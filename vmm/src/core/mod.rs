@@ -26,7 +26,7 @@ use self::assembly::Core;
 use self::event_loop::EventLoop;
 use crate::boot::BootError;
 use crate::kvm::KvmError;
-use crate::machine::AttachError;
+use crate::machine::{AttachError, BuildError};
 use crate::virtio::VirtioError;
 
 /// How long the supervisor may take to send the start message.
@@ -55,6 +55,9 @@ pub enum CoreError {
     /// Kernel, initial RAM file system or command line.
     #[error("{0}")]
     Boot(#[from] BootError),
+    /// The chipset.
+    #[error("{0}")]
+    Build(#[from] BuildError),
     /// A device did not fit into the tree.
     #[error("{0}")]
     Attach(#[from] AttachError),
