@@ -22,10 +22,5 @@ pub const REQUIRED: &[Capability] = &[
     Capability { cap: Cap::IrqRouting, name: "KVM_CAP_IRQ_ROUTING", lost_without: "MSI-X" },
     Capability { cap: Cap::Irqfd, name: "KVM_CAP_IRQFD", lost_without: "interrupts from device processes" },
     Capability { cap: Cap::Ioeventfd, name: "KVM_CAP_IOEVENTFD", lost_without: "notifications to device processes" },
-    Capability {
-        cap: Cap::IoeventfdAnyLength,
-        name: "KVM_CAP_IOEVENTFD_ANY_LENGTH",
-        lost_without: "notifications of any width",
-    },
     Capability { cap: Cap::ImmediateExit, name: "KVM_CAP_IMMEDIATE_EXIT", lost_without: "pausing a vCPU" },
 ];

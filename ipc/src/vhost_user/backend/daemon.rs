@@ -154,6 +154,11 @@ impl Daemon {
         self.workers.iter().flat_map(|worker| worker.descriptors().iter().copied()).collect()
     }
 
+    /// Makes every worker look at what its device has for it.
+    pub fn wake_workers(&self) {
+        self.workers.iter().for_each(WorkerHandle::wake);
+    }
+
     /// The device.
     pub fn device_mut(&mut self) -> &mut dyn VirtioDevice {
         self.device.as_mut()

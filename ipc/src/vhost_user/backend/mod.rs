@@ -24,9 +24,9 @@ pub mod vring;
 pub mod worker;
 
 pub use chain::{Chain, ChainError, Segment};
-pub use daemon::{Daemon, DaemonError};
+pub use daemon::{Daemon, DaemonError, no_jail};
 pub use device::{QueueWorker, VirtioDevice};
-pub use poll_worker::{PollWorker, QueueHandler};
+pub use poll_worker::{Next, PollWorker, QueueHandler};
 pub use vring::{Vring, VringError};
 pub use worker::{EnterThread, WorkerError};
 

@@ -14,6 +14,17 @@ const WAKE: u64 = u64::MAX;
 /// Tag of the device's own descriptors.
 const DEVICE: u64 = u64::MAX - 1;
 
+/// When a simple device wants to be called again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// When something happens.
+    Event,
+    /// At once, after the control thread had its turn: there is more to do.
+    Soon,
+    /// When something happens, and at the latest after this many milliseconds.
+    Within(u16),
+}
+
 /// What a simple device does when something happened.
 pub trait QueueHandler: Send {
     /// Sets up what must exist before the thread's seccomp filter. `epoll` may be given the device's own descriptors with
@@ -26,12 +37,12 @@ pub trait QueueHandler: Send {
         Ok(Vec::new())
     }
 
-    /// Serves all that can be served: rings were kicked or started, own descriptors are ready, or the control thread called.
-    /// `rings` is indexed by queue; rings that do not run are `None`.
+    /// Serves what can be served, within bounds: rings were kicked or started, own descriptors are ready, the control
+    /// thread called, or the time asked for is over. `rings` is indexed by queue; rings that do not run are `None`.
     ///
     /// # Errors
     /// The device cannot go on; the process ends.
-    fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<()>;
+    fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next>;
 
     /// A ring is about to be taken away: finish what was taken from it, or put it back.
     fn release(&mut self, ring: &mut Vring) {
@@ -49,12 +60,13 @@ pub struct PollWorker<H> {
     handler: H,
     rings: Vec<Option<Vring>>,
     epoll: Option<Epoll>,
+    next: Next,
 }
 
 impl<H: QueueHandler> PollWorker<H> {
     /// A worker for queues 0 to `queues` − 1.
     pub fn new(handler: H, queues: u16) -> Self {
-        Self { handler, rings: (0..queues).map(|_| None).collect(), epoll: None }
+        Self { handler, rings: (0..queues).map(|_| None).collect(), epoll: None, next: Next::Event }
     }
 
     fn epoll(&self) -> io::Result<&Epoll> {
@@ -63,7 +75,8 @@ impl<H: QueueHandler> PollWorker<H> {
 
     fn serve(&mut self) -> io::Result<()> {
         let epoll = self.epoll.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        self.handler.serve(&mut self.rings, epoll)
+        self.next = self.handler.serve(&mut self.rings, epoll)?;
+        Ok(())
     }
 }
 
@@ -100,7 +113,12 @@ impl<H: QueueHandler> QueueWorker for PollWorker<H> {
 
     fn turn(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); 8];
-        match self.epoll()?.wait(&mut events, EpollTimeout::NONE) {
+        let timeout = match self.next {
+            Next::Event => EpollTimeout::NONE,
+            Next::Soon => EpollTimeout::ZERO,
+            Next::Within(milliseconds) => milliseconds.into(),
+        };
+        match self.epoll()?.wait(&mut events, timeout) {
             Ok(_) => self.serve(),
             Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(errno.into()),

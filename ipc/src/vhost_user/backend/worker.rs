@@ -100,7 +100,8 @@ impl WorkerHandle {
         Ok(())
     }
 
-    fn wake(&self) {
+    /// Makes [`QueueWorker::turn`] return.
+    pub(super) fn wake(&self) {
         let _ = write(&self.wake, &1u64.to_ne_bytes());
     }
 
