@@ -118,7 +118,7 @@ impl FlatView {
     /// The doorbells of all functions, where the view leads to them.
     fn find_doorbells(&self, bus: &PciBus) -> Vec<MappedDoorbell> {
         let mut mapped = Vec::new();
-        for (at, function) in bus.functions_in_order() {
+        for (slot, function) in bus.functions_by_slot() {
             let doorbells = function.doorbells();
             if doorbells.is_empty() {
                 continue;
@@ -128,18 +128,11 @@ impl FlatView {
                 let Some((first, _)) = bar.decoded(command) else { continue };
                 for doorbell in doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
                     let Some(address) = first.checked_add(doorbell.offset) else { continue };
-                    let place = (bar.kind.space(), address);
+                    let at = (bar.kind.space(), address);
                     let endpoint = Endpoint::Bar(function.clone(), bar.index);
-                    if self.leads_to(place, doorbell.length, &endpoint, doorbell.offset) {
+                    if self.leads_to(at, doorbell.length, &endpoint, doorbell.offset) {
                         let (id, length, datamatch) = (doorbell.id, doorbell.length, doorbell.datamatch);
-                        mapped.push(MappedDoorbell {
-                            id,
-                            slot: at.slot,
-                            space: place.0,
-                            address,
-                            length,
-                            datamatch,
-                        });
+                        mapped.push(MappedDoorbell { id, slot, space: at.0, address, length, datamatch });
                     }
                 }
             }

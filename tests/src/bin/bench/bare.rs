@@ -88,7 +88,8 @@ fn rows(places: &Places, disk: &Path, rom: &Path) -> Vec<Row> {
     let theirs = |machine: &'static str| -> Box<dyn Fn() -> Command> {
         let rom = rom.to_path_buf();
         Box::new(move || {
-            let mut command = qemu(machine, MEMORY);
+            // Not `host`: without VMX or SVM, KVM refuses some of the registers that QEMU would pass on.
+            let mut command = qemu(machine, "qemu64", MEMORY);
             command.arg("-bios").arg(&rom);
             command
         })

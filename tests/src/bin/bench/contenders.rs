@@ -61,7 +61,7 @@ impl Contender {
     fn qemu(self, guest: &Guest<'_>) -> Command {
         let bus = if self == Self::QemuPc { "pci" } else { "device" };
         let options = if bus == "pci" { ",disable-legacy=on" } else { "" };
-        let mut command = qemu(if self == Self::QemuPc { "pc" } else { "microvm" }, guest.memory);
+        let mut command = qemu(if self == Self::QemuPc { "pc" } else { "microvm" }, "host", guest.memory);
         if let Some(disk) = guest.disk {
             command.args(["-drive", &format!("file={},format=raw,if=none,id=data", disk.display())]);
             command.args(["-device", &format!("virtio-blk-{bus},drive=data{options}")]);
@@ -85,10 +85,10 @@ pub fn bulkhead(places: &Places, guest: &Guest<'_>) -> Command {
 }
 
 /// QEMU with nothing but a serial port; guest memory is a memfd as here, so that it can be told from the rest.
-pub fn qemu(machine: &str, memory: u32) -> Command {
+pub fn qemu(machine: &str, cpu: &str, memory: u32) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     let machine = format!("{machine},accel=kvm,memory-backend=ram");
-    command.args(["-M", &machine, "-cpu", "host", "-smp", "1", "-m", &memory.to_string()]);
+    command.args(["-M", &machine, "-cpu", cpu, "-smp", "1", "-m", &memory.to_string()]);
     command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command

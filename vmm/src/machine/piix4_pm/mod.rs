@@ -134,7 +134,8 @@ impl Piix4Pm {
     fn write_byte(&self, state: &mut State, window: u8, offset: u64, value: u8) {
         match (window, offset) {
             (WINDOW_PM, _) => {
-                if state.pm.write(offset, value) == Some(S5_SLEEP_TYPE) {
+                let sleep_type = state.pm.write(offset, value);
+                if sleep_type == Some(S5_SLEEP_TYPE) {
                     self.host.power(PowerEvent::PowerOff);
                 }
             }
