@@ -47,7 +47,8 @@ pub struct Limits {
     pub threads: u64,
     /// `RLIMIT_FSIZE` in bytes: largest file that it may write or create (a memfd too); `None`: not limited.
     pub file_size: Option<u64>,
-    /// `RLIMIT_MEMLOCK` in bytes.
+    /// `RLIMIT_MEMLOCK` in bytes. Linux counts the rings of io_uring here, for all processes of one host user together; no
+    /// policy allows to lock other memory, so the default is generous.
     pub locked: u64,
 }
 
@@ -59,7 +60,7 @@ impl Default for Limits {
             descriptors: 256,
             threads: 64,
             file_size: Some(0),
-            locked: 0,
+            locked: 64 << 20,
         }
     }
 }

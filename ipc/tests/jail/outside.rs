@@ -81,7 +81,7 @@ fn inside() {
     assert_eq!(inside.limits[&libc::RLIMIT_NPROC], limits.threads);
     assert_eq!(inside.limits[&libc::RLIMIT_FSIZE], 0);
     assert_eq!(inside.limits[&libc::RLIMIT_CORE], 0);
-    assert_eq!(inside.limits[&libc::RLIMIT_MEMLOCK], 0);
+    assert_eq!(inside.limits[&libc::RLIMIT_MEMLOCK], limits.locked);
     assert_eq!(Some(inside.limits[&libc::RLIMIT_DATA]), limits.data);
 }
 
