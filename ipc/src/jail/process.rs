@@ -1,6 +1,7 @@
 //! The supervisor's side of a jailed process: start, confirmation, end.
 //!
-//! Contains unsafe code: `clone3`, which no safe interface offers, with the copy of this process that it makes.
+//! Contains unsafe code: `clone3` with the copy of this process that it makes, `pidfd_send_signal` and `getrlimit64`, which have no
+//! safe interface here.
 
 use std::ffi::{CString, c_char, c_long, c_uint, c_ulong};
 use std::fs;
