@@ -97,13 +97,18 @@ fn spin() {
 }
 
 fn time(name: &str, rig: &mut Rig, gap: Duration, mut access: impl FnMut(&mut Rig)) {
-    let begin = Instant::now();
-    for _ in 0..ROUNDS {
-        access(rig);
-    }
+    let mut each: Vec<Duration> = (0..ROUNDS)
+        .map(|_| {
+            let begin = Instant::now();
+            access(rig);
+            begin.elapsed().saturating_sub(gap)
+        })
+        .collect();
     rig.read();
-    let each = (begin.elapsed() / ROUNDS).saturating_sub(gap);
-    println!("  {name:<44} {:>7} ns", each.as_nanos());
+    each.sort_unstable();
+    let median = each.get(each.len() / 2).copied().unwrap_or_default();
+    let mean = each.iter().sum::<Duration>() / ROUNDS;
+    println!("  {name:<48} median {:>6} ns, mean {:>7} ns", median.as_nanos(), mean.as_nanos());
 }
 
 fn measure() {
