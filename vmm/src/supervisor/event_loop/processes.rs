@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::channel::message::{FromCore, FromDevice, MachineEnd, ToDevice};
-use bulkhead_ipc::jail::{self, Exit, PolicyName, Violation, ViolationListener};
+use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE};
 use crate::supervisor::cli::LogLevel;
@@ -49,11 +49,6 @@ fn receive(process: &Process) -> Result<Message, ChannelError> {
 /// Text of a process, which may be hostile, bounded and without control characters.
 fn harmless(text: &str) -> String {
     escape(text.as_bytes()).chars().take(MAX_TEXT).collect()
-}
-
-/// The file of a policy, for messages.
-fn policy_file(policy: PolicyName) -> &'static str {
-    jail::policies().iter().find(|summary| summary.name == policy).map_or("?", |summary| summary.file)
 }
 
 impl EventLoop<'_> {
@@ -217,16 +212,18 @@ impl EventLoop<'_> {
         if process.state == State::Ended {
             return;
         }
+        // Before it is reaped: afterwards nobody knows whether its program ever ran.
+        let jail_error = if process.state == State::Starting { process.jail_error() } else { None };
         let exit = match process.jailed.try_wait() {
             Ok(Some(exit)) => exit,
             Ok(None) => return,
             Err(error) => {
                 let text = format!("cannot learn how {} ended: {error}", process.id);
-                self.say(LogLevel::Error, &text);
+                self.environment.log.say(LogLevel::Error, &text);
                 Exit::Code(-1)
             }
         };
-        let before = std::mem::replace(&mut process.state, State::Ended);
+        process.state = State::Ended;
         // Its last words first: they may be the reason.
         self.control(index, false);
         let Some(process) = self.processes.get_mut(index) else { return };
@@ -242,7 +239,6 @@ impl EventLoop<'_> {
             return;
         }
         let (id, pid) = (process.id.clone(), process.jailed.pid());
-        let jail_error = if before == State::Starting { process.jail_error() } else { None };
         match jail_error {
             Some(error) => {
                 let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };
@@ -293,13 +289,7 @@ impl EventLoop<'_> {
 }
 
 fn describe_violation(id: &str, violation: &Violation) -> String {
-    let Violation { thread, number, name, arguments, policy } = violation;
-    let comm = fs::read(format!("/proc/{thread}/comm")).unwrap_or_default();
+    let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
-    let arguments: Vec<String> = arguments.iter().map(|argument| format!("{argument:#x}")).collect();
-    format!(
-        "{id} was killed: its thread {thread} ({comm}) tried the system call {name} (number {number}, arguments {}), which {} does not allow",
-        arguments.join(" "),
-        policy_file(*policy)
-    )
+    format!("{id} was killed: {violation} (the thread's name: {comm})")
 }
