@@ -81,7 +81,7 @@ fn expect(from: &mut impl Read, text: &str) {
 
 fn console() {
     let bench = Bench::new();
-    let child = bench.start("--console --serial attach --on-reboot restart", "");
+    let child = bench.start("--console --serial attach --on-reboot restart", "reset-at-stop");
     let attach = |arguments: &str| -> Child {
         let mut command = bench.bulkhead(&arguments.replace("NAME", &bench.name));
         command.stdin(Stdio::piped()).spawn().unwrap()
@@ -97,6 +97,9 @@ fn console() {
     let wrong = bench.ask("console NAME disk0");
     assert_eq!(wrong.code, 7);
     assert!(wrong.err.contains("'disk0' cannot be attached; what can: console, serial"), "{}", wrong.err);
+    assert_eq!(bench.ask("stop --timeout 0 NAME").code, 0);
+    expect(second.stdout.as_mut().unwrap(), "attached to console");
+    expect(serial.stdout.as_mut().unwrap(), "attached to serial");
     signal(&child, Signal::SIGTERM);
     finish(child);
     assert_eq!(finish(second).code, 0);

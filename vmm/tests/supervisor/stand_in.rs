@@ -85,6 +85,7 @@ pub fn core() {
     let CoreStart { cmdline, devices, .. } = start;
     jail::set_enforcement(start.enforcement);
     let words: Vec<&str> = cmdline.split_whitespace().collect();
+    let at_stop = if words.contains(&"reset-at-stop") { MachineEnd::Reset } else { MachineEnd::PowerOff };
     if words.contains(&"silent") {
         loop {
             drop(control.recv::<ToCore>());
@@ -109,7 +110,7 @@ pub fn core() {
     }
     loop {
         if control.recv::<ToCore>().0 == ToCore::Stop {
-            control.channel.send(&FromCore::Ended(MachineEnd::PowerOff), &[]).unwrap();
+            control.channel.send(&FromCore::Ended(at_stop.clone()), &[]).unwrap();
         }
     }
 }
