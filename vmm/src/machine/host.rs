@@ -1,0 +1,82 @@
+//! What the machine asks of whoever runs it, and what it tells it.
+//!
+//! The core implements [`Host`] over KVM; a test implements it with a recorder.
+
+use std::time::Duration;
+
+use super::pci::DoorbellId;
+
+/// The two address spaces of an x86 processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Space {
+    /// I/O ports, 0000–FFFF.
+    Port,
+    /// Physical memory addresses.
+    Memory,
+}
+
+impl Space {
+    /// The highest address of the space.
+    #[must_use]
+    pub const fn last(self) -> u64 {
+        match self {
+            Self::Port => 0xFFFF,
+            Self::Memory => u64::MAX,
+        }
+    }
+}
+
+/// Who asked for a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetSource {
+    /// The reset control register of the PIIX3, port CF9 (290550, section 2.5.4.6).
+    ResetControl,
+    /// System control port A, port 92 bit 0.
+    Port92,
+    /// A pulse on output P2.0 of the keyboard controller, command FE at port 64.
+    KeyboardController,
+}
+
+/// The guest changes the machine's power state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerEvent {
+    /// Sleep state S5 (soft off) through PM1_CNT.
+    PowerOff,
+    /// The guest reset the machine. The host stops the vCPUs, calls [`super::Machine::reset`] and starts anew, or ends the machine.
+    Reset(ResetSource),
+}
+
+/// A doorbell at the place where the guest sees it now: what an ioeventfd is registered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MappedDoorbell {
+    /// The device's name for it, unique in its slot.
+    pub id: DoorbellId,
+    /// The PCI slot (device number on bus 0) that it belongs to.
+    pub slot: u8,
+    /// Its address space.
+    pub space: Space,
+    /// Its address there.
+    pub address: u64,
+    /// The length of the write that rings it, in bytes; 0 stands for any length.
+    pub length: u8,
+    /// The value that rings it, if not any.
+    pub datamatch: Option<u64>,
+}
+
+/// What the machine needs from whoever runs it. Methods are called from vCPU threads and must not call back into the machine.
+pub trait Host: Send + Sync {
+    /// Sets the level of an interrupt input of the PICs and the I/O APIC. `gsi` is the ISA interrupt number, 0–15.
+    fn set_irq(&self, gsi: u8, level: bool);
+
+    /// The guest powers off or resets the machine.
+    fn power(&self, event: PowerEvent);
+
+    /// The map changed: these are all the doorbells that the guest can reach now, sorted.
+    fn topology_changed(&self, doorbells: &[MappedDoorbell]);
+
+    /// Time that never goes back, from an arbitrary start.
+    fn monotonic(&self) -> Duration;
+
+    /// Time since 1970-01-01 00:00:00 UTC.
+    fn wall_clock(&self) -> Duration;
+}
