@@ -38,17 +38,16 @@ impl Bench {
     pub fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let folder = tempfile::tempdir().unwrap();
+        let bulkhead =
+            std::env::var_os("BULKHEAD_UNDER_TEST").unwrap_or(env!("CARGO_BIN_EXE_bulkhead").into());
         let programs = [
-            (PathBuf::from(env!("CARGO_BIN_EXE_bulkhead")), "bulkhead"),
+            (PathBuf::from(bulkhead), "bulkhead"),
             (std::env::current_exe().unwrap(), "bulkhead-vmm"),
             (std::env::current_exe().unwrap(), "bulkhead-device"),
         ];
         for (from, to) in programs {
             let to = folder.path().join(to);
-            // A link is quick; across file systems it takes a copy.
-            if fs::hard_link(&from, &to).is_err() {
-                fs::copy(&from, &to).unwrap();
-            }
+            fs::copy(&from, &to).unwrap();
             fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
         }
         fs::write(folder.path().join("kernel"), "kernel").unwrap();

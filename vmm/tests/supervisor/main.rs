@@ -1,11 +1,12 @@
 //! The supervisor on real processes: this program plays the core and the devices behind the real `bulkhead`.
 //!
-//! `cargo test -p bulkhead-vmm --test supervisor [WORD]` runs the cases whose name contains the word.
+//! `cargo test -p bulkhead-vmm --test supervisor -- [WORD]…` runs the cases whose name contains one of the words.
 //! It contains unsafe code: stand-ins that do what a process must not.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
 mod harness;
+mod hosts;
 mod launch;
 mod stand_in;
 mod streams;
@@ -17,9 +18,10 @@ fn main() {
         Some(title) if title.starts_with("bulkhead-device[") => return stand_in::device(),
         _ => {}
     }
-    let word = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
-    for (name, case) in [launch::CASES, streams::CASES, api::CASES].concat() {
-        if word.is_none_or(|word| name.contains(word.as_str())) {
+    let words: Vec<&String> =
+        arguments.iter().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    for (name, case) in [launch::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
+        if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
             case();
             println!("{name} ... ok");
         }
