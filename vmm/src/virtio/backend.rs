@@ -89,10 +89,10 @@ impl VirtioPci {
     /// Waits for the events of the link, too, and takes it.
     pub(super) fn adopt(&self, state: &mut State, link: Link) -> Result<(), VirtioError> {
         let hang_up = EpollEvent::new(EpollFlags::EPOLLRDHUP, Token::Socket.into());
-        self.epoll.add(link.frontend.as_fd(), hang_up).map_err(std::io::Error::from)?;
+        self.epoll().add(link.frontend.as_fd(), hang_up).map_err(std::io::Error::from)?;
         if let Some(requests) = &link.requests {
             let input = EpollEvent::new(EpollFlags::EPOLLIN, Token::Requests.into());
-            self.epoll.add(requests.as_fd(), input).map_err(std::io::Error::from)?;
+            self.epoll().add(requests.as_fd(), input).map_err(std::io::Error::from)?;
         }
         state.link = Some(link);
         Ok(())
@@ -102,7 +102,7 @@ impl VirtioPci {
     pub(super) fn disconnect(&self, state: &mut State) -> bool {
         self.close_requests(state);
         let Some(link) = state.link.take() else { return false };
-        let _ = self.epoll.delete(link.frontend.as_fd());
+        let _ = self.epoll().delete(link.frontend.as_fd());
         for queue in &mut state.queues {
             queue.running = false;
         }
@@ -112,7 +112,7 @@ impl VirtioPci {
     /// Closes the back-end channel.
     pub(super) fn close_requests(&self, state: &mut State) {
         if let Some(requests) = state.link.as_mut().and_then(|link| link.requests.take()) {
-            let _ = self.epoll.delete(requests.as_fd());
+            let _ = self.epoll().delete(requests.as_fd());
         }
     }
 
