@@ -120,7 +120,8 @@ impl VirtioPci {
         msi: Arc<dyn MsiHost>,
         observer: Arc<dyn Observer>,
     ) -> Result<Arc<Self>, VirtioError> {
-        let link = Link::open(Frontend::new(&settings.id, stream, settings.limits))?;
+        let limits = settings.limits;
+        let link = Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)?;
         let queues = queue_count(&settings, &link.frontend)?;
         let events = Events::new().map_err(io::Error::from)?;
         let device: Arc<str> = settings.id.as_str().into();

@@ -13,6 +13,7 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::vhost_user::connection::ConnectionError;
 use bulkhead_ipc::vhost_user::frontend::BackendRequest;
@@ -57,6 +58,34 @@ impl Token {
             RING_ERROR => Some(Self::RingError),
             _ => u16::try_from(data).ok().map(Self::Queue),
         }
+    }
+}
+
+/// How much a back end may say of its own accord: the event loop serves other devices as well.
+#[derive(Debug)]
+pub(super) struct RequestBudget {
+    /// When the current second began.
+    since: Instant,
+    spent: u32,
+}
+
+/// Requests in a second.
+const REQUESTS_PER_SECOND: u32 = 200;
+
+impl Default for RequestBudget {
+    fn default() -> Self {
+        Self { since: Instant::now(), spent: 0 }
+    }
+}
+
+impl RequestBudget {
+    /// Takes one request; says whether there was one left.
+    fn spend(&mut self) -> bool {
+        if self.since.elapsed() >= Duration::from_secs(1) {
+            *self = Self::default();
+        }
+        self.spent = self.spent.saturating_add(1);
+        self.spent <= REQUESTS_PER_SECOND
     }
 }
 
@@ -179,7 +208,11 @@ impl VirtioPci {
     }
 
     fn backend_request(&self, state: &mut State) {
-        let Some(requests) = state.link.as_mut().and_then(|link| link.requests.as_mut()) else { return };
+        let Some(link) = state.link.as_mut() else { return };
+        let Some(requests) = link.requests.as_mut() else { return };
+        if !link.budget.spend() {
+            return self.fail(state, VirtioError::Flood(REQUESTS_PER_SECOND));
+        }
         match requests.receive() {
             Ok(BackendRequest::ConfigChange) => {
                 if let Err(error) = self.refresh_config(state, true) {

@@ -189,6 +189,22 @@ fn a_back_end_that_hangs_holds_a_vcpu_only_up_to_the_deadline() {
 }
 
 #[test]
+fn a_back_end_that_never_stops_talking_is_a_failure() {
+    let (scaffold, peer) = scaffold();
+    scaffold.driver.start();
+    for _ in 0..1000 {
+        if scaffold.failures.count() == 1 {
+            break;
+        }
+        if peer.seen.lock().unwrap().channel.is_some() {
+            peer.change_config_quietly();
+        }
+        scaffold.device.on_event();
+    }
+    assert!(scaffold.failures.0.lock().unwrap()[0].contains("requests in a second"));
+}
+
+#[test]
 fn the_event_loop_does_not_wait_for_a_vcpu_that_waits_for_the_back_end() {
     let (stream, peer) =
         Peer::start(Script { silent_on: Some(FrontendReq::GET_VRING_BASE), ..Script::default() });
