@@ -29,9 +29,12 @@ check: packages build/deny/ready ## formatting, lints, documentation, licences, 
 unit: packages ## unit and process tests, on this machine
 	$(CARGO) test --workspace --locked
 
-machine: build guest ## real guests, in the lab where this machine needs it
+machine: build guest ## whole machines: bare payloads here, stock guests in the lab if needed; CASES="word…" selects
 	mkdir -p build/machine-tests
-	tools/lab --auto --timeout 900 --rw build/machine-tests -- $(RELEASE)/machine-tests $(CASES)
+	status=0; \
+	$(RELEASE)/machine-tests --bare $(CASES) || status=1; \
+	tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
+	exit $$status
 
 bench: build guest ## comparisons with other monitors, written to docs/benchmarks.md
 	tools/bench
@@ -42,6 +45,7 @@ lab: ## run CMD="…" in the lab
 
 guest: build ## the test guest: kernel, initramfs, disk, in build/guest/
 	tools/make-guest
+	tests/payloads/build.sh build/payloads
 
 packages:
 	@tools/install-packages build

@@ -66,7 +66,7 @@ impl PolicyName {
 
     /// Program, file, number of allowed system calls. The constants come from `build.rs`: a policy without a file does not
     /// compile, and a file without a policy leaves a constant unused.
-    fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
+    const fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
         match self {
             Self::CoreMain => CORE_MAIN,
             Self::CoreVcpu => CORE_VCPU,
@@ -96,11 +96,20 @@ pub struct PolicySummary {
 }
 
 /// All embedded policies.
-pub fn policies() -> impl Iterator<Item = PolicySummary> {
-    PolicyName::ALL.into_iter().map(|name| PolicySummary {
-        name,
-        file: name.file(),
-        allowed: name.allowed(),
-        instructions: name.program().len(),
-    })
+#[must_use]
+pub fn policies() -> &'static [PolicySummary] {
+    const fn summary(name: PolicyName) -> PolicySummary {
+        let (program, file, allowed) = name.compiled();
+        PolicySummary { name, file, allowed, instructions: program.len() }
+    }
+    static SUMMARIES: [PolicySummary; PolicyName::ALL.len()] = {
+        let mut summaries = [summary(PolicyName::CoreMain); PolicyName::ALL.len()];
+        let mut index = 0;
+        while index < summaries.len() {
+            summaries[index] = summary(PolicyName::ALL[index]);
+            index += 1;
+        }
+        summaries
+    };
+    &SUMMARIES
 }

@@ -87,7 +87,7 @@ pub fn enter_thread(policy: PolicyName) -> Result<(), JailError> {
 ///
 /// # Errors
 /// [`JailError`] naming the descriptor that is too many or missing, or that the filter cannot be loaded.
-pub fn seal(policy: PolicyName, expected: &[BorrowedFd<'_>]) -> Result<Sealed, JailError> {
+pub fn seal(policy: PolicyName, expected: &[impl AsRawFd]) -> Result<Sealed, JailError> {
     let mut listeners = mem::take(&mut *LISTENERS.lock().unwrap_or_else(PoisonError::into_inner));
     let mut list: Vec<RawFd> = vec![0, 1, 2];
     list.extend(expected.iter().map(AsRawFd::as_raw_fd));

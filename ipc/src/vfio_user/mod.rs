@@ -18,6 +18,7 @@
 mod capabilities;
 mod client;
 mod error;
+mod mapping;
 mod server;
 pub mod shadow;
 mod socket;
@@ -36,3 +37,6 @@ pub const MAX_MESSAGE: usize = wire::HEADER_SIZE + wire::RegionAccess::SIZE + MA
 
 /// Protocol version that is proposed and served (section VFIO_USER_VERSION): 0.1.
 pub const VERSION: (u16, u16) = (0, 1);
+
+#[cfg(test)]
+mod tests;

@@ -18,15 +18,15 @@
 //! atomic load; the value is trusted as much as a reply, that is, not at all. A device that hangs is still found: its
 //! credit is finite, and so is the socket's buffer.
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::error::Fault;
+use super::mapping::Mapping;
 
 /// Size of the page, and of the region that it is, in bytes.
 pub const SHADOW_SIZE: usize = 4096;
@@ -81,7 +81,7 @@ impl ShadowState {
 #[derive(Debug)]
 pub struct ShadowPage {
     file: OwnedFd,
-    memory: MmapRegion,
+    memory: Mapping,
 }
 
 impl ShadowPage {
@@ -91,21 +91,23 @@ impl ShadowPage {
     /// The host refuses memory.
     pub fn create() -> Result<Self, Fault> {
         let call = |call| move |error| Fault::Socket { call, error };
+        // Beyond this limit ftruncate would end the process with SIGXFSZ.
+        let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(call("getrlimit"))?;
+        if limit < SHADOW_SIZE as u64 {
+            return Err(Fault::Descriptor("RLIMIT_FSIZE forbids a page of shared memory"));
+        }
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create(c"shadow", flags).map_err(call("memfd_create"))?);
+        let file = memfd_create(c"shadow", flags).map_err(call("memfd_create"))?;
         nix::unistd::ftruncate(&file, 4096).map_err(call("ftruncate"))?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(call("fcntl"))?;
-        let copy = file.try_clone().map_err(|_| Fault::Descriptor("cannot be duplicated"))?;
-        let memory = map(copy, libc::PROT_READ | libc::PROT_WRITE)?;
-        Ok(Self { file: file.into(), memory })
+        let memory = Mapping::new(file.as_fd(), true)?;
+        Ok(Self { file, memory })
     }
 
     /// Publishes a state. Everything that the device did before is visible to a client that sees it.
     pub fn publish(&self, state: ShadowState) {
-        if let Some(word) = word(&self.memory) {
-            word.store(state.pack(), Ordering::Release);
-        }
+        self.memory.word().store(state.pack(), Ordering::Release);
     }
 }
 
@@ -118,7 +120,7 @@ impl AsFd for ShadowPage {
 /// The client's side: the device's page, mapped read-only.
 #[derive(Debug)]
 pub struct ShadowView {
-    memory: MmapRegion,
+    memory: Mapping,
 }
 
 impl ShadowView {
@@ -135,20 +137,11 @@ impl ShadowView {
         if status.st_size < 4096 {
             return Err(Fault::Descriptor("smaller than its region"));
         }
-        Ok(Self { memory: map(File::from(file), libc::PROT_READ)? })
+        Ok(Self { memory: Mapping::new(file.as_fd(), false)? })
     }
 
     /// What the page says now.
     pub fn load(&self) -> ShadowState {
-        word(&self.memory).map(|word| ShadowState::unpack(word.load(Ordering::Acquire))).unwrap_or_default()
+        ShadowState::unpack(self.memory.word().load(Ordering::Acquire))
     }
-}
-
-fn map(file: File, protection: i32) -> Result<MmapRegion, Fault> {
-    MmapRegion::build(Some(FileOffset::new(file, 0)), SHADOW_SIZE, protection, libc::MAP_SHARED)
-        .map_err(|_| Fault::Descriptor("cannot be mapped"))
-}
-
-fn word(memory: &MmapRegion) -> Option<&AtomicU64> {
-    memory.get_atomic_ref::<AtomicU64>(0).ok()
 }

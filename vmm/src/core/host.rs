@@ -1,56 +1,25 @@
 //! What the machine tree asks of its host, answered with KVM and the kernel's clocks.
 
-use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_ipc::channel::message::MachineEnd;
 
-use vmm_sys_util::eventfd::EventFd;
-
+use super::reports::Reports;
 use crate::kvm::{Doorbells, Interrupts};
 use crate::machine::{Host, MappedDoorbell, PowerEvent};
-
-/// The first reason for which the machine ends; later ones do not count. Any thread may give it.
-pub(super) struct EndSignal {
-    reason: OnceLock<MachineEnd>,
-    event: EventFd,
-}
-
-impl EndSignal {
-    pub(super) fn new() -> io::Result<Self> {
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { reason: OnceLock::new(), event })
-    }
-
-    /// Ends the machine. The event loop reports it and the process exits.
-    pub(super) fn raise(&self, reason: MachineEnd) {
-        if self.reason.set(reason).is_ok() {
-            // A full counter would mean that it has been signalled already.
-            let _ = self.event.write(1);
-        }
-    }
-
-    pub(super) fn reason(&self) -> Option<&MachineEnd> {
-        self.reason.get()
-    }
-
-    pub(super) fn event(&self) -> &EventFd {
-        &self.event
-    }
-}
 
 /// The machine's host.
 pub(super) struct CoreHost {
     interrupts: Arc<Interrupts>,
     doorbells: Arc<Doorbells>,
-    end: Arc<EndSignal>,
+    reports: Arc<Reports>,
     started: Instant,
 }
 
 impl CoreHost {
-    pub(super) fn new(interrupts: Arc<Interrupts>, doorbells: Arc<Doorbells>, end: Arc<EndSignal>) -> Self {
-        Self { interrupts, doorbells, end, started: Instant::now() }
+    pub(super) fn new(interrupts: Arc<Interrupts>, doorbells: Arc<Doorbells>, reports: Arc<Reports>) -> Self {
+        Self { interrupts, doorbells, reports, started: Instant::now() }
     }
 }
 
@@ -62,7 +31,7 @@ impl Host for CoreHost {
     }
 
     fn power(&self, event: PowerEvent) {
-        self.end.raise(match event {
+        self.reports.end(match event {
             PowerEvent::PowerOff => MachineEnd::PowerOff,
             PowerEvent::Reset(source) => {
                 tracing::debug!(?source, "the guest resets the machine");

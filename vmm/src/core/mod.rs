@@ -9,22 +9,24 @@ mod assembly;
 mod event_loop;
 mod host;
 pub mod register_device;
+mod reports;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, FromCore, MachineEnd, ToCore};
+use bulkhead_ipc::channel::message::{Descriptors, FromCore, MachineEnd, ToCore};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
 use bulkhead_ipc::log::{self, LogLevel};
 use bulkhead_ipc::memory::MemoryError;
+use bulkhead_ipc::vfio_user::ClientError;
 
 use self::assembly::Core;
 use self::event_loop::EventLoop;
 use crate::boot::BootError;
 use crate::kvm::KvmError;
-use crate::machine::AttachError;
+use crate::machine::{AttachError, BuildError};
 use crate::virtio::VirtioError;
 
 /// How long the supervisor may take to send the start message.
@@ -53,6 +55,9 @@ pub enum CoreError {
     /// Kernel, initial RAM file system or command line.
     #[error("{0}")]
     Boot(#[from] BootError),
+    /// The chipset.
+    #[error("{0}")]
+    Build(#[from] BuildError),
     /// A device did not fit into the tree.
     #[error("{0}")]
     Attach(#[from] AttachError),
@@ -65,12 +70,12 @@ pub enum CoreError {
         source: VirtioError,
     },
     /// A register-level device's process did not answer as it must.
-    #[error("device {id}: {reason}")]
+    #[error("device {id}: {source}")]
     Register {
         /// Which device.
         id: String,
         /// What went wrong.
-        reason: String,
+        source: ClientError,
     },
     /// A system call failed.
     #[error("{call}: {source}")]
@@ -120,4 +125,13 @@ fn run(channel: &Channel) -> Result<MachineEnd, CoreError> {
     seal(channel, &core, &events)?;
     core.vcpus.resume();
     events.run(channel, &core)
+}
+
+/// Locks the process down and tells the supervisor that the machine is complete.
+fn seal(channel: &Channel, core: &Core, events: &EventLoop) -> Result<(), CoreError> {
+    let mut held = core.descriptors.clone();
+    held.extend([channel.as_fd().as_raw_fd(), events.as_fd().as_raw_fd()]);
+    let sealed = jail::seal(PolicyName::CoreMain, &held)?;
+    let ready = FromCore::Ready { policies: sealed.policies() };
+    Ok(channel.send_within(&ready, &sealed.descriptors(), SEND_DEADLINE)?)
 }

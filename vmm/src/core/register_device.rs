@@ -5,7 +5,7 @@
 //! ones and drops writes, as an empty slot does, until [`RegisterDevice::replace`] brings a new process; the guest's
 //! settings are written to it again from a journal of the registers that only change by writing.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -140,8 +140,7 @@ impl Link {
         if ports.size != u64::from(PORTS) {
             return Err(unexpected("size", u64::from(PORTS), ports.size));
         }
-        let shadow =
-            if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
+        let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
         client.set_irq(0, Some(interrupt.as_fd()))?;
         Ok(Self { client, shadow, posted: 0, streamed: 0 })
     }
@@ -214,6 +213,13 @@ impl RegisterDevice {
         }
         state.link = Some(link);
         Ok(())
+    }
+
+    /// Numbers of the descriptors that the device holds now, for the check before the process is sealed.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let state = self.lock();
+        let socket = state.link.as_ref().map(|link| link.client.as_fd().as_raw_fd());
+        socket.into_iter().chain([self.interrupt.as_raw_fd()]).collect()
     }
 
     /// Whether the device answers.

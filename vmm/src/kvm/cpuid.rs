@@ -74,7 +74,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, id: u8, cpus: u8, tsc_deadline: bool) {
 
 /// Leaf 0Bh: one thread for each core, all cores in one package.
 fn extended_topology(id: u8, cpus: u8) -> [kvm_cpuid_entry2; 3] {
-    let level = |index, shift, count, kind| kvm_cpuid_entry2 {
+    let level = |index: u32, shift, count, kind: u32| kvm_cpuid_entry2 {
         function: 0xb,
         index,
         flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,

@@ -3,14 +3,13 @@
 //! What exists in KVM is derived from the bus tree: each change of the tree hands the whole wanted set, and only the difference is carried out.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmError, Vm, call};
-use crate::machine::pci::DoorbellId;
 use crate::machine::{MappedDoorbell, Space};
+use crate::virtio::VirtioPci;
 
 /// The ioeventfds of a machine.
 pub struct Doorbells {
@@ -20,8 +19,8 @@ pub struct Doorbells {
 
 #[derive(Default)]
 struct State {
-    /// By slot and the function's own name for the doorbell.
-    events: BTreeMap<(u8, DoorbellId), Arc<EventFd>>,
+    /// By slot.
+    functions: BTreeMap<u8, Arc<VirtioPci>>,
     mapped: Vec<MappedDoorbell>,
 }
 
@@ -31,9 +30,9 @@ impl Doorbells {
         Self { vm: vm.handle(), state: Mutex::default() }
     }
 
-    /// Names the eventfd that doorbell `id` of the function in `slot` signals once the tree maps it.
-    pub fn register(&self, slot: u8, id: DoorbellId, event: Arc<EventFd>) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).events.insert((slot, id), event);
+    /// Names the function whose eventfds the doorbells of `slot` signal; before it is attached to the tree.
+    pub fn register(&self, slot: u8, function: Arc<VirtioPci>) {
+        self.lock().functions.insert(slot, function);
     }
 
     /// Makes KVM's ioeventfds equal to `wanted`. What KVM refuses stays with the slow path (the tree gets the
@@ -42,30 +41,42 @@ impl Doorbells {
     /// # Errors
     /// The first ioctl that failed.
     pub fn update(&self, wanted: &[MappedDoorbell]) -> Result<(), KvmError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { events, mapped } = &mut *state;
+        let mut state = self.lock();
+        let State { functions, mapped } = &mut *state;
         let mut result = Ok(());
         mapped.retain(|old| {
             let keep = wanted.contains(old);
-            if !keep && let Some(event) = events.get(&(old.slot, old.id)) {
-                result = std::mem::replace(&mut result, Ok(())).and(self.set(event, old, false));
+            if !keep {
+                first_error(&mut result, self.set(functions, old, false));
             }
             keep
         });
         for new in wanted {
-            if !mapped.contains(new)
-                && let Some(event) = events.get(&(new.slot, new.id))
-            {
-                match self.set(event, new, true) {
+            if !mapped.contains(new) {
+                match self.set(functions, new, true) {
                     Ok(()) => mapped.push(*new),
-                    Err(error) => result = std::mem::replace(&mut result, Ok(())).and(Err(error)),
+                    error => first_error(&mut result, error),
                 }
             }
         }
         result
     }
 
-    fn set(&self, event: &EventFd, doorbell: &MappedDoorbell, on: bool) -> Result<(), KvmError> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(
+        &self,
+        functions: &BTreeMap<u8, Arc<VirtioPci>>,
+        doorbell: &MappedDoorbell,
+        on: bool,
+    ) -> Result<(), KvmError> {
+        let function = functions.get(&doorbell.slot);
+        let Some(event) = function.and_then(|function| function.doorbell_event(doorbell.id)) else {
+            return Ok(());
+        };
+        let event = event.eventfd();
         let address = match doorbell.space {
             Space::Port => IoEventAddress::Pio(doorbell.address),
             Space::Memory => IoEventAddress::Mmio(doorbell.address),
@@ -77,5 +88,11 @@ impl Doorbells {
             self.vm.unregister_ioevent(event, &address, NoDatamatch)
         };
         done.map_err(call("KVM_IOEVENTFD"))
+    }
+}
+
+fn first_error(result: &mut Result<(), KvmError>, next: Result<(), KvmError>) {
+    if result.is_ok() {
+        *result = next;
     }
 }

@@ -1,7 +1,10 @@
 //! Interrupt routing: ISA lines to PIC and IOAPIC, MSI-X vectors by irqfd.
+//!
+//! Contains unsafe code: the eventfd type of KVM's crate is made from a descriptor.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -47,9 +50,13 @@ impl Interrupts {
     /// Lets writes to `event` pulse the edge-triggered input `gsi`.
     ///
     /// # Errors
-    /// KVM refused it.
-    pub fn connect_line(&self, event: &EventFd, gsi: u8) -> Result<(), KvmError> {
-        self.vm.register_irqfd(event, u32::from(gsi)).map_err(call("KVM_IRQFD"))
+    /// KVM refused it, or no descriptor is left.
+    pub fn connect_line(&self, event: BorrowedFd<'_>, gsi: u8) -> Result<(), KvmError> {
+        let failed = |error: io::Error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO));
+        let duplicate = event.try_clone_to_owned().map_err(failed).map_err(call("KVM_IRQFD"))?;
+        // SAFETY: the duplicate is owned and an eventfd by the caller's word; KVM refuses anything else.
+        let duplicate = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };
+        self.vm.register_irqfd(&duplicate, u32::from(gsi)).map_err(call("KVM_IRQFD"))
     }
 
     /// Lets writes to `event` send `message` to the guest's LAPICs. A write that came before is delivered now.

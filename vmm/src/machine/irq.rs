@@ -111,6 +111,27 @@ impl InterruptRouter {
         lock(&self.state).pins.get(devfn(slot, function)).is_some_and(|pins| *pins != 0)
     }
 
+    /// A function was unplugged: its pins float.
+    pub(super) fn release(&self, slot: u8, function: u8) {
+        self.update(|state| {
+            if let Some(pins) = state.pins.get_mut(devfn(slot, function)) {
+                *pins = 0;
+            }
+            if let Some(disabled) = state.disabled.get_mut(devfn(slot, function)) {
+                *disabled = false;
+            }
+        });
+    }
+
+    /// RST#: command registers enable INTx# again, and no device drives anything.
+    pub(super) fn reset(&self) {
+        self.update(|state| {
+            state.pins.fill(0);
+            state.disabled.fill(false);
+            state.isa.iter_mut().for_each(|line| line.1 = false);
+        });
+    }
+
     /// PIRQRC A–D changed.
     pub(super) fn set_routes(&self, routes: [u8; 4]) {
         self.update(|state| state.routes = routes);

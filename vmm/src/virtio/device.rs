@@ -1,7 +1,7 @@
 //! The PCI function.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -177,6 +177,22 @@ impl VirtioPci {
     /// The eventfd to register as ioeventfd for a doorbell of [`PciFunction::doorbells`]. The same for the device's whole life.
     pub fn doorbell_event(&self, id: DoorbellId) -> Option<&Event> {
         usize::try_from(id.0).ok().and_then(|index| self.kicks.get(index))
+    }
+
+    /// Numbers of the descriptors that the device holds now, for the check before the process is sealed.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let state = self.state();
+        let link = state.link.as_ref().map(|link| link.frontend.as_fd());
+        let requests = state.link.as_ref().and_then(|link| link.requests.as_ref()).map(AsFd::as_fd);
+        let own = [self.epoll.0.as_fd(), self.ring_error.as_fd()];
+        let kicks = self.kicks.iter().map(AsFd::as_fd);
+        kicks
+            .chain(own)
+            .chain(link)
+            .chain(requests)
+            .chain(state.interrupts.events().map(AsFd::as_fd))
+            .map(|fd| fd.as_raw_fd())
+            .collect()
     }
 
     /// Whether a back end is connected.

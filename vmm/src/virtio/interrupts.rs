@@ -113,6 +113,11 @@ impl Interrupts {
         self.sources.get(usize::from(queue_source(queue))).map(|source| &source.event)
     }
 
+    /// The eventfds of all sources.
+    pub fn events(&self) -> impl Iterator<Item = &Event> {
+        self.sources.iter().map(|source| &source.event)
+    }
+
     /// `config_msix_vector`.
     pub fn config_vector(&self) -> u16 {
         self.vector(0)

@@ -276,3 +276,15 @@ fn a_short_read_into_a_vector_continues_where_it_stopped() {
     assert_eq!(&copy, b"0123456789ab");
     assert_eq!(dirty(&ram), BTreeSet::from([REGIONS[0].0, REGIONS[0].0 + 4096, REGIONS[2].0]));
 }
+
+#[test]
+fn cleared_memory_is_zero_and_marked_and_its_neighbours_are_neither() {
+    let ram = ram();
+    let backing = ram.regions().next().unwrap().share().unwrap().fd;
+    let whole = GuestRam::attach(vec![super::region(0, 16 * PAGE_SIZE, 0, backing)]).unwrap();
+    whole.view(0, 16 * PAGE_SIZE, Direction::Write).unwrap().write_bytes(0, &[7; 16 * 4096]).unwrap();
+    ram.clear().unwrap();
+    assert_eq!(ram.dirty_pages().count(), 13);
+    let byte = |page: u64| whole.view(page * PAGE_SIZE, 1, Direction::Read).unwrap().read::<u8>(0).unwrap();
+    assert_eq!((byte(0), byte(1), byte(13), byte(14)), (7, 0, 0, 7));
+}

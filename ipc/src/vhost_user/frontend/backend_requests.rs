@@ -27,8 +27,8 @@ pub enum BackendRequest {
 /// The front end's end of the back-end channel.
 #[derive(Debug)]
 pub struct BackendRequests {
-    device: Arc<str>,
-    connection: Connection,
+    pub(super) device: Arc<str>,
+    pub(super) connection: Connection,
 }
 
 impl AsFd for BackendRequests {

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::{Frontend, FrontendError};
-use crate::vhost_user::message::{FrontendReq, VhostUserInflight, VhostUserProtocolFeatures, decode, encode};
+use crate::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 /// Largest in-flight memory of one queue: header and 32768 entries of 16 bytes, rounded up to a page; then some.
 const MAX_SIZE_PER_QUEUE: u64 = 1 << 20;
@@ -24,6 +24,25 @@ pub struct InflightMemory {
     pub queue_size: u16,
 }
 
+/// The payload as QEMU has it: a C structure with four bytes of padding at its end, 24 bytes in all.
+fn payload(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> {
+    let mut payload = [size, offset].map(u64::to_le_bytes).concat();
+    payload.extend(queues.to_le_bytes());
+    payload.extend(queue_size.to_le_bytes());
+    payload.extend([0; 4]);
+    payload
+}
+
+/// Size and offset out of a payload, with padding or, after the letter of the specification, without.
+fn parse(payload: &[u8]) -> Option<(u64, u64)> {
+    if payload.len() != 24 && payload.len() != 20 {
+        return None;
+    }
+    let (size, rest) = payload.split_first_chunk()?;
+    let (offset, _) = rest.split_first_chunk()?;
+    Some((u64::from_le_bytes(*size), u64::from_le_bytes(*offset)))
+}
+
 impl Frontend {
     /// GET_INFLIGHT_FD: has the back end allocate memory for `queues` queues of `queue_size` entries.
     /// `None` if it answers that it needs none.
@@ -37,13 +56,12 @@ impl Frontend {
     ) -> Result<Option<InflightMemory>, FrontendError> {
         let request = FrontendReq::GET_INFLIGHT_FD;
         self.need(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
-        let payload = encode(&VhostUserInflight::new(0, 0, queues, queue_size));
+        let payload = payload(0, 0, queues, queue_size);
         let message = self.query(request, &payload, 1, self.limits.exchange)?;
-        let Some(reply) = decode::<VhostUserInflight>(&message.payload) else {
+        let Some((size, offset)) = parse(&message.payload) else {
             let length = message.payload.len() as u64;
-            return Err(self.bad_reply(request, "size", length, size_of::<VhostUserInflight>().to_string()));
+            return Err(self.bad_reply(request, "size", length, "24 or 20"));
         };
-        let (size, offset) = (reply.mmap_size, reply.mmap_offset);
         if size == 0 && message.descriptors.is_empty() {
             return Ok(None);
         }
@@ -72,8 +90,7 @@ impl Frontend {
     pub fn set_inflight(&mut self, memory: &InflightMemory) -> Result<(), FrontendError> {
         let request = FrontendReq::SET_INFLIGHT_FD;
         self.need(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
-        let payload =
-            encode(&VhostUserInflight::new(memory.size, memory.offset, memory.queues, memory.queue_size));
+        let payload = payload(memory.size, memory.offset, memory.queues, memory.queue_size);
         self.command(request, &payload, &[memory.file.as_fd()])
     }
 }

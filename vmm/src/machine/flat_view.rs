@@ -1,0 +1,154 @@
+//! The flat view: what the tree decodes, as sorted ranges for a quick look-up. Derived from the tree, never changed by itself.
+
+use super::address::CycleKind;
+use super::host::{MappedDoorbell, Space};
+use super::pci::PciBus;
+use super::tree::{Decoded, Endpoint, Node};
+
+/// Disjoint ranges in ascending order.
+#[derive(Default)]
+struct RangeMap(Vec<Decoded>);
+
+impl RangeMap {
+    /// `ranges` come strongest first.
+    fn new(ranges: Vec<Decoded>) -> Self {
+        let mut map = Self::default();
+        for range in ranges {
+            map.fill(&range);
+        }
+        map
+    }
+
+    /// Adds those parts of `range` that nothing occupies yet.
+    fn fill(&mut self, range: &Decoded) {
+        let mut parts = Vec::new();
+        let mut next = Some(range.first);
+        let overlapping = self.0.iter().skip_while(|taken| taken.last < range.first);
+        for taken in overlapping.take_while(|taken| taken.first <= range.last) {
+            if let (Some(first), Some(last)) = (next, taken.first.checked_sub(1)) {
+                parts.extend(part(range, first, last));
+            }
+            next = taken.last.checked_add(1);
+        }
+        if let Some(first) = next {
+            parts.extend(part(range, first, range.last));
+        }
+        if !parts.is_empty() {
+            self.0.extend(parts);
+            self.0.sort_by_key(|range| range.first);
+        }
+    }
+
+    /// The range that holds `address`, and the last address that has the same fate (claimed or not).
+    fn find(&self, address: u64) -> (Option<&Decoded>, u64) {
+        let after = self.0.partition_point(|range| range.first <= address);
+        let at = after.checked_sub(1).and_then(|index| self.0.get(index));
+        if let Some(range) = at.filter(|range| address <= range.last) {
+            return (Some(range), range.last);
+        }
+        (None, self.0.get(after).map_or(u64::MAX, |next| next.first.wrapping_sub(1)))
+    }
+}
+
+fn part(range: &Decoded, first: u64, last: u64) -> Option<Decoded> {
+    let offset = range.offset.wrapping_add(first.checked_sub(range.first)?);
+    (first <= last).then(|| Decoded { first, last, endpoint: range.endpoint.clone(), offset })
+}
+
+/// Where an address leads.
+pub(super) struct Resolved<'a> {
+    /// Who answers; nobody on an open bus.
+    pub(super) endpoint: Option<&'a Endpoint>,
+    /// The offset there.
+    pub(super) offset: u64,
+    /// The last address that leads to the same place.
+    pub(super) last: u64,
+}
+
+/// A picture of the whole tree at one moment.
+#[derive(Default)]
+pub(super) struct FlatView {
+    /// The state of the tree that it shows.
+    pub(super) generation: u64,
+    ports: RangeMap,
+    port_dwords: RangeMap,
+    memory: RangeMap,
+    /// The doorbells that can be reached, sorted.
+    pub(super) doorbells: Vec<MappedDoorbell>,
+}
+
+impl FlatView {
+    /// Derives the view. `generation` was read before `root` is.
+    pub(super) fn derive(generation: u64, root: &impl Node, bus: &PciBus) -> Self {
+        let map = |kind| {
+            let mut ranges = Vec::new();
+            root.decoded(kind, &mut ranges);
+            RangeMap::new(ranges)
+        };
+        let mut view = Self {
+            generation,
+            ports: map(CycleKind::Port),
+            port_dwords: map(CycleKind::PortDword),
+            memory: map(CycleKind::Memory),
+            doorbells: Vec::new(),
+        };
+        view.doorbells = view.find_doorbells(bus);
+        view
+    }
+
+    /// Where a cycle leads.
+    pub(super) fn resolve(&self, kind: CycleKind, address: u64) -> Resolved<'_> {
+        let map = match kind {
+            CycleKind::Port => &self.ports,
+            CycleKind::PortDword => &self.port_dwords,
+            CycleKind::Memory => &self.memory,
+        };
+        let (range, last) = map.find(address);
+        let offset = range.map_or(0, |range| range.offset.wrapping_add(address.wrapping_sub(range.first)));
+        Resolved { endpoint: range.map(|range| &range.endpoint), offset, last }
+    }
+
+    /// Whether a write of `length` bytes at `address` ends at `offset` of `endpoint` and nowhere else.
+    fn leads_to(&self, (space, address): (Space, u64), length: u8, endpoint: &Endpoint, offset: u64) -> bool {
+        let found = self.resolve(CycleKind::new(space, length.into()), address);
+        let last = address.saturating_add(u64::from(length.max(1)) - 1);
+        found.endpoint.is_some_and(|there| there.is(endpoint)) && found.offset == offset && last <= found.last
+    }
+
+    /// The doorbells of all functions, where the view leads to them.
+    fn find_doorbells(&self, bus: &PciBus) -> Vec<MappedDoorbell> {
+        let mut mapped = Vec::new();
+        for (slot, function) in bus.functions_by_slot() {
+            let doorbells = function.doorbells();
+            if doorbells.is_empty() {
+                continue;
+            }
+            let command = function.config().command();
+            for bar in function.config().bars() {
+                let Some((first, _)) = bar.decoded(command) else { continue };
+                for doorbell in doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
+                    let Some(address) = first.checked_add(doorbell.offset) else { continue };
+                    let at = (bar.kind.space(), address);
+                    let endpoint = Endpoint::Bar(function.clone(), bar.index);
+                    if self.leads_to(at, doorbell.length, &endpoint, doorbell.offset) {
+                        let (id, length, datamatch) = (doorbell.id, doorbell.length, doorbell.datamatch);
+                        mapped.push(MappedDoorbell { id, slot, space: at.0, address, length, datamatch });
+                    }
+                }
+            }
+        }
+        mapped.sort();
+        mapped
+    }
+
+    /// Every boundary in the view, for tests.
+    #[cfg(test)]
+    pub(super) fn boundaries(&self, kind: CycleKind) -> Vec<u64> {
+        let map = match kind {
+            CycleKind::Port => &self.ports,
+            CycleKind::PortDword => &self.port_dwords,
+            CycleKind::Memory => &self.memory,
+        };
+        map.0.iter().flat_map(|range| [range.first, range.last]).collect()
+    }
+}
