@@ -26,15 +26,13 @@ pub enum PolicyName {
     ConsoleMain,
     /// virtio-console: its queues and its peer.
     ConsoleQueue,
-    /// 16550A: control channel.
+    /// 16550A: its only thread: control channel, registers, peer.
     UartMain,
-    /// 16550A: registers and peer.
-    UartWorker,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 9] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -44,7 +42,6 @@ impl PolicyName {
         Self::ConsoleMain,
         Self::ConsoleQueue,
         Self::UartMain,
-        Self::UartWorker,
     ];
 
     /// The policy's file in the source tree.
@@ -77,7 +74,6 @@ impl PolicyName {
             Self::ConsoleMain => CONSOLE_MAIN,
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
-            Self::UartWorker => UART_WORKER,
         }
     }
 }

@@ -53,10 +53,7 @@ impl Core {
         let doorbells = Arc::new(Doorbells::new(&vm));
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let supported = vm.supported_cpuid()?;
-        let config = MachineConfig {
-            cpus: start.cpus,
-            address_bits: address_bits(&supported),
-        };
+        let config = MachineConfig { cpus: start.cpus, address_bits: address_bits(&supported) };
         let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         let mut vcpus = Vec::with_capacity(start.cpus.into());
