@@ -71,7 +71,8 @@ struct TestFunction {
 
 impl TestFunction {
     fn new(name: u8) -> Arc<Self> {
-        let identity = Identity { vendor: 0x1234, device: name.into(), class: 0xFF_00_00, ..Identity::default() };
+        let identity =
+            Identity { vendor: 0x1234, device: name.into(), class: 0xFF_00_00, ..Identity::default() };
         let mut builder = ConfigSpaceBuilder::new(identity);
         builder.bar(0, BarKind::Memory64 { prefetchable: true }, 0x1000).unwrap();
         builder.bar(2, BarKind::Memory32, 0x100).unwrap();
@@ -96,7 +97,8 @@ impl PciFunction for TestFunction {
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
         for (index, byte) in data.iter_mut().enumerate() {
-            *byte = self.name ^ bar << 5 ^ u8::try_from(offset & 0xFF).unwrap() ^ u8::try_from(index).unwrap();
+            *byte =
+                self.name ^ bar << 5 ^ u8::try_from(offset & 0xFF).unwrap() ^ u8::try_from(index).unwrap();
         }
     }
 
@@ -106,13 +108,8 @@ impl PciFunction for TestFunction {
     }
 
     fn doorbells(&self) -> Vec<Doorbell> {
-        let doorbell = |id, bar, offset| Doorbell {
-            id: DoorbellId(id),
-            bar,
-            offset,
-            length: 2,
-            datamatch: None,
-        };
+        let doorbell =
+            |id, bar, offset| Doorbell { id: DoorbellId(id), bar, offset, length: 2, datamatch: None };
         vec![doorbell(0, 0, 0x800), doorbell(1, 0, 0x804), doorbell(2, 4, 0xE)]
     }
 
