@@ -1,4 +1,11 @@
 //! The device program at work: driven by our own front end and a small virtio driver, by hostile drivers, and by QEMU.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
 
 mod blk;
 mod console;

@@ -33,22 +33,15 @@ impl Supervised {
         let (ours, theirs) = Channel::pair().unwrap();
         let (log, log_end) = pipe().unwrap();
         let null = File::open("/dev/null").unwrap();
-        // An executable that every user may run, wherever the build folder is.
-        let folder = tempfile::tempdir().unwrap();
-        let copy = folder.path().join("bulkhead-device");
-        std::fs::copy(PROGRAM, &copy).unwrap();
-        std::os::unix::fs::PermissionsExt::set_mode(
-            &mut std::fs::metadata(&copy).unwrap().permissions(),
-            0o755,
-        );
-        let program = File::open(&copy).unwrap();
+        let program = File::open(PROGRAM).unwrap();
         let spec = JailSpec {
             program: program.as_fd(),
             arguments: &["bulkhead-device".to_owned(), kind.to_owned()],
             channel: theirs.into_fd(),
             log: log_end.as_fd(),
             null: null.as_fd(),
-            limits: Limits { file_size: None, ..Limits::default() },
+            // As the supervisor does it: io_uring's rings count as locked memory.
+            limits: Limits { file_size: None, locked: 8 << 20, ..Limits::default() },
             identity: Identity::default(),
         };
         let mut process = jail::spawn(spec).unwrap();
