@@ -4,7 +4,8 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    clippy::cast_possible_truncation
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss
 )]
 
 mod blk;
@@ -12,6 +13,7 @@ mod console;
 mod driver;
 mod hostile;
 mod inflight;
+mod measure;
 mod messages;
 mod qemu;
 mod rng;
