@@ -37,7 +37,8 @@ impl Attached {
             }
         }
         for window in self.function.windows().into_iter().filter(|window| window.space == kind.space()) {
-            if let Some(last) = window.length.checked_sub(1).and_then(|length| window.address.checked_add(length))
+            if let Some(last) =
+                window.length.checked_sub(1).and_then(|length| window.address.checked_add(length))
             {
                 let endpoint = Endpoint::Window(self.function.clone(), window.id);
                 ranges.push(Decoded { first: window.address, last, endpoint, offset: 0 });
@@ -54,7 +55,7 @@ pub(in super::super) struct ConfigWritten {
 }
 
 /// The bus. Several functions that decode one address would fight on a real bus; here the lowest slot wins.
-pub struct PciBus {
+pub(in super::super) struct PciBus {
     /// In the order of their slots.
     functions: Mutex<Vec<Attached>>,
     /// The bridge that takes what no function claims: the PIIX3 by subtractive decode.
@@ -76,9 +77,9 @@ impl PciBus {
         lock(&self.functions).clone()
     }
 
-    /// All functions with their slots, in order.
-    pub(in super::super) fn functions_by_slot(&self) -> Vec<(u8, Arc<dyn PciFunction>)> {
-        self.attached().into_iter().map(|entry| (entry.at.slot, entry.function)).collect()
+    /// All functions with their places, in order.
+    pub(in super::super) fn functions_in_order(&self) -> Vec<(SlotFunction, Arc<dyn PciFunction>)> {
+        self.attached().into_iter().map(|entry| (entry.at, entry.function)).collect()
     }
 
     /// The function at a place.

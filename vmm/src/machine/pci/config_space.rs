@@ -100,6 +100,17 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+/// A register of 8 bits in a table as in a datasheet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Register {
+    /// Its offset in configuration space.
+    pub offset: u16,
+    /// Its value after reset.
+    pub reset: u8,
+    /// The bits that the guest can write.
+    pub writable: u8,
+}
+
 /// A configuration space that cannot be built as asked. An error of the program, not of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -185,6 +196,17 @@ impl ConfigSpaceBuilder {
         Ok(self)
     }
 
+    /// Defines a table of registers.
+    ///
+    /// # Errors
+    /// [`ConfigError::OutOfRange`].
+    pub fn registers(&mut self, table: &[Register]) -> Result<&mut Self, ConfigError> {
+        for register in table {
+            self.register(register.offset, &[register.reset], &[register.writable])?;
+        }
+        Ok(self)
+    }
+
     /// Defines which bits of a register are cleared by writing ones to them.
     ///
     /// # Errors
@@ -227,7 +249,6 @@ impl ConfigSpaceBuilder {
     }
 
     /// Says which interrupt pin the function drives.
-    #[must_use = "the builder is returned for chaining"]
     pub fn interrupt_pin(&mut self, pin: Pin) -> &mut Self {
         put(&mut self.reset, header::INTERRUPT_PIN, &[pin as u8 + 1]);
         self

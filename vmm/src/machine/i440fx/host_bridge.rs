@@ -1,0 +1,140 @@
+//! The host bridge as a function on its own bus, 00:00.0 (290549, section 3.2).
+
+use std::sync::Mutex;
+
+use super::super::pci::{
+    ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Register, header,
+};
+use super::super::sync::lock;
+
+/// System management RAM control.
+const SMRAM: u16 = 0x72;
+const SMRAM_D_OPEN: u8 = 0x40;
+const SMRAM_D_LCK: u8 = 0x10;
+
+/// The registers beyond the header: offset, value after reset, writable bits.
+pub(in super::super) const REGISTERS: [Register; 27] = [
+    // 3.2.11 PMCCFG low byte: bus frequency strap, EPTE.
+    Register { offset: 0x50, reset: 0x00, writable: 0x40 },
+    // 3.2.12 DETURBO
+    Register { offset: 0x52, reset: 0x00, writable: 0xFF },
+    // 3.2.13 DBC
+    Register { offset: 0x53, reset: 0x80, writable: 0xF7 },
+    // 3.2.14 AXC
+    Register { offset: 0x54, reset: 0x00, writable: 0x01 },
+    // 3.2.15 DRT
+    Register { offset: 0x55, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x56, reset: 0x00, writable: 0xFF },
+    // 3.2.16 DRAMC
+    Register { offset: 0x57, reset: 0x01, writable: 0x3F },
+    // 3.2.17 DRAMT
+    Register { offset: 0x58, reset: 0x10, writable: 0x7F },
+    // 3.2.18 PAM0–6: bits 0/4 read enable, 1/5 write enable; PAM0's low nibble is reserved.
+    Register { offset: 0x59, reset: 0x00, writable: 0x30 },
+    Register { offset: 0x5A, reset: 0x00, writable: 0x33 },
+    Register { offset: 0x5B, reset: 0x00, writable: 0x33 },
+    Register { offset: 0x5C, reset: 0x00, writable: 0x33 },
+    Register { offset: 0x5D, reset: 0x00, writable: 0x33 },
+    Register { offset: 0x5E, reset: 0x00, writable: 0x33 },
+    Register { offset: 0x5F, reset: 0x00, writable: 0x33 },
+    // 3.2.19 DRB0–7, in units of 8 MiB; firmware's business.
+    Register { offset: 0x60, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x61, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x62, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x63, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x64, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x65, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x66, reset: 0x01, writable: 0xFF },
+    Register { offset: 0x67, reset: 0x01, writable: 0xFF },
+    // 3.2.20 FDHC: hole enable.
+    Register { offset: 0x68, reset: 0x00, writable: 0xC0 },
+    // 3.2.21 MTT
+    Register { offset: 0x70, reset: 0x00, writable: 0xF8 },
+    // 3.2.22 CLT
+    Register { offset: 0x71, reset: 0x10, writable: 0xFF },
+    // 3.2.24 ERRCMD
+    Register { offset: 0x90, reset: 0x00, writable: 0x1F },
+];
+
+/// The host bridge.
+pub(in super::super) struct HostBridge {
+    config: ConfigSpace,
+    /// SMRAM as the guest wrote it last: once D_LCK is set, it and D_OPEN are read-only until reset.
+    smram: Mutex<u8>,
+}
+
+impl HostBridge {
+    pub(in super::super) fn new(cpus: u8) -> Result<Self, ConfigError> {
+        let mut builder = ConfigSpaceBuilder::new(Identity {
+            vendor: 0x8086,
+            device: 0x1237,
+            revision: 0x02,
+            class: 0x06_00_00,
+            // Firmware recognises the platform by this subsystem.
+            subsystem_vendor: 0x1AF4,
+            subsystem: 0x1100,
+        });
+        // 3.2.4 PCICMD: always bus master and memory; SERR# and parity enable can be written.
+        builder.register(header::COMMAND, &0x0006_u16.to_le_bytes(), &0x0140_u16.to_le_bytes())?;
+        // 3.2.5 PCISTS: medium DEVSEL#, fast back-to-back.
+        builder.register(header::STATUS, &0x0280_u16.to_le_bytes(), &[])?;
+        builder.write_one_to_clear(header::STATUS, &0xF100_u16.to_le_bytes())?;
+        // 3.2.8 MLT. There is no cache line size and no interrupt.
+        builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0xF8])?;
+        builder.register(header::INTERRUPT_LINE, &[0], &[0])?;
+        builder.registers(&REGISTERS)?;
+        // 3.2.11 PMCCFG bit 15: WPE, strapped by a second processor.
+        builder.register(0x51, &[u8::from(cpus > 1) << 7], &[0])?;
+        // 3.2.23 SMRAM: C_BASE_SEG is fixed at 010 (A0000); D_OPEN, D_CLS, D_LCK, G_SMRAME.
+        builder.register(SMRAM, &[0x02], &[0x78])?;
+        // 3.2.25 ERRSTS
+        builder.write_one_to_clear(0x91, &[0x11])?;
+        // 3.2.26 TRC, port 93 in the tables: reset control by this bridge is not used on this platform.
+        builder.register(0x93, &[0x00], &[0x00])?;
+        Ok(Self { config: builder.build(), smram: Mutex::new(0x02) })
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn config_written(&self, _offset: u16, _len: usize) {
+        let mut last = lock(&self.smram);
+        let mut new = self.config.get_u8(SMRAM);
+        if (new | *last) & SMRAM_D_LCK != 0 {
+            new = new & !SMRAM_D_OPEN | SMRAM_D_LCK;
+            self.config.set(SMRAM, &[new]);
+        }
+        *last = new;
+    }
+
+    fn reset(&self) {
+        *lock(&self.smram) = self.config.get_u8(SMRAM);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locked_smram_stays_closed_and_locked_until_reset() {
+        let bridge = HostBridge::new(1).unwrap();
+        let write = |value| {
+            bridge.config.write(SMRAM, &[value]);
+            bridge.config_written(SMRAM, 1);
+        };
+        write(SMRAM_D_OPEN | 0x08);
+        assert_eq!(bridge.config.get_u8(SMRAM), 0x4A);
+        write(SMRAM_D_OPEN | SMRAM_D_LCK | 0x08);
+        assert_eq!(bridge.config.get_u8(SMRAM), 0x1A);
+        write(SMRAM_D_OPEN);
+        assert_eq!(bridge.config.get_u8(SMRAM), 0x12);
+        bridge.config.reset();
+        bridge.reset();
+        write(SMRAM_D_OPEN);
+        assert_eq!(bridge.config.get_u8(SMRAM), 0x42);
+    }
+}

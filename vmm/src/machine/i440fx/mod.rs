@@ -1,0 +1,71 @@
+//! The 82441FX PMC: what the CPU's accesses meet first (290549).
+//!
+//! Claims DRAM, the APICs' addresses and its two configuration ports; posts everything else to PCI bus 0.
+
+mod config_mechanism;
+mod host_bridge;
+
+use std::sync::Arc;
+
+pub(super) use config_mechanism::ConfigMechanism;
+pub(super) use host_bridge::HostBridge;
+#[cfg(test)]
+pub(super) use host_bridge::REGISTERS;
+
+use super::address::CycleKind;
+use super::pci::PciBus;
+use super::tree::{Claim, Decoded, Endpoint, Node};
+
+/// First and last port of the 8259s and their ELCRs, the 8254 and its gate, which the host's kernel answers: wherever they
+/// are on the board, no access to them comes further than this.
+const IN_KERNEL_PORTS: [(u64, u64); 5] =
+    [(0x20, 0x21), (0x40, 0x43), (0x61, 0x61), (0xA0, 0xA1), (0x4D0, 0x4D1)];
+/// First and last address of the I/O APIC's page and of the local APICs' (290549, section 4.1, system memory map).
+const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF_FFFF)];
+
+/// The root of the tree.
+pub(super) struct I440Fx {
+    /// First and last address of each region of RAM.
+    dram: Vec<(u64, u64)>,
+    /// CF8 and CFC.
+    pub(super) mechanism: ConfigMechanism,
+    /// What is below.
+    pub(super) bus: Arc<PciBus>,
+}
+
+impl I440Fx {
+    pub(super) fn new(dram: Vec<(u64, u64)>, bus: Arc<PciBus>) -> Self {
+        Self { dram, mechanism: ConfigMechanism::default(), bus }
+    }
+
+    /// What the bridge itself claims.
+    fn own(&self, kind: CycleKind) -> Vec<Decoded> {
+        let range = |(first, last), endpoint, offset| Decoded { first, last, endpoint, offset };
+        let data = range((0xCFC, 0xCFF), Endpoint::ConfigData, 0);
+        match kind {
+            CycleKind::Port | CycleKind::PortDword => {
+                let mut own = vec![data];
+                own.extend(IN_KERNEL_PORTS.map(|ends| range(ends, Endpoint::InKernel, 0)));
+                if kind == CycleKind::PortDword {
+                    own.push(range((0xCF8, 0xCFB), Endpoint::ConfigAddress, 0));
+                }
+                own
+            }
+            CycleKind::Memory => {
+                let dram = self.dram.iter().map(|ends| range(*ends, Endpoint::Dram, ends.0));
+                dram.chain(APICS.map(|ends| range(ends, Endpoint::InKernel, 0))).collect()
+            }
+        }
+    }
+}
+
+impl Node for I440Fx {
+    fn claim(&self, kind: CycleKind, address: u64) -> Option<Claim> {
+        self.own(kind).iter().find_map(|range| range.claim(address)).or_else(|| self.bus.claim(kind, address))
+    }
+
+    fn decoded(&self, kind: CycleKind, ranges: &mut Vec<Decoded>) {
+        ranges.extend(self.own(kind));
+        self.bus.decoded(kind, ranges);
+    }
+}

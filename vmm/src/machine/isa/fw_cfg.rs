@@ -1,0 +1,301 @@
+//! fw_cfg: how firmware asks the machine what it is. Ports 510 (selector), 511 (data), 514–51B (DMA).
+//!
+//! The interface is that of QEMU's `docs/specs/fw_cfg`, which firmware for this platform expects. Writing items is not supported.
+
+use std::sync::Mutex;
+
+use bulkhead_ipc::memory::{Direction, GuestRam};
+
+use super::super::sync::lock;
+use super::{IsaDevice, PortRange};
+
+const SELECTOR: u16 = 0x510;
+const DATA: u16 = 0x511;
+const DMA_HIGH: u16 = 0x514;
+const DMA_LOW: u16 = 0x518;
+
+/// The well-known items.
+mod key {
+    pub(super) const SIGNATURE: u16 = 0x00;
+    pub(super) const ID: u16 = 0x01;
+    pub(super) const NO_GRAPHIC: u16 = 0x04;
+    pub(super) const NB_CPUS: u16 = 0x05;
+    pub(super) const BOOT_MENU: u16 = 0x0E;
+    pub(super) const MAX_CPUS: u16 = 0x0F;
+    pub(super) const FILE_DIRECTORY: u16 = 0x19;
+    pub(super) const FIRST_FILE: u16 = 0x20;
+    /// The bits of a selector that name an item; 15 is for other architectures, 14 asks to write.
+    pub(super) const MASK: u16 = 0xBFFF;
+}
+
+/// ID: the traditional interface, and DMA.
+const ID: u32 = 0b11;
+/// What the DMA address register reads: "QEMU CFG".
+const DMA_SIGNATURE: u64 = 0x5145_4D55_2043_4647;
+/// Longest name of a file, its final zero included.
+const NAME: usize = 56;
+
+/// DMA control: it failed, read, skip, select, write.
+const CONTROL_ERROR: u32 = 1 << 0;
+const CONTROL_READ: u32 = 1 << 1;
+const CONTROL_SKIP: u32 = 1 << 2;
+const CONTROL_SELECT: u32 = 1 << 3;
+const CONTROL_WRITE: u32 = 1 << 4;
+/// The length of a DMA request in guest memory: control, length, address, all big-endian.
+const REQUEST: usize = 16;
+
+/// A range of memory as told to firmware in `etc/e820`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct MemoryRange {
+    pub(in super::super) address: u64,
+    pub(in super::super) length: u64,
+}
+
+/// The device.
+pub(in super::super) struct FwCfg {
+    state: Mutex<State>,
+    ram: GuestRam,
+}
+
+struct State {
+    items: Vec<(u16, Vec<u8>)>,
+    files: Vec<(String, u16, usize)>,
+    selected: u16,
+    position: usize,
+    dma_high: u32,
+}
+
+impl State {
+    fn set_item(&mut self, key: u16, data: Vec<u8>) {
+        self.items.retain(|(other, _)| *other != key);
+        self.items.push((key, data));
+    }
+
+    /// What is left of the selected item.
+    fn rest(&self) -> &[u8] {
+        let item = self.items.iter().find(|(key, _)| *key == self.selected);
+        item.and_then(|(_, data)| data.get(self.position..)).unwrap_or(&[])
+    }
+
+    fn select(&mut self, selector: u16) {
+        self.selected = selector & key::MASK;
+        self.position = 0;
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.position = self.position.saturating_add(count);
+    }
+
+    fn add_file(&mut self, name: &str, data: Vec<u8>) {
+        let count = u16::try_from(self.files.len()).unwrap_or(u16::MAX);
+        let key = key::FIRST_FILE.saturating_add(count);
+        self.files.push((name.to_owned(), key, data.len()));
+        self.files.sort();
+        self.set_item(key, data);
+        let mut directory = u32::from(count).saturating_add(1).to_be_bytes().to_vec();
+        for (name, key, size) in &self.files {
+            directory.extend(u32::try_from(*size).unwrap_or(u32::MAX).to_be_bytes());
+            directory.extend(key.to_be_bytes());
+            directory.extend([0, 0]);
+            let mut bytes = [0; NAME];
+            for (byte, character) in bytes.iter_mut().take(NAME - 1).zip(name.bytes()) {
+                *byte = character;
+            }
+            directory.extend(bytes);
+        }
+        self.set_item(key::FILE_DIRECTORY, directory);
+    }
+}
+
+impl FwCfg {
+    /// The device of a machine with so many CPUs and these ranges of RAM.
+    pub(in super::super) fn new(ram: GuestRam, cpus: u8, memory: &[MemoryRange]) -> Self {
+        let mut state = State { items: Vec::new(), files: Vec::new(), selected: 0, position: 0, dma_high: 0 };
+        state.set_item(key::SIGNATURE, b"QEMU".to_vec());
+        state.set_item(key::ID, ID.to_le_bytes().to_vec());
+        state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
+        state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
+        state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
+        state.set_item(key::MAX_CPUS, u16::from(cpus).to_le_bytes().to_vec());
+        let mut e820 = Vec::new();
+        for range in memory {
+            e820.extend(range.address.to_le_bytes());
+            e820.extend(range.length.to_le_bytes());
+            // Type 1: RAM.
+            e820.extend(1_u32.to_le_bytes());
+        }
+        state.add_file("etc/e820", e820);
+        Self { state: Mutex::new(state), ram }
+    }
+
+    /// Carries out the DMA request at a guest-physical address and stores its outcome there.
+    fn dma(&self, state: &mut State, address: u64) {
+        let Ok(request) = self.ram.view(address, REQUEST as u64, Direction::ReadWrite) else { return };
+        let mut bytes = [0; REQUEST];
+        if request.read_bytes(0, &mut bytes).is_err() {
+            return;
+        }
+        let [c0, c1, c2, c3, l0, l1, l2, l3, target @ ..] = bytes;
+        let control = u32::from_be_bytes([c0, c1, c2, c3]);
+        let length = u32::from_be_bytes([l0, l1, l2, l3]);
+        let ok = self.transfer(state, control, length, u64::from_be_bytes(target));
+        let outcome = if ok { 0 } else { CONTROL_ERROR };
+        // The request was readable and writable a moment ago, and RAM does not go away.
+        let _ = request.write_bytes(0, &outcome.to_be_bytes());
+    }
+
+    fn transfer(&self, state: &mut State, control: u32, length: u32, target: u64) -> bool {
+        if control & CONTROL_SELECT != 0 {
+            state.select(u16::try_from(control >> 16).unwrap_or(0));
+        }
+        let Ok(count) = usize::try_from(length) else { return false };
+        if control & CONTROL_READ != 0 {
+            let Ok(view) = self.ram.view(target, length.into(), Direction::Write) else { return false };
+            let data = state.rest();
+            let data = data.get(..count).unwrap_or(data);
+            let copied = data.len() as u64;
+            let zeros = u64::from(length).saturating_sub(copied);
+            if view.write_bytes(0, data).is_err() || zeros > 0 && view.zero(copied, zeros).is_err() {
+                return false;
+            }
+            state.advance(count);
+        } else if control & CONTROL_WRITE != 0 {
+            return false;
+        } else if control & CONTROL_SKIP != 0 {
+            state.advance(count);
+        }
+        true
+    }
+}
+
+impl IsaDevice for FwCfg {
+    fn name(&self) -> &str {
+        "fw_cfg"
+    }
+
+    fn ports(&self) -> Vec<PortRange> {
+        vec![PortRange { first: SELECTOR, count: 2 }, PortRange { first: DMA_HIGH, count: 8 }]
+    }
+
+    fn width(&self) -> usize {
+        4
+    }
+
+    fn read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = port.checked_sub(DMA_HIGH) {
+            let signature = DMA_SIGNATURE.to_be_bytes().into_iter().skip(offset.into());
+            for (to, from) in data.iter_mut().zip(signature) {
+                *to = from;
+            }
+        } else if port == DATA {
+            let mut state = lock(&self.state);
+            for (to, from) in data.iter_mut().zip(state.rest()) {
+                *to = *from;
+            }
+            state.advance(data.len());
+        }
+    }
+
+    fn write(&self, port: u16, data: &[u8]) {
+        let mut state = lock(&self.state);
+        match (port, data) {
+            (SELECTOR, [low, high]) => state.select(u16::from_le_bytes([*low, *high])),
+            (DMA_HIGH, [a, b, c, d]) => state.dma_high = u32::from_be_bytes([*a, *b, *c, *d]),
+            (DMA_LOW, [a, b, c, d]) => {
+                let high = u64::from(std::mem::take(&mut state.dma_high)) << 32;
+                self.dma(&mut state, high | u64::from(u32::from_be_bytes([*a, *b, *c, *d])));
+            }
+            _ => {}
+        }
+    }
+
+    fn reset(&self) {
+        let mut state = lock(&self.state);
+        state.select(0);
+        state.dma_high = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device() -> (GuestRam, FwCfg) {
+        let ram = GuestRam::create(1 << 20).unwrap();
+        let memory = [MemoryRange { address: 0, length: 1 << 20 }];
+        (ram.clone(), FwCfg::new(ram, 2, &memory))
+    }
+
+    fn read(device: &FwCfg, key: u16, count: usize) -> Vec<u8> {
+        device.write(SELECTOR, &key.to_le_bytes());
+        let mut bytes = vec![0; count];
+        for byte in bytes.chunks_mut(1) {
+            device.read(DATA, byte);
+        }
+        bytes
+    }
+
+    fn dma(device: &FwCfg, ram: &GuestRam, control: u32, length: u32, target: u64) -> u32 {
+        let view = ram.view(0x1000, REQUEST as u64, Direction::ReadWrite).unwrap();
+        view.write(0, control.to_be()).unwrap();
+        view.write(4, length.to_be()).unwrap();
+        view.write(8, target.to_be()).unwrap();
+        device.write(DMA_HIGH, &0_u32.to_be_bytes());
+        device.write(DMA_LOW, &0x1000_u32.to_be_bytes());
+        u32::from_be(view.read(0).unwrap())
+    }
+
+    #[test]
+    fn items_read_byte_by_byte_and_end_in_zeros() {
+        let (_, device) = device();
+        assert_eq!(read(&device, key::SIGNATURE, 6), b"QEMU\0\0");
+        assert_eq!(read(&device, key::ID, 4), [3, 0, 0, 0]);
+        assert_eq!(read(&device, key::NB_CPUS, 2), [2, 0]);
+        assert_eq!(read(&device, 0x4242, 2), [0, 0]);
+    }
+
+    #[test]
+    fn directory_leads_to_e820() {
+        let (_, device) = device();
+        let directory = read(&device, key::FILE_DIRECTORY, 68);
+        assert_eq!(directory[..12], [0, 0, 0, 1, 0, 0, 0, 20, 0, 0x20, 0, 0]);
+        assert_eq!(&directory[12..21], b"etc/e820\0");
+        let e820 = read(&device, 0x20, 20);
+        assert_eq!(e820, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn dma_selects_reads_skips_and_fills_with_zeros() {
+        let (ram, device) = device();
+        let target = ram.view(0x2000, 8, Direction::ReadWrite).unwrap();
+        target.write(0, u64::MAX).unwrap();
+        let select = u32::from(key::SIGNATURE) << 16 | CONTROL_SELECT;
+        assert_eq!(dma(&device, &ram, select | CONTROL_SKIP, 1, 0), 0);
+        assert_eq!(dma(&device, &ram, CONTROL_READ, 6, 0x2000), 0);
+        let mut bytes = [0; 8];
+        target.read_bytes(0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"EMU\0\0\0\xFF\xFF");
+    }
+
+    #[test]
+    fn dma_outside_of_ram_and_writes_fail() {
+        let (ram, device) = device();
+        assert_eq!(dma(&device, &ram, CONTROL_READ, 6, 0xF_FFFE), CONTROL_ERROR);
+        assert_eq!(dma(&device, &ram, CONTROL_READ, u32::MAX, u64::MAX), CONTROL_ERROR);
+        assert_eq!(dma(&device, &ram, CONTROL_WRITE, 1, 0), CONTROL_ERROR);
+        // The request itself outside of RAM: nothing happens.
+        device.write(DMA_HIGH, &u32::MAX.to_be_bytes());
+        device.write(DMA_LOW, &u32::MAX.to_be_bytes());
+    }
+
+    #[test]
+    fn dma_address_reads_as_signature() {
+        let (_, device) = device();
+        let mut bytes = [0; 4];
+        device.read(DMA_HIGH, &mut bytes);
+        assert_eq!(&bytes, b"QEMU");
+        device.read(DMA_LOW, &mut bytes);
+        assert_eq!(&bytes, b" CFG");
+    }
+}

@@ -1,0 +1,213 @@
+//! PIIX4 function 3, 00:01.3: power management (290562, chapter 7).
+
+mod pm_block;
+
+use std::sync::{Arc, Mutex};
+
+use super::host::{Host, PowerEvent, Space};
+use super::isa::IrqLine;
+use super::pci::{
+    ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Pin, Register, Window, header,
+};
+use super::sync::lock;
+
+pub(super) use pm_block::{PM_BLOCK_SIZE, PmBlock, S5_SLEEP_TYPE, register};
+
+/// PMBA: base address of the PM register block.
+pub(super) const PMBASE: u16 = 0x40;
+/// PMREGMISC; bit 0 (PMIOSE) decodes the block.
+pub(super) const PMREGMISC: u16 = 0x80;
+/// SMBHSTCFG; bit 0 enables the SMBus controller.
+pub(super) const SMBHSTCFG: u16 = 0xD2;
+/// The system control interrupt.
+pub(super) const SCI_IRQ: u8 = 9;
+/// Where the general-purpose event block lies on this platform, and its length in bytes.
+pub(super) const GPE0_BLOCK: (u16, u8) = (0xAFE0, 4);
+/// Advanced power management control port; its status port follows.
+pub(super) const APM_CONTROL: u16 = 0xB2;
+/// Written to [`APM_CONTROL`]: firmware hands the PM registers to the operating system.
+pub(super) const ACPI_ENABLE: u8 = 0xF1;
+/// Written to [`APM_CONTROL`]: firmware takes them back.
+pub(super) const ACPI_DISABLE: u8 = 0xF0;
+
+/// The registers beyond the header: offset, value after reset, writable bits.
+pub(super) const REGISTERS: [Register; 23] = [
+    // 7.1.10 PMBA
+    Register { offset: 0x40, reset: 0x01, writable: 0xC0 },
+    Register { offset: 0x41, reset: 0x00, writable: 0xFF },
+    // 7.1.11 CNTA, 7.1.12 CNTB
+    Register { offset: 0x44, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x45, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x46, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x47, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x48, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x49, reset: 0x00, writable: 0xFF },
+    // 7.1.16 DEVACTA, 7.1.17 DEVACTB
+    Register { offset: 0x54, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x55, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x56, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x57, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x58, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x59, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x5A, reset: 0x00, writable: 0xFF },
+    // DEVACTB bit 25, APMC_EN: set, as firmware leaves it; there is no SMM for it to prepare.
+    Register { offset: 0x5B, reset: 0x02, writable: 0xFF },
+    // 7.1.26 PMREGMISC
+    Register { offset: 0x80, reset: 0x00, writable: 0x01 },
+    // 7.1.27 SMBBA
+    Register { offset: 0x90, reset: 0x01, writable: 0xF0 },
+    Register { offset: 0x91, reset: 0x00, writable: 0xFF },
+    // 7.1.28 SMBHSTCFG
+    Register { offset: 0xD2, reset: 0x09, writable: 0x0F },
+    // 7.1.29–31 SMBSLVC, SMBSHDW1, SMBSHDW2
+    Register { offset: 0xD3, reset: 0x00, writable: 0xFF },
+    Register { offset: 0xD4, reset: 0x00, writable: 0xFF },
+    Register { offset: 0xD5, reset: 0x00, writable: 0xFF },
+];
+
+/// The windows, named.
+const WINDOW_PM: u8 = 0;
+const WINDOW_GPE0: u8 = 1;
+const WINDOW_APM: u8 = 2;
+
+/// The function.
+pub(super) struct Piix4Pm {
+    config: ConfigSpace,
+    host: Arc<dyn Host>,
+    sci: IrqLine,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    pm: PmBlock,
+    gpe_status: u16,
+    gpe_enable: u16,
+    apm: [u8; 2],
+}
+
+impl Piix4Pm {
+    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine) -> Result<Self, ConfigError> {
+        let mut builder = ConfigSpaceBuilder::new(Identity {
+            vendor: 0x8086,
+            device: 0x7113,
+            revision: 0x03,
+            class: 0x06_80_00,
+            subsystem_vendor: 0x1AF4,
+            subsystem: 0x1100,
+        });
+        // 7.1.3 PCICMD: I/O (for the SMBus) and nothing else. 7.1.4 PCISTS: medium DEVSEL#, fast back-to-back.
+        builder.register(header::COMMAND, &[0, 0], &0x0001_u16.to_le_bytes())?;
+        builder.register(header::STATUS, &0x0280_u16.to_le_bytes(), &[])?;
+        builder.write_one_to_clear(header::STATUS, &0xF900_u16.to_le_bytes())?;
+        builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0])?;
+        builder.interrupt_pin(Pin::A);
+        builder.registers(&REGISTERS)?;
+        Ok(Self { config: builder.build(), host, sci, state: Mutex::default() })
+    }
+
+    /// The power button was pressed and released.
+    pub(super) fn press_power_button(&self) {
+        let mut state = lock(&self.state);
+        state.pm.press_power_button();
+        self.update_sci(&state);
+    }
+
+    fn update_sci(&self, state: &State) {
+        let gpe = state.gpe_status & state.gpe_enable != 0;
+        self.sci.set(state.pm.sci_enabled() && (gpe || state.pm.has_event()));
+    }
+
+    fn read_byte(state: &State, window: u8, offset: u64) -> u8 {
+        match window {
+            WINDOW_PM => state.pm.read(offset),
+            WINDOW_GPE0 => {
+                let [s0, s1] = state.gpe_status.to_le_bytes();
+                let [e0, e1] = state.gpe_enable.to_le_bytes();
+                byte(&[s0, s1, e0, e1], offset)
+            }
+            WINDOW_APM => byte(&state.apm, offset),
+            _ => 0xFF,
+        }
+    }
+
+    /// Writes a byte; says whether that powers the machine off.
+    fn write_byte(state: &mut State, window: u8, offset: u64, value: u8) -> bool {
+        match (window, offset) {
+            (WINDOW_PM, _) => return state.pm.write(offset, value) == Some(S5_SLEEP_TYPE),
+            (WINDOW_GPE0, 0) => state.gpe_status &= !u16::from(value),
+            (WINDOW_GPE0, 1) => state.gpe_status &= !(u16::from(value) << 8),
+            (WINDOW_GPE0, 2) => state.gpe_enable = state.gpe_enable & 0xFF00 | u16::from(value),
+            (WINDOW_GPE0, 3) => state.gpe_enable = state.gpe_enable & 0x00FF | u16::from(value) << 8,
+            (WINDOW_APM, 0) => {
+                // What firmware's SMI handler does for these two commands.
+                match value {
+                    ACPI_ENABLE => state.pm.set_sci_enabled(true),
+                    ACPI_DISABLE => state.pm.set_sci_enabled(false),
+                    _ => {}
+                }
+                let [control, _] = &mut state.apm;
+                *control = value;
+            }
+            (WINDOW_APM, 1) => {
+                let [_, status] = &mut state.apm;
+                *status = value;
+            }
+            _ => {}
+        }
+        false
+    }
+}
+
+fn byte(bytes: &[u8], offset: u64) -> u8 {
+    let index = usize::try_from(offset).unwrap_or(usize::MAX);
+    bytes.get(index).copied().unwrap_or(0xFF)
+}
+
+impl PciFunction for Piix4Pm {
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn windows(&self) -> Vec<Window> {
+        let fixed =
+            |id, address: u16, length| Window { id, space: Space::Port, address: address.into(), length };
+        let (gpe0, gpe0_length) = GPE0_BLOCK;
+        let mut windows = Vec::with_capacity(3);
+        if self.config.get_u8(PMREGMISC) & 1 != 0 {
+            windows.push(fixed(WINDOW_PM, self.config.get_u16(PMBASE) & 0xFFC0, PM_BLOCK_SIZE));
+        }
+        windows.push(fixed(WINDOW_GPE0, gpe0, gpe0_length.into()));
+        windows.push(fixed(WINDOW_APM, APM_CONTROL, 2));
+        windows
+    }
+
+    fn window_read(&self, window: u8, offset: u64, data: &mut [u8]) {
+        let mut state = lock(&self.state);
+        // One look at the clock for all bytes of an access: the timer must not carry between them.
+        state.pm.set_time(self.host.monotonic());
+        for (offset, byte) in (offset..).zip(data) {
+            *byte = Self::read_byte(&state, window, offset);
+        }
+    }
+
+    fn window_write(&self, window: u8, offset: u64, data: &[u8]) {
+        let mut state = lock(&self.state);
+        state.pm.set_time(self.host.monotonic());
+        let mut off = false;
+        for (offset, byte) in (offset..).zip(data) {
+            off |= Self::write_byte(&mut state, window, offset, *byte);
+        }
+        self.update_sci(&state);
+        drop(state);
+        if off {
+            self.host.power(PowerEvent::PowerOff);
+        }
+    }
+
+    fn reset(&self) {
+        let mut state = lock(&self.state);
+        *state = State::default();
+        self.update_sci(&state);
+    }
+}

@@ -1,0 +1,68 @@
+//! A host for tests that records what it is told.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::host::{Host, MappedDoorbell, PowerEvent};
+use super::sync::lock;
+
+/// The recorder.
+#[derive(Default)]
+pub(crate) struct Recorder(Mutex<Recorded>);
+
+/// What it was told.
+#[derive(Clone, Default)]
+pub(crate) struct Recorded {
+    /// Bit n: IRQ n is high.
+    pub(crate) irqs: u16,
+    /// Every call of `set_irq`.
+    pub(crate) edges: Vec<(u8, bool)>,
+    /// Every power event.
+    pub(crate) power: Vec<PowerEvent>,
+    /// The doorbells told last.
+    pub(crate) doorbells: Vec<MappedDoorbell>,
+    monotonic: Duration,
+    wall_clock: Duration,
+}
+
+impl Recorder {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    pub(crate) fn recorded(&self) -> Recorded {
+        lock(&self.0).clone()
+    }
+
+    pub(crate) fn set_wall_clock(&self, time: Duration) {
+        lock(&self.0).wall_clock = time;
+    }
+
+    pub(crate) fn set_monotonic(&self, time: Duration) {
+        lock(&self.0).monotonic = time;
+    }
+}
+
+impl Host for Recorder {
+    fn set_irq(&self, gsi: u8, level: bool) {
+        let mut recorded = lock(&self.0);
+        recorded.edges.push((gsi, level));
+        recorded.irqs = recorded.irqs & !(1 << gsi) | u16::from(level) << gsi;
+    }
+
+    fn power(&self, event: PowerEvent) {
+        lock(&self.0).power.push(event);
+    }
+
+    fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
+        lock(&self.0).doorbells = doorbells.to_vec();
+    }
+
+    fn monotonic(&self) -> Duration {
+        lock(&self.0).monotonic
+    }
+
+    fn wall_clock(&self) -> Duration {
+        lock(&self.0).wall_clock
+    }
+}
