@@ -1,1 +1,29 @@
-//! The jail.
+//! The jail: what a process may reach, from both sides.
+//!
+//! The supervisor calls [`spawn`]; the new process calls [`enter`] first, [`enter_thread`] on each of its threads and
+//! [`seal`] last on its main thread, then answers `Ready` with the [`Sealed`] listeners. From then on every thread runs
+//! under the policy of its own kind (`seccomp-policies/*.json`).
+//!
+//! ```text
+//! supervisor                                   jailed process
+//! spawn() ── clone3, user map ───────────────▶ namespaces, empty root, limits, capabilities, execveat
+//! confirm() ◀── end of file, or failed step ── (close-on-exec)
+//! send Start ────────────────────────────────▶ enter(); recv Start; set_enforcement()
+//!                                              threads: enter_thread(BlkQueue); main: seal(BlkMain, &descriptors)
+//! poll listeners ◀──────────── Ready + listeners
+//! ```
+
+mod child;
+mod error;
+mod policy;
+mod process;
+mod seal;
+mod violation;
+
+pub use error::{JailError, Layer, Step};
+pub use policy::{PolicyName, PolicySummary, policies};
+pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, spawn};
+pub use seal::{
+    Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_thread, open_descriptors, seal, set_enforcement,
+};
+pub use violation::{Violation, ViolationListener, syscall_name};

@@ -9,9 +9,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection,
@@ -223,6 +224,25 @@ impl GuestRam {
     /// Whether all of `len` bytes at `address` is RAM. An empty range is, wherever it lies.
     pub fn contains(&self, address: u64, len: u64) -> bool {
         usize::try_from(len).is_ok_and(|len| self.inner.memory.check_range(GuestAddress(address), len))
+    }
+
+    /// Gives all of RAM back to the host: it reads as zero afterwards, as when it was created. For a reset; nobody else
+    /// may be writing. Marks everything.
+    ///
+    /// # Errors
+    /// The file that holds a region cannot have holes.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for region in self.inner.memory.iter() {
+            let (Some(file), size) = (region.file_offset(), region.len()) else { continue };
+            let range = i64::try_from(file.start()).and_then(|start| Ok((start, i64::try_from(size)?)));
+            let (start, length) = range.map_err(|error| MemoryError::Io(io::Error::other(error)))?;
+            let punched = fallocate(file.file(), punch, start, length);
+            // On failure too: part of the hole may have been made.
+            GuestMemoryRegion::bitmap(region).mark_dirty(0, usize::try_from(size).unwrap_or(usize::MAX));
+            punched.map_err(|errno| MemoryError::Io(errno.into()))?;
+        }
+        Ok(())
     }
 
     /// Guest memory for `virtio-queue` and loaders. Writes through vm-memory's `Bytes` mark by themselves; writes

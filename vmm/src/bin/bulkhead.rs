@@ -1,2 +1,7 @@
 //! `bulkhead`: the supervisor and its command line.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead_vmm::supervisor::main().into()
+}

@@ -1,1 +1,67 @@
-//! KVM.
+//! KVM: the virtual machine, its vCPU threads, interrupt routing and doorbells.
+//!
+//! Only this module and those below it talk to KVM; `machine` and `virtio` see traits.
+
+pub mod capabilities;
+mod cpuid;
+mod doorbells;
+mod exit_report;
+mod interrupts;
+mod msrs;
+mod registers;
+mod vcpu;
+mod vcpu_threads;
+mod vm;
+
+pub use cpuid::address_bits;
+pub use doorbells::Doorbells;
+pub use interrupts::{FunctionMessages, Interrupts};
+pub use vcpu::{Vcpu, VcpuStop};
+pub use vcpu_threads::VcpuThreads;
+pub use vm::Vm;
+
+/// Why KVM refused something. The sentence names the call; the kernel's reason follows.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// `/dev/kvm` speaks an API other than the stable version 12.
+    #[error("this KVM speaks API version {0}, Bulkhead needs version 12")]
+    ApiVersion(i32),
+    /// A capability that the machine cannot do without.
+    #[error("this KVM lacks {0}; a newer host kernel is needed")]
+    MissingCapability(&'static str),
+    /// More vCPUs than KVM supports.
+    #[error("cpus = {wanted}, but this KVM allows at most {limit}")]
+    TooManyCpus {
+        /// Configured number of vCPUs.
+        wanted: u8,
+        /// KVM's own limit.
+        limit: usize,
+    },
+    /// An ioctl failed.
+    #[error("KVM refused {call}: {source}")]
+    Call {
+        /// The ioctl's name.
+        call: &'static str,
+        /// The kernel's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// The interrupt routing table is full.
+    #[error("no interrupt route is left: KVM offers {0}")]
+    NoRoute(usize),
+    /// A table that goes to the kernel is longer than its format allows.
+    #[error("the {0} table is too long for KVM")]
+    TableTooLong(&'static str),
+    /// A vCPU thread could not be made.
+    #[error("cannot start the thread of vCPU {id}: {source}")]
+    Thread {
+        /// The vCPU's number.
+        id: u8,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+}
+
+/// Attaches the ioctl's name to an error of `kvm-ioctls`.
+fn call(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Call { call: name, source }
+}

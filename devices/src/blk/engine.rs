@@ -1,0 +1,275 @@
+//! io_uring for one queue: the disk's operations, and the eventfds that wake the queue.
+//!
+//! Contains unsafe code: submission entries carry raw pointers. The engine owns the guest buffers of every operation under
+//! way, gives nobody access to them until the kernel is done, and is not dropped before that, so that the pointers in a
+//! submission stay valid whatever its user does.
+//!
+//! The ring is restricted to the operations below before it is enabled: seccomp does not see what goes through it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use bulkhead_ipc::memory::{Direction, GuestRam, LentVector};
+use io_uring::register::Restriction;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue, types};
+
+/// Entries of the submission queue. When it is full it is submitted early.
+const SUBMISSIONS: u32 = 64;
+/// Entries of the completion queue: every slot, and the wake-ups.
+const COMPLETIONS: u32 = 512;
+/// Most operations under way.
+pub const MAX_SLOTS: usize = 256;
+/// Most entries of a vector (IOV_MAX).
+const MAX_IOVECS: usize = 1024;
+/// Bytes of zero written at once where the disk cannot make them itself. Large enough to be mapped afresh when it is
+/// allocated: only read, it stays the kernel's zero page.
+const ZEROES: usize = 256 * 1024;
+/// Tokens from here on are wake-ups, below are slots.
+const FIRST_WATCH: u64 = 1 << 32;
+/// Completions that nobody waits for.
+const IGNORED: u64 = u64::MAX;
+/// The disk's index in the registered files.
+const DISK: Fixed = Fixed(0);
+/// IOSQE_FIXED_FILE.
+const FIXED_FILE: u8 = 1;
+
+/// What the engine reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The operation of a slot ended: bytes moved, or an errno.
+    Done { slot: usize, result: Result<usize, i32> },
+    /// A watched descriptor became readable. `ended`: the watch is over and must be renewed.
+    Ready { watch: u32, ended: bool },
+}
+
+struct Slot {
+    buffers: LentVector,
+    busy: bool,
+}
+
+/// The engine of a queue.
+pub struct Engine {
+    uring: IoUring,
+    slots: Vec<Slot>,
+    busy: usize,
+    zeroes: Vec<u8>,
+}
+
+fn build() -> io::Result<IoUring> {
+    let plain = || {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_cqsize(COMPLETIONS).setup_r_disabled();
+        builder
+    };
+    // Completions run in this thread when it asks for them (Linux 6.1); without that a wait is interrupted for each.
+    plain()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .build(SUBMISSIONS)
+        .or_else(|_| plain().build(SUBMISSIONS))
+}
+
+impl Engine {
+    /// Sets up an io_uring for the calling thread that can do nothing but this engine's operations.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, forbids it, or is older than 5.13.
+    pub fn new(disk: &File) -> io::Result<Self> {
+        let uring = build()?;
+        let submitter = uring.submitter();
+        let mut restrictions = [
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
+            Restriction::sqe_op(opcode::PollAdd::CODE),
+            Restriction::sqe_op(opcode::PollRemove::CODE),
+            Restriction::sqe_flags_allowed(FIXED_FILE),
+        ];
+        submitter.register_files(&[disk.as_raw_fd()])?;
+        submitter.register_restrictions(&mut restrictions)?;
+        submitter.register_enable_rings()?;
+        Ok(Self { uring, slots: Vec::new(), busy: 0, zeroes: Vec::new() })
+    }
+
+    /// The io_uring's descriptor.
+    pub fn descriptor(&self) -> RawFd {
+        self.uring.as_raw_fd()
+    }
+
+    /// Makes one more slot; `None` when there are enough.
+    pub fn add_slot(&mut self, ram: &GuestRam) -> Option<usize> {
+        let index = self.slots.len();
+        if index >= MAX_SLOTS {
+            return None;
+        }
+        self.slots.push(Slot { buffers: ram.lend_vector(Direction::Read), busy: false });
+        Some(index)
+    }
+
+    /// The buffers of a slot without an operation under way.
+    pub fn buffers(&mut self, slot: usize) -> Option<&mut LentVector> {
+        self.slots.get_mut(slot).filter(|slot| !slot.busy).map(|slot| &mut slot.buffers)
+    }
+
+    /// Number of operations under way.
+    pub fn busy(&self) -> usize {
+        self.busy
+    }
+
+    /// Lets go of guest memory; no operation may be under way.
+    pub fn forget_memory(&mut self) {
+        let nothing = GuestRam::empty();
+        for slot in self.slots.iter_mut().filter(|slot| !slot.busy) {
+            slot.buffers.restart(&nothing, Direction::Read);
+        }
+    }
+
+    /// Reads from the disk at `offset` into what is left of the slot's buffers.
+    pub fn read(&mut self, slot: usize, offset: u64) -> io::Result<()> {
+        self.transfer(slot, |iovecs, count| opcode::Readv::new(DISK, iovecs, count).offset(offset).build())
+    }
+
+    /// Writes what is left of the slot's buffers to the disk at `offset`; `durable`: it is on the disk when it is done.
+    pub fn write(&mut self, slot: usize, offset: u64, durable: bool) -> io::Result<()> {
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        self.transfer(slot, |iovecs, count| {
+            opcode::Writev::new(DISK, iovecs, count).offset(offset).rw_flags(flags).build()
+        })
+    }
+
+    fn transfer(
+        &mut self,
+        slot: usize,
+        entry: impl FnOnce(*const libc::iovec, u32) -> squeue::Entry,
+    ) -> io::Result<()> {
+        let Some(slot_ref) = self.slots.get(slot).filter(|slot| !slot.busy) else { return Err(busy()) };
+        let iovecs = slot_ref.buffers.iovecs();
+        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+        let entry = entry(iovecs.as_ptr(), count);
+        self.start(slot, entry)
+    }
+
+    /// Writes up to `len` bytes of zero at `offset`.
+    pub fn write_zeroes(&mut self, slot: usize, offset: u64, len: u64) -> io::Result<()> {
+        if self.zeroes.is_empty() {
+            self.zeroes = vec![0; ZEROES];
+        }
+        let len = usize::try_from(len).unwrap_or(ZEROES).min(ZEROES);
+        let len = u32::try_from(len).unwrap_or(0);
+        let entry = opcode::Write::new(DISK, self.zeroes.as_ptr(), len).offset(offset).build();
+        self.start(slot, entry)
+    }
+
+    /// Makes all completed writes durable.
+    pub fn sync(&mut self, slot: usize) -> io::Result<()> {
+        self.start(slot, opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build())
+    }
+
+    /// fallocate(2).
+    pub fn allocate(&mut self, slot: usize, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+        self.start(slot, opcode::Fallocate::new(DISK, len).offset(offset).mode(mode).build())
+    }
+
+    /// Reports [`Event::Ready`] whenever `descriptor` becomes readable; it is never read.
+    pub fn watch(&mut self, descriptor: BorrowedFd<'_>, watch: u32) -> io::Result<()> {
+        let events = u32::from(libc::POLLIN.unsigned_abs());
+        let fd = types::Fd(descriptor.as_raw_fd());
+        let entry = opcode::PollAdd::new(fd, events).multi(true).build();
+        self.push(entry.user_data(FIRST_WATCH | u64::from(watch)))
+    }
+
+    /// Ends a watch. An event of it may still come.
+    pub fn unwatch(&mut self, watch: u32) -> io::Result<()> {
+        let entry = opcode::PollRemove::new(FIRST_WATCH | u64::from(watch)).build();
+        self.push(entry.user_data(IGNORED))
+    }
+
+    fn start(&mut self, slot: usize, entry: squeue::Entry) -> io::Result<()> {
+        if self.slots.get(slot).is_none_or(|slot| slot.busy) {
+            return Err(busy());
+        }
+        self.push(entry.user_data(slot as u64))?;
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.busy = true;
+            self.busy = self.busy.saturating_add(1);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, entry: squeue::Entry) -> io::Result<()> {
+        for _ in 0..2 {
+            // SAFETY: pointers in `entry` lead to the iovecs of a slot's buffers, which are not changed or freed while the slot is busy
+            // (`buffers` refuses, `Drop` waits) and keep guest memory mapped, or to `zeroes`, which is never changed again and
+            // lives as long as the engine. Poll entries name descriptors and have no pointers.
+            if unsafe { self.uring.submission().push(&entry) }.is_ok() {
+                return Ok(());
+            }
+            self.submit(0)?;
+        }
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Submits what was started; waits for an event if `wait`.
+    pub fn enter(&mut self, wait: bool) -> io::Result<()> {
+        self.submit(usize::from(wait))
+    }
+
+    fn submit(&mut self, want: usize) -> io::Result<()> {
+        match self.uring.submit_and_wait(want) {
+            Ok(_) => Ok(()),
+            // Interrupted, or completions must be reaped first: the caller does that and comes back.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next event, if one has come.
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            let entry = self.uring.completion().next()?;
+            let token = entry.user_data();
+            if token == IGNORED {
+                continue;
+            }
+            if let Some(watch) = token.checked_sub(FIRST_WATCH) {
+                // With an error the descriptor cannot be watched, and never will be.
+                let ended = !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0;
+                return Some(Event::Ready { watch: u32::try_from(watch).unwrap_or(u32::MAX), ended });
+            }
+            let Some(slot) = usize::try_from(token).ok().filter(|slot| *slot < self.slots.len()) else {
+                continue;
+            };
+            if let Some(slot) = self.slots.get_mut(slot) {
+                slot.busy = false;
+                self.busy = self.busy.saturating_sub(1);
+            }
+            let result = entry.result();
+            let result = usize::try_from(result).map_err(|_| result.saturating_neg());
+            return Some(Event::Done { slot, result });
+        }
+    }
+}
+
+fn busy() -> io::Error {
+    io::ErrorKind::ResourceBusy.into()
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        while self.busy > 0 {
+            if self.submit(1).is_err() {
+                // The kernel may still write: the buffers must never be freed.
+                std::mem::forget(std::mem::take(&mut self.slots));
+                std::mem::forget(std::mem::take(&mut self.zeroes));
+                return;
+            }
+            while self.next_event().is_some() {}
+        }
+    }
+}

@@ -1,0 +1,543 @@
+//! A request queue of a disk, on its thread: takes requests from the ring, runs them through io_uring, finishes them.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bulkhead_ipc::memory::{Direction, MemoryError};
+use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Segment, Vring, VringError};
+use tracing::warn;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Shared;
+use super::engine::{Engine, Event};
+use super::errors::ErrorLog;
+use super::request::{self, HEADER, Header, Operation, Range, Status};
+
+/// Watch number of the wake-up; the ring's kicks have higher ones, another for each start.
+const WAKE: u32 = 0;
+
+/// What a slot's operation under way is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Read,
+    Write,
+    Flush,
+    /// fallocate with PUNCH_HOLE.
+    Punch,
+    /// fallocate with ZERO_RANGE.
+    ZeroRange,
+    /// Writing zeroes.
+    Zeroes,
+    /// A write-through disk syncs after a discard or write-zeroes.
+    SyncAfter,
+}
+
+/// A request under way.
+#[derive(Debug)]
+struct Request {
+    head: u16,
+    status_address: u64,
+    /// Bytes that the driver is told were written to it.
+    written: u32,
+    operation: Operation,
+    step: Step,
+    /// Next byte of the disk.
+    offset: u64,
+    /// Ranges of discard and write-zeroes that are left; the last is under way.
+    ranges: Vec<Range>,
+}
+
+impl Request {
+    fn idle() -> Self {
+        Self {
+            head: 0,
+            status_address: 0,
+            written: 0,
+            operation: Operation::Flush,
+            step: Step::Flush,
+            offset: 0,
+            ranges: Vec::new(),
+        }
+    }
+}
+
+/// What became of a request that was begun.
+enum Begun {
+    /// An operation is under way.
+    Started,
+    /// Its ranges are listed, and to be worked off.
+    Ranges,
+    /// It is done.
+    Finished(Status),
+}
+
+/// A request queue.
+pub struct BlkQueue {
+    shared: Arc<Shared>,
+    wake: Option<OwnedFd>,
+    engine: Option<Engine>,
+    ring: Option<Vring>,
+    /// Watch number of the ring's kicks.
+    kick: u32,
+    requests: Vec<Request>,
+    free: Vec<usize>,
+    chain: Chain,
+    errors: ErrorLog,
+    /// The disk's file system cannot punch holes.
+    no_punch: bool,
+    /// The disk's file system cannot zero ranges.
+    no_zero_range: bool,
+    /// Requests may be waiting that nobody will kick for.
+    more: bool,
+}
+
+impl BlkQueue {
+    /// A queue of the disk.
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            wake: None,
+            engine: None,
+            ring: None,
+            kick: WAKE,
+            requests: Vec::new(),
+            free: Vec::new(),
+            chain: Chain::new(),
+            errors: ErrorLog::default(),
+            no_punch: false,
+            no_zero_range: false,
+            more: false,
+        }
+    }
+
+    /// Takes requests until the ring is empty, all slots are in use, or a ring's worth was taken.
+    fn take_requests(&mut self) -> io::Result<()> {
+        let Some(mut ring) = self.ring.take() else { return Ok(()) };
+        let taken = self.take_from(&mut ring);
+        self.ring = Some(ring);
+        taken
+    }
+
+    fn take_from(&mut self, ring: &mut Vring) -> io::Result<()> {
+        self.more = false;
+        ring.disable_kicks();
+        let mut budget = ring.size();
+        loop {
+            while let Some(slot) = self.free_slot(ring) {
+                if budget == 0 || !ring.next(&mut self.chain) {
+                    self.free.push(slot);
+                    break;
+                }
+                budget = budget.saturating_sub(1);
+                self.begin(slot, ring)?;
+            }
+            // Without a free slot the next completion brings us back here; out of budget the next turn does.
+            if budget == 0 {
+                self.more = true;
+                return Ok(());
+            }
+            if self.free.is_empty() || !ring.enable_kicks() {
+                return Ok(());
+            }
+            ring.disable_kicks();
+        }
+    }
+
+    fn free_slot(&mut self, ring: &Vring) -> Option<usize> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        let slot = self.engine.as_mut()?.add_slot(ring.ram())?;
+        self.requests.push(Request::idle());
+        Some(slot)
+    }
+
+    /// Begins the request in `self.chain`.
+    fn begin(&mut self, slot: usize, ring: &mut Vring) -> io::Result<()> {
+        let parsed = match request::header(&self.chain, ring.ram()) {
+            Ok(Some(header)) => request::status_address(&self.chain).map(|address| (header, address)),
+            Ok(None) => None,
+            Err(error) => return self.malformed(slot, ring, &error.into()),
+        };
+        let Some((header, status_address)) = parsed else {
+            return self.malformed(
+                slot,
+                ring,
+                &VringError::Request("a disk request without header or status"),
+            );
+        };
+        let (Some(request), Some(engine)) = (self.requests.get_mut(slot), self.engine.as_mut()) else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        request.head = self.chain.head();
+        request.status_address = status_address;
+        request.written = self.chain.writable_bytes();
+        request.operation = header.operation;
+        let mut beginning =
+            Beginning { shared: &self.shared, chain: &self.chain, ring, engine, request, slot };
+        match beginning.begin(header) {
+            Ok(Begun::Started) => Ok(()),
+            Ok(Begun::Finished(status)) => {
+                self.finish(slot, status, ring);
+                Ok(())
+            }
+            Ok(Begun::Ranges) => self.next_range(slot, ring),
+            Err(BeginError::Memory(error)) => self.malformed(slot, ring, &error.into()),
+            Err(BeginError::Engine(error)) => Err(error),
+        }
+    }
+
+    /// The driver has broken the ring. The request is never finished.
+    fn malformed(&mut self, slot: usize, ring: &mut Vring, error: &VringError) -> io::Result<()> {
+        ring.fail(error);
+        ring.finish(self.chain.head(), 0);
+        self.release(slot);
+        Ok(())
+    }
+
+    fn release(&mut self, slot: usize) {
+        if let Some(buffers) = self.engine.as_mut().and_then(|engine| engine.buffers(slot)) {
+            buffers.complete(0);
+        }
+        self.free.push(slot);
+    }
+
+    fn finish(&mut self, slot: usize, status: Status, ring: &mut Vring) {
+        if let Some(request) = self.requests.get(slot) {
+            let written = ring.ram().memory().write_obj(status as u8, GuestAddress(request.status_address));
+            let (head, len) = (request.head, request.written);
+            if written.is_err() {
+                let error = MemoryError::OutOfRange { address: request.status_address, len: 1 };
+                ring.fail(&error.into());
+            }
+            ring.finish(head, len);
+        }
+        self.release(slot);
+    }
+
+    /// Starts the next step of a discard or write-zeroes request.
+    fn next_range(&mut self, slot: usize, ring: &mut Vring) -> io::Result<()> {
+        let (Some(request), Some(engine)) = (self.requests.get_mut(slot), self.engine.as_mut()) else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        let Some(range) = request.ranges.last().copied() else {
+            if self.shared.writeback.load(Ordering::Relaxed) {
+                self.finish(slot, Status::Ok, ring);
+                return Ok(());
+            }
+            request.step = Step::SyncAfter;
+            return engine.sync(slot);
+        };
+        let keep = libc::FALLOC_FL_KEEP_SIZE;
+        let discard = request.operation == Operation::Discard;
+        if (discard || range.unmap) && !self.no_punch {
+            request.step = Step::Punch;
+            return engine.allocate(slot, libc::FALLOC_FL_PUNCH_HOLE | keep, range.offset, range.len);
+        }
+        if discard {
+            // A hint that cannot be followed.
+            request.ranges.clear();
+            self.finish(slot, Status::Ok, ring);
+            return Ok(());
+        }
+        if !self.no_zero_range {
+            request.step = Step::ZeroRange;
+            return engine.allocate(slot, libc::FALLOC_FL_ZERO_RANGE | keep, range.offset, range.len);
+        }
+        request.step = Step::Zeroes;
+        engine.write_zeroes(slot, range.offset, range.len)
+    }
+
+    /// An operation of `slot` ended.
+    fn done(&mut self, slot: usize, result: Result<usize, i32>) -> io::Result<()> {
+        let Some(mut ring) = self.ring.take() else { return Ok(()) };
+        let outcome = self.done_with(slot, result, &mut ring);
+        self.ring = Some(ring);
+        outcome
+    }
+
+    fn done_with(&mut self, slot: usize, result: Result<usize, i32>, ring: &mut Vring) -> io::Result<()> {
+        let Some(step) = self.requests.get(slot).map(|request| request.step) else { return Ok(()) };
+        match (step, result) {
+            (_, Err(libc::EINTR | libc::EAGAIN)) => self.again(slot, ring),
+            (Step::Read | Step::Write, Ok(count)) if count > 0 => self.moved(slot, count, ring),
+            (Step::Zeroes, Ok(count)) if count > 0 => {
+                if let Some(range) = self.requests.get_mut(slot).and_then(|request| request.ranges.last_mut())
+                {
+                    range.offset = range.offset.saturating_add(count as u64);
+                    range.len = range.len.saturating_sub(count as u64);
+                    if range.len > 0 {
+                        return self.next_range(slot, ring);
+                    }
+                }
+                self.range_done(slot, ring)
+            }
+            (Step::Punch | Step::ZeroRange, Ok(_)) => self.range_done(slot, ring),
+            (Step::Punch, Err(libc::EOPNOTSUPP)) => {
+                self.no_punch = true;
+                self.next_range(slot, ring)
+            }
+            (Step::ZeroRange, Err(libc::EOPNOTSUPP)) => {
+                self.no_zero_range = true;
+                self.next_range(slot, ring)
+            }
+            (Step::Flush | Step::SyncAfter, Ok(_)) => {
+                self.finish(slot, Status::Ok, ring);
+                Ok(())
+            }
+            // The file ends before the disk does, or takes nothing more.
+            (_, Ok(_)) => {
+                self.failed(slot, libc::EIO, ring);
+                Ok(())
+            }
+            (_, Err(errno)) => {
+                self.failed(slot, errno, ring);
+                Ok(())
+            }
+        }
+    }
+
+    fn range_done(&mut self, slot: usize, ring: &mut Vring) -> io::Result<()> {
+        if let Some(request) = self.requests.get_mut(slot) {
+            request.ranges.pop();
+        }
+        self.next_range(slot, ring)
+    }
+
+    /// Bytes of a read or write were moved; a short one is continued.
+    fn moved(&mut self, slot: usize, count: usize, ring: &mut Vring) -> io::Result<()> {
+        let (Some(request), Some(engine)) = (self.requests.get_mut(slot), self.engine.as_mut()) else {
+            return Ok(());
+        };
+        request.offset = request.offset.saturating_add(count as u64);
+        let Some(buffers) = engine.buffers(slot) else { return Ok(()) };
+        buffers.advance(count);
+        if buffers.is_empty() {
+            self.finish(slot, Status::Ok, ring);
+            return Ok(());
+        }
+        self.again(slot, ring)
+    }
+
+    /// Starts the step of a slot (again), from where it stands.
+    fn again(&mut self, slot: usize, ring: &mut Vring) -> io::Result<()> {
+        let (Some(request), Some(engine)) = (self.requests.get(slot), self.engine.as_mut()) else {
+            return Ok(());
+        };
+        match request.step {
+            Step::Read => engine.read(slot, request.offset),
+            Step::Write => engine.write(slot, request.offset, !self.shared.writeback.load(Ordering::Relaxed)),
+            Step::Flush | Step::SyncAfter => engine.sync(slot),
+            Step::Punch | Step::ZeroRange | Step::Zeroes => self.next_range(slot, ring),
+        }
+    }
+
+    fn failed(&mut self, slot: usize, errno: i32, ring: &mut Vring) {
+        let step = self.requests.get(slot).map_or(Step::Flush, |request| request.step);
+        let name = match step {
+            Step::Read => "read",
+            Step::Write => "write",
+            Step::Flush | Step::SyncAfter => "flush",
+            Step::Punch => "discard",
+            Step::ZeroRange | Step::Zeroes => "write-zeroes",
+        };
+        self.errors.failed(name, errno);
+        if let Some(buffers) = self.engine.as_mut().and_then(|engine| engine.buffers(slot)) {
+            buffers.fail();
+        }
+        self.finish(slot, Status::IoError, ring);
+    }
+
+    /// Handles the events that have come. True if there were any that may bring requests.
+    fn events(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        while let Some(event) = self.engine.as_mut().and_then(Engine::next_event) {
+            match event {
+                Event::Done { slot, result } => {
+                    any = true;
+                    self.done(slot, result)?;
+                }
+                Event::Ready { watch, ended } => {
+                    any |= watch == self.kick;
+                    if ended {
+                        self.renew(watch)?;
+                    }
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    /// The kernel ended a watch: for want of room for its events, or because the descriptor cannot be watched.
+    fn renew(&mut self, watch: u32) -> io::Result<()> {
+        let Some(engine) = self.engine.as_mut() else { return Ok(()) };
+        match (&self.wake, &self.ring) {
+            (Some(wake), _) if watch == WAKE => engine.watch(wake.as_fd(), WAKE),
+            (_, Some(ring)) if watch == self.kick => engine.watch(ring.kick(), watch),
+            _ => Ok(()),
+        }
+    }
+
+    fn signal(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.signal();
+        }
+    }
+
+    /// Waits until nothing taken from the ring is under way.
+    fn drain(&mut self) -> io::Result<()> {
+        while self.engine.as_ref().is_some_and(|engine| engine.busy() > 0) {
+            if let Some(engine) = self.engine.as_mut() {
+                engine.enter(true)?;
+            }
+            self.events()?;
+        }
+        self.signal();
+        Ok(())
+    }
+}
+
+enum BeginError {
+    Memory(MemoryError),
+    Engine(io::Error),
+}
+
+impl From<MemoryError> for BeginError {
+    fn from(error: MemoryError) -> Self {
+        Self::Memory(error)
+    }
+}
+
+impl From<io::Error> for BeginError {
+    fn from(error: io::Error) -> Self {
+        Self::Engine(error)
+    }
+}
+
+/// A request at its beginning, and what it needs.
+struct Beginning<'a> {
+    shared: &'a Shared,
+    chain: &'a Chain,
+    ring: &'a Vring,
+    engine: &'a mut Engine,
+    request: &'a mut Request,
+    slot: usize,
+}
+
+impl Beginning<'_> {
+    fn begin(&mut self, header: Header) -> Result<Begun, BeginError> {
+        match header.operation {
+            Operation::Read => {
+                let len = self.chain.writable_bytes().saturating_sub(1);
+                let segments = request::part(self.chain.writable(), 0, len);
+                self.transfer(Step::Read, header.sector, len, segments)
+            }
+            Operation::Write | Operation::Discard | Operation::WriteZeroes if self.shared.read_only => {
+                Ok(Begun::Finished(Status::IoError))
+            }
+            Operation::Write => {
+                let len = self.chain.readable_bytes().saturating_sub(HEADER);
+                let segments = request::part(self.chain.readable(), HEADER, len);
+                self.transfer(Step::Write, header.sector, len, segments)
+            }
+            Operation::Flush => {
+                self.request.step = Step::Flush;
+                self.engine.sync(self.slot)?;
+                Ok(Begun::Started)
+            }
+            Operation::GetId => {
+                let room = self.chain.writable_bytes().saturating_sub(1);
+                request::scatter(self.chain.writable(), room, &self.shared.serial, self.ring.ram())?;
+                Ok(Begun::Finished(Status::Ok))
+            }
+            Operation::Discard | Operation::WriteZeroes => {
+                let (capacity, ranges) = (self.shared.capacity, &mut self.request.ranges);
+                let read = request::ranges(self.chain, header.operation, capacity, self.ring.ram(), ranges)?;
+                Ok(read.map_or_else(Begun::Finished, |()| Begun::Ranges))
+            }
+            Operation::Unknown(_) => Ok(Begun::Finished(Status::Unsupported)),
+        }
+    }
+
+    /// Begins a read or write of `len` bytes.
+    fn transfer(
+        &mut self,
+        step: Step,
+        sector: u64,
+        len: u32,
+        segments: impl Iterator<Item = Segment>,
+    ) -> Result<Begun, BeginError> {
+        let offset = match request::check_extent(sector, len, self.shared.capacity) {
+            Ok(_) if len == 0 => return Ok(Begun::Finished(Status::Ok)),
+            Ok(offset) => offset,
+            Err(status) => return Ok(Begun::Finished(status)),
+        };
+        let direction = if step == Step::Read { Direction::Write } else { Direction::Read };
+        let Some(buffers) = self.engine.buffers(self.slot) else {
+            return Ok(Begun::Finished(Status::IoError));
+        };
+        buffers.restart(self.ring.ram(), direction);
+        for segment in segments {
+            buffers.push(segment.address, u64::from(segment.len))?;
+        }
+        (self.request.step, self.request.offset) = (step, offset);
+        if step == Step::Read {
+            self.engine.read(self.slot, offset)?;
+        } else {
+            self.engine.write(self.slot, offset, !self.shared.writeback.load(Ordering::Relaxed))?;
+        }
+        Ok(Begun::Started)
+    }
+}
+
+impl QueueWorker for BlkQueue {
+    fn prepare(&mut self, wake: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
+        let mut engine = Engine::new(&self.shared.disk)?;
+        let wake = wake.try_clone_to_owned()?;
+        engine.watch(wake.as_fd(), WAKE)?;
+        engine.enter(false)?;
+        let descriptors = vec![engine.descriptor(), std::os::fd::AsRawFd::as_raw_fd(&wake)];
+        self.engine = Some(engine);
+        self.wake = Some(wake);
+        Ok(descriptors)
+    }
+
+    fn start(&mut self, ring: Vring) -> io::Result<()> {
+        let Some(engine) = self.engine.as_mut() else { return Err(io::ErrorKind::NotConnected.into()) };
+        // Another number each time: a late event of an old watch must not renew it.
+        self.kick = self.kick.wrapping_add(1).max(WAKE.saturating_add(1));
+        engine.watch(ring.kick(), self.kick)?;
+        self.ring = Some(ring);
+        self.more = true;
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> Option<Vring> {
+        if self.ring.as_ref()?.index() != index {
+            return None;
+        }
+        if let Err(error) = self.drain() {
+            warn!(%error, "a disk's queue could not be drained");
+        }
+        if let Some(engine) = self.engine.as_mut() {
+            let _ = engine.unwatch(self.kick).and_then(|()| engine.enter(false));
+            engine.forget_memory();
+        }
+        self.ring.take()
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        let wait = !self.more;
+        if let Some(engine) = self.engine.as_mut() {
+            engine.enter(wait)?;
+        }
+        let any = self.events()?;
+        if any || self.more {
+            self.take_requests()?;
+        }
+        self.signal();
+        Ok(())
+    }
+}

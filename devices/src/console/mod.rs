@@ -1,0 +1,265 @@
+//! virtio-console with one port (virtio 1.2, 5.3): a byte stream each way, and the terminal's size.
+
+mod peer;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use bulkhead_ipc::memory::Direction;
+use bulkhead_ipc::vhost_user::backend::{
+    Chain, Next, PollWorker, QueueHandler, QueueWorker, VirtioDevice, Vring, VringError,
+};
+use nix::sys::epoll::Epoll;
+use vm_memory::{Bytes, GuestAddress};
+
+pub use peer::Ends;
+use peer::Peer;
+
+/// VIRTIO_CONSOLE_F_SIZE: the configuration space has the terminal's size.
+const F_SIZE: u64 = 1;
+/// receiveq of port 0.
+const RECEIVE: usize = 0;
+/// transmitq of port 0.
+const TRANSMIT: usize = 1;
+/// Most requests of a queue before the control thread gets its turn.
+const BATCH: u32 = 64;
+/// Bytes taken from the guest at once.
+const PIECE: usize = 1024;
+
+/// A console.
+#[derive(Debug)]
+pub struct Console {
+    /// Columns in the low half, rows in the high half.
+    size: Arc<AtomicU32>,
+    peers: Sender<Ends>,
+    arrivals: Option<Receiver<Ends>>,
+}
+
+impl Console {
+    /// A console with its first peer and the size of its terminal.
+    pub fn new(first: Ends, size: Option<(u16, u16)>) -> Self {
+        let (peers, arrivals) = channel();
+        let _ = peers.send(first);
+        let (columns, rows) = size.unwrap_or((80, 24));
+        let console = Self { size: Arc::default(), peers, arrivals: Some(arrivals) };
+        console.controller().resize(columns, rows);
+        console
+    }
+
+    /// A handle for the control channel's messages.
+    pub fn controller(&self) -> Controller {
+        Controller { size: self.size.clone(), peers: self.peers.clone() }
+    }
+}
+
+/// What the control channel does to a console. After a call wake the workers; after a resize tell the front end.
+#[derive(Clone, Debug)]
+pub struct Controller {
+    size: Arc<AtomicU32>,
+    peers: Sender<Ends>,
+}
+
+impl Controller {
+    /// A stream takes the place of the present peer.
+    pub fn attach(&self, stream: OwnedFd) {
+        let stream = Arc::new(stream);
+        let _ = self.peers.send(Ends { input: Some(stream.clone()), output: Some(stream) });
+    }
+
+    /// The terminal has another size.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        self.size.store(u32::from(rows) << 16 | u32::from(columns), Ordering::Relaxed);
+    }
+}
+
+impl VirtioDevice for Console {
+    fn name(&self) -> &'static str {
+        "console"
+    }
+
+    fn features(&self) -> u64 {
+        F_SIZE
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn worker_of(&self, _queue: u16) -> usize {
+        0
+    }
+
+    fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
+        let Some(arrivals) = self.arrivals.take() else { return Vec::new() };
+        let port = Port {
+            peer: Peer::default(),
+            arrivals,
+            receive: Chain::new(),
+            transmit: Chain::new(),
+            sending: None,
+        };
+        vec![Box::new(PollWorker::new(port, 2))]
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        // struct virtio_console_config: cols u16, rows u16, max_nr_ports u32, emerg_wr u32.
+        let mut bytes = [0; 12];
+        if let Some((size, rest)) = bytes.split_first_chunk_mut() {
+            *size = self.size.load(Ordering::Relaxed).to_le_bytes();
+            rest.fill(0);
+        }
+        crate::copy_config(&bytes, offset, data);
+    }
+}
+
+/// Port 0, served by the worker.
+struct Port {
+    peer: Peer,
+    arrivals: Receiver<Ends>,
+    receive: Chain,
+    transmit: Chain,
+    /// Of the request in `transmit`: segment, and bytes of it already taken.
+    sending: Option<(usize, u32)>,
+}
+
+impl Port {
+    /// Guest to peer. True: there is more.
+    fn transmit(&mut self, ring: &mut Vring, epoll: &Epoll) -> bool {
+        let mut budget = BATCH;
+        ring.disable_kicks();
+        loop {
+            while self.sending.is_some() || ring.next(&mut self.transmit) {
+                match self.send(ring, epoll) {
+                    Ok(true) => ring.finish(self.transmit.head(), 0),
+                    Ok(false) => {
+                        // No room: an event of the peer, or its patience, brings us back.
+                        ring.signal();
+                        return false;
+                    }
+                    Err(error) => {
+                        ring.fail(&error);
+                        ring.finish(self.transmit.head(), 0);
+                    }
+                }
+                self.sending = None;
+                budget = budget.saturating_sub(1);
+                if budget == 0 {
+                    ring.signal();
+                    return true;
+                }
+            }
+            ring.signal();
+            if !ring.enable_kicks() {
+                return false;
+            }
+            ring.disable_kicks();
+        }
+    }
+
+    /// Takes what is left of the request in `transmit`. False: the peer has no room for all of it.
+    fn send(&mut self, ring: &Vring, epoll: &Epoll) -> Result<bool, VringError> {
+        let mut piece = [0; PIECE];
+        let (mut index, mut taken) = self.sending.unwrap_or((0, 0));
+        while let Some(segment) = self.transmit.readable().get(index) {
+            let left = segment.len.saturating_sub(taken);
+            if left == 0 {
+                (index, taken) = (index.saturating_add(1), 0);
+                continue;
+            }
+            let len = usize::try_from(left).unwrap_or(PIECE).min(PIECE).min(self.peer.room());
+            self.sending = Some((index, taken));
+            if len == 0 {
+                self.peer.flush(epoll);
+                if self.peer.room() == 0 {
+                    return Ok(false);
+                }
+                continue;
+            }
+            let Some(bytes) = piece.get_mut(..len) else { return Ok(true) };
+            let address = segment.address.saturating_add(u64::from(taken));
+            let outside = |_| VringError::Request("a console's output does not lie in guest memory");
+            ring.ram().memory().read_slice(bytes, GuestAddress(address)).map_err(outside)?;
+            self.peer.say(bytes, epoll);
+            taken = taken.saturating_add(u32::try_from(len).unwrap_or(left));
+        }
+        Ok(true)
+    }
+
+    /// Peer to guest, as long as there are bytes and buffers. True: there is more.
+    fn receive(&mut self, ring: &mut Vring, epoll: &Epoll) -> bool {
+        let mut budget = BATCH;
+        while let Some(input) = self.peer.ready_input() {
+            if !ring.next(&mut self.receive) {
+                // The guest has no buffer: it kicks when it has one.
+                if ring.enable_kicks() {
+                    continue;
+                }
+                break;
+            }
+            let head = self.receive.head();
+            let Some(segment) = self.receive.writable().first() else {
+                ring.finish(head, 0);
+                continue;
+            };
+            let buffer = match ring.ram().lend(segment.address, u64::from(segment.len), Direction::Write) {
+                Ok(buffer) => buffer,
+                Err(error) => {
+                    ring.fail(&error.into());
+                    ring.finish(head, 0);
+                    break;
+                }
+            };
+            match buffer.read_from(input) {
+                Ok(count) if count > 0 => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
+                Err(error) if retry(&error) => ring.put_back(head),
+                Ok(_) | Err(_) => {
+                    ring.put_back(head);
+                    self.peer.input_ended(epoll);
+                }
+            }
+            budget = budget.saturating_sub(1);
+            if budget == 0 {
+                ring.signal();
+                return true;
+            }
+        }
+        ring.signal();
+        false
+    }
+}
+
+fn retry(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+impl QueueHandler for Port {
+    fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next> {
+        while let Ok(ends) = self.arrivals.try_recv() {
+            self.peer.attach(ends, epoll);
+        }
+        self.peer.flush(epoll);
+        let mut more = false;
+        if let Some(Some(ring)) = rings.get_mut(TRANSMIT) {
+            more |= self.transmit(ring, epoll);
+        }
+        if let Some(Some(ring)) = rings.get_mut(RECEIVE) {
+            more |= self.receive(ring, epoll);
+        }
+        Ok(match self.peer.patience() {
+            _ if more => Next::Soon,
+            Some(left) => Next::Within(u16::try_from(left.as_millis()).unwrap_or(u16::MAX).max(1)),
+            None => Next::Event,
+        })
+    }
+
+    fn release(&mut self, ring: &mut Vring) {
+        if usize::from(ring.index()) == TRANSMIT && self.sending.take().is_some() {
+            // What the peer has no room for now is lost; the ring must not wait for it.
+            ring.finish(self.transmit.head(), 0);
+            ring.signal();
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! The device models of Bulkhead: one module for each type; `bulkhead-device` runs one of them in its own process.
+
+pub mod blk;
+pub mod console;
+pub mod rng;
+pub mod serve;
+pub mod standalone;
+pub mod uart;
+
+/// Copies configuration space from `offset` on; what lies beyond its end reads as zero.
+pub(crate) fn copy_config(space: &[u8], offset: u32, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
+}

@@ -1,0 +1,161 @@
+//! A virtio device as a service of its own, for front ends that are not ours: `bulkhead-device TYPE --socket-path PATH …`
+//! ("Backend programs" of the vhost-user protocol). There is no supervisor, and the process is not jailed by itself.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, VirtioDevice, WorkerError, no_jail};
+use bulkhead_ipc::vhost_user::connection::ConnectionError;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::blk::{Blk, BlkError};
+use crate::console::{Console, Ends};
+use crate::rng::Rng;
+use crate::serve::connection;
+
+/// Why the service ends.
+#[derive(Debug, Error)]
+pub enum StandaloneError {
+    /// The command line.
+    #[error("{0}")]
+    Usage(String),
+    /// A file or socket could not be opened.
+    #[error("{what} {path}: {error}")]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// Its path.
+        path: String,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The disk cannot be served.
+    #[error(transparent)]
+    Blk(#[from] BlkError),
+    /// A queue's thread could not be set up, or has ended.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// A queue's thread has ended.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// No connection could be accepted.
+    #[error("the socket: {0}")]
+    Accept(io::Error),
+}
+
+/// The options of the command line.
+#[derive(Debug)]
+struct Options {
+    socket_path: String,
+    blk_file: Option<String>,
+    read_only: bool,
+    serial: String,
+    queues: u16,
+    block_size: u32,
+}
+
+fn usage(message: impl Into<String>) -> StandaloneError {
+    StandaloneError::Usage(message.into())
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, StandaloneError> {
+        let mut options = Self {
+            socket_path: String::new(),
+            blk_file: None,
+            read_only: false,
+            serial: String::new(),
+            queues: 1,
+            block_size: 512,
+        };
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let (name, inline) = match argument.split_once('=') {
+                Some((name, value)) => (name, Some(value.to_owned())),
+                None => (argument.as_str(), None),
+            };
+            if name == "--read-only" {
+                options.read_only = true;
+                continue;
+            }
+            let value = inline
+                .or_else(|| arguments.next().cloned())
+                .ok_or_else(|| usage(format!("{name} needs a value")))?;
+            let number = || value.parse().map_err(|_| usage(format!("{name}: {value:?} is not a number")));
+            match name {
+                "--socket-path" => options.socket_path = value,
+                "--blk-file" => options.blk_file = Some(value),
+                "--serial" => options.serial = value,
+                "--num-queues" => {
+                    options.queues =
+                        u16::try_from(number()?).map_err(|_| usage("--num-queues is too large"))?;
+                }
+                "--block-size" => options.block_size = number()?,
+                _ => return Err(usage(format!("unknown option {name}"))),
+            }
+        }
+        if options.socket_path.is_empty() {
+            return Err(usage("--socket-path is needed"));
+        }
+        Ok(options)
+    }
+}
+
+fn open(what: &'static str, path: &str, write: bool) -> Result<File, StandaloneError> {
+    OpenOptions::new().read(true).write(write).open(path).map_err(|error| StandaloneError::Open {
+        what,
+        path: path.into(),
+        error,
+    })
+}
+
+fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, StandaloneError> {
+    match kind {
+        "blk" => {
+            let path = options.blk_file.as_deref().ok_or_else(|| usage("--blk-file is needed"))?;
+            let disk = open("disk", path, !options.read_only)?;
+            let Options { read_only, ref serial, queues, block_size, .. } = *options;
+            Ok(Box::new(Blk::new(disk, read_only, serial, queues, block_size)?))
+        }
+        "rng" => Ok(Box::new(Rng::new(open("entropy source", "/dev/urandom", false)?))),
+        "console" => {
+            let ends = Ends {
+                input: Some(Arc::new(open("standard input", "/dev/stdin", false)?.into())),
+                output: Some(Arc::new(open("standard output", "/dev/stdout", true)?.into())),
+            };
+            Ok(Box::new(Console::new(ends, None)))
+        }
+        other => Err(usage(format!("unknown device type {other}"))),
+    }
+}
+
+/// Serves one front end after the other on a socket.
+///
+/// # Errors
+/// [`StandaloneError`]; the end of a connection is none.
+pub fn run(kind: &str, arguments: &[String]) -> Result<(), StandaloneError> {
+    let options = Options::parse(arguments)?;
+    let device = device(kind, &options)?;
+    // A socket that an earlier process left behind.
+    let _ = std::fs::remove_file(&options.socket_path);
+    let listener = UnixListener::bind(&options.socket_path).map_err(|error| StandaloneError::Open {
+        what: "socket",
+        path: options.socket_path.clone(),
+        error,
+    })?;
+    let mut daemon = Daemon::new(device, &no_jail())?;
+    loop {
+        let (stream, _) = listener.accept().map_err(StandaloneError::Accept)?;
+        info!("a front end has connected");
+        match daemon.run(connection(stream)) {
+            Ok(()) | Err(DaemonError::Connection(ConnectionError::Closed)) => {
+                info!("the front end has gone");
+            }
+            Err(DaemonError::Connection(error)) => warn!(%error, "the front end was let go"),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

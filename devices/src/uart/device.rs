@@ -1,0 +1,168 @@
+//! The chip behind its register protocol: region 0 is its eight ports, region 1 the shadow page, interrupt 0 its
+//! interrupt output.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_ipc::vfio_user::shadow::{SHADOW_SIZE, ShadowPage, ShadowState};
+use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::model::Uart16550;
+use super::output::{CREDIT, Output};
+use super::registers::{PORTS, Register, lsr, msr};
+
+/// Index of the region that holds the ports.
+pub const REGION_PORTS: u32 = 0;
+
+/// Index of the region that is the shadow page: its registers are LSR, IER and MSR, its stream register is THR.
+pub const REGION_SHADOW: u32 = 1;
+
+/// The UART as a process serves it.
+#[derive(Debug, Default)]
+pub struct UartDevice {
+    uart: Uart16550,
+    /// The transmit side of the line.
+    pub output: Output,
+    shadow: Option<ShadowPage>,
+    event: Option<OwnedFd>,
+    writes: u16,
+    published: u64,
+}
+
+impl UartDevice {
+    /// A chip after its reset; without a shadow page every read is a round trip.
+    pub fn new(shadow: Option<ShadowPage>) -> Self {
+        Self { shadow, ..Self::default() }
+    }
+
+    /// Descriptors that the device holds.
+    pub fn descriptors(&self) -> impl Iterator<Item = std::os::fd::BorrowedFd<'_>> {
+        self.shadow.iter().map(AsFd::as_fd).chain(self.output.descriptor())
+    }
+
+    /// Characters that the receiver takes now.
+    pub fn receive_room(&self) -> usize {
+        self.uart.receive_room()
+    }
+
+    /// Characters arrive, no more than there is room for. `idle`: no more follow at once, so that what lies below the
+    /// trigger level need not wait for the character timeout (the line between host and model has no bit rate).
+    pub fn receive(&mut self, bytes: &[u8], idle: bool) {
+        for byte in bytes {
+            self.uart.receive(*byte);
+        }
+        if idle {
+            self.uart.character_timeout();
+        }
+        self.update();
+    }
+
+    /// Whether a character timeout is running.
+    pub fn timeout_armed(&self) -> bool {
+        self.uart.timeout_armed()
+    }
+
+    /// Four character times have passed.
+    pub fn character_timeout(&mut self) {
+        self.uart.character_timeout();
+        self.update();
+    }
+
+    /// The output has room again.
+    pub fn pump(&mut self) {
+        self.uart.pump(&mut self.output);
+        self.update();
+    }
+
+    /// Publishes what reads would bring, then signals an edge: whoever the interrupt wakes reads the new state.
+    fn update(&mut self) {
+        self.publish();
+        if self.uart.take_edge()
+            && let Some(event) = &self.event
+        {
+            // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
+            let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn publish(&mut self) {
+        let Some(shadow) = &self.shadow else { return };
+        let (line, modem) = (self.uart.lsr(), self.uart.msr());
+        // Reading LSR clears its errors; and while THRE is clear a guest that polls had better wait for our answer.
+        let line_valid = line & (lsr::ERRORS | lsr::FIFO_ERROR) == 0 && line & lsr::THRE != 0;
+        let modem_valid = modem & (msr::DCTS | msr::DDSR | msr::TERI | msr::DDCD) == 0;
+        let plain = !self.uart.dlab() && !self.uart.loopback();
+        let credit = if plain && line & lsr::THRE != 0 { self.output.room().min(CREDIT) } else { 0 };
+        let state = ShadowState {
+            settled: self.writes,
+            credit: u16::try_from(credit).unwrap_or(u16::MAX),
+            registers: [line, self.uart.ier(), modem],
+            valid: u8::from(line_valid) | u8::from(!self.uart.dlab()) << 1 | u8::from(modem_valid) << 2,
+        };
+        let word = state.pack();
+        if word != self.published {
+            self.published = word;
+            shadow.publish(state);
+        }
+    }
+}
+
+impl RegisterDevice for UartDevice {
+    fn description(&self) -> Description {
+        Description { flags: DeviceInfo::RESET, regions: 2, irqs: 1 }
+    }
+
+    fn region(&self, index: u32) -> Option<Region<'_>> {
+        match index {
+            REGION_PORTS => {
+                Some(Region { size: PORTS, flags: RegionInfo::READ | RegionInfo::WRITE, file: None })
+            }
+            REGION_SHADOW => {
+                let file = self.shadow.as_ref()?.as_fd();
+                Some(Region { size: SHADOW_SIZE as u64, flags: 0, file: Some(file) })
+            }
+            _ => None,
+        }
+    }
+
+    fn irq_count(&self, index: u32) -> u32 {
+        u32::from(index == 0)
+    }
+
+    fn read(&mut self, _region: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        // An 8-bit card: a wider access is as many cycles.
+        for (byte, port) in data.iter_mut().zip(offset..) {
+            let register = Register::read_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
+            *byte = self.uart.read(register);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        for (byte, port) in data.iter().zip(offset..) {
+            let register = Register::written_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
+            self.uart.write(register, *byte, &mut self.output);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.uart.reset();
+    }
+
+    fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
+        if let Some(event) = &event {
+            // Whatever the peer sent, writing to it must not block.
+            let flags = fcntl(event, FcntlArg::F_GETFL).map_err(|_| AccessError::OutOfRange)?;
+            let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
+            fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
+        }
+        self.event = event;
+        Ok(())
+    }
+
+    fn settle(&mut self, writes: u16) {
+        self.writes = writes;
+        self.update();
+    }
+}

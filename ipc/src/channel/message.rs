@@ -1,0 +1,256 @@
+//! What the supervisor and its processes say to each other on the control channel.
+//!
+//! A message names the descriptors that travel with it by [`FdIndex`]; [`Descriptors`] hands each of them out once and
+//! refuses an index that is out of range or used twice, and a descriptor that no field named.
+//! Sending order: `Start` goes first and once; the process answers `Ready` after it has sealed itself (see
+//! [`crate::jail::seal`]) and reads nothing from guest or peer before that.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+
+use crate::channel::ChannelError;
+use crate::jail::{Enforcement, PolicyName};
+use crate::log::LogLevel;
+
+/// Index of a descriptor among those that came with the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdIndex(pub u8);
+
+/// From the supervisor to the core.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToCore {
+    /// Build the machine and run it once every device answered.
+    Start(CoreStart),
+    /// The device process behind `id` was replaced; `socket` is the stream to the new one.
+    DeviceReplaced {
+        /// Which device, as named in [`DeviceLink::id`].
+        id: String,
+        /// The new vhost-user or vfio-user stream.
+        socket: FdIndex,
+    },
+    /// Press the ACPI power button.
+    Stop,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let the vCPUs run again.
+    Resume,
+}
+
+/// What the core needs to build the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoreStart {
+    /// Name of the machine.
+    pub machine: String,
+    /// Least severe level that is logged.
+    pub log: LogLevel,
+    /// What a forbidden system call does.
+    pub enforcement: Enforcement,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Guest RAM in bytes, a multiple of 4 KiB.
+    pub memory_bytes: u64,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// Kernel image, bzImage or ELF.
+    pub kernel: FdIndex,
+    /// Initial RAM file system.
+    pub initrd: Option<FdIndex>,
+    /// One link for each device process.
+    pub devices: Vec<DeviceLink>,
+}
+
+/// A stream to a device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLink {
+    /// Name of the device, unique in its machine.
+    pub id: String,
+    /// What is spoken on the stream.
+    pub kind: LinkKind,
+    /// The stream.
+    pub socket: FdIndex,
+}
+
+/// What is spoken between the core and a device process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkKind {
+    /// vhost-user; the core shows the guest a virtio PCI function.
+    VirtioVhostUser {
+        /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
+        virtio_id: u16,
+    },
+    /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
+    Registers,
+}
+
+/// From the core to the supervisor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromCore {
+    /// Sealed and serving. One violation listener came for each policy, in this order; none without a supervisor.
+    Ready {
+        /// Policies of the threads, in the order of the descriptors.
+        policies: Vec<PolicyName>,
+    },
+    /// The machine ended.
+    Ended(MachineEnd),
+    /// A device missed a deadline or sent nonsense.
+    DeviceFailed {
+        /// Which device.
+        id: String,
+        /// What it did, for a person.
+        reason: String,
+    },
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineEnd {
+    /// ACPI S5.
+    PowerOff,
+    /// Reset by CF9, port 92, the i8042 or a triple fault.
+    Reset,
+    /// The guest reported a panic.
+    Panicked,
+    /// The core could not go on; a sentence for a person.
+    Failed(String),
+}
+
+/// From the supervisor to a device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDevice {
+    /// Serve this device.
+    Start(DeviceStart),
+    /// A new peer of a console or serial line; its stream is the only descriptor (index 0).
+    Attach,
+    /// The terminal's new size in characters.
+    Resize {
+        /// Width.
+        columns: u16,
+        /// Height.
+        rows: u16,
+    },
+    /// Finish what is in flight and exit with code 0.
+    Stop,
+}
+
+/// What a device process needs to serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStart {
+    /// Name of the device, unique in its machine.
+    pub id: String,
+    /// Name of the machine.
+    pub machine: String,
+    /// Least severe level that is logged.
+    pub log: LogLevel,
+    /// What a forbidden system call does.
+    pub enforcement: Enforcement,
+    /// vhost-user or vfio-user stream to the core.
+    pub socket: FdIndex,
+    /// The device type and its resources.
+    pub config: DeviceConfig,
+}
+
+/// Device type and what it was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceConfig {
+    /// virtio-blk.
+    Blk(BlkConfig),
+    /// virtio-rng.
+    Rng(RngConfig),
+    /// virtio-console.
+    Console(ConsoleConfig),
+    /// 16550A.
+    Uart(UartConfig),
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlkConfig {
+    /// Raw image or block device, opened and locked by the supervisor.
+    pub disk: FdIndex,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Up to 20 bytes of ASCII.
+    pub serial: String,
+    /// Number of request queues.
+    pub queues: u16,
+    /// 512 or 4096.
+    pub logical_block_size: u32,
+}
+
+/// A source of entropy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// `/dev/urandom`.
+    pub source: FdIndex,
+}
+
+/// A virtio console with one port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleConfig {
+    /// Bytes for the guest; `None`: nobody types until `Attach`.
+    pub input: Option<FdIndex>,
+    /// Bytes from the guest; `None`: dropped until `Attach`.
+    pub output: Option<FdIndex>,
+    /// Columns and rows.
+    pub size: Option<(u16, u16)>,
+}
+
+/// A serial line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UartConfig {
+    /// Bytes for the guest; `None`: nobody types until `Attach`.
+    pub input: Option<FdIndex>,
+    /// Bytes from the guest; `None`: dropped until `Attach`.
+    pub output: Option<FdIndex>,
+}
+
+/// From a device process to the supervisor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromDevice {
+    /// Sealed and serving. One violation listener came for each policy, in this order; none without a supervisor.
+    Ready {
+        /// Policies of the threads, in the order of the descriptors.
+        policies: Vec<PolicyName>,
+    },
+    /// The device cannot serve; a sentence for a person. The process exits after it.
+    Failed(String),
+}
+
+/// The descriptors of one message, each to be taken once.
+#[derive(Debug)]
+pub struct Descriptors {
+    slots: Vec<Option<OwnedFd>>,
+}
+
+impl From<Vec<OwnedFd>> for Descriptors {
+    fn from(descriptors: Vec<OwnedFd>) -> Self {
+        Self { slots: descriptors.into_iter().map(Some).collect() }
+    }
+}
+
+impl Descriptors {
+    /// Takes the descriptor that a field names.
+    ///
+    /// # Errors
+    /// [`ChannelError::NoSuchDescriptor`] when the index is out of range or was taken before.
+    pub fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ChannelError> {
+        self.slots
+            .get_mut(usize::from(index.0))
+            .and_then(Option::take)
+            .ok_or(ChannelError::NoSuchDescriptor { index: index.0 })
+    }
+
+    /// Ends the message: every descriptor must have been taken.
+    ///
+    /// # Errors
+    /// [`ChannelError::UnusedDescriptors`] with the number of those that no field named; they are closed.
+    pub fn finish(self) -> Result<(), ChannelError> {
+        match self.slots.iter().flatten().count() {
+            0 => Ok(()),
+            count => Err(ChannelError::UnusedDescriptors { count }),
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! The policies of `seccomp-policies/`, compiled by `build.rs` and embedded.
+
+use serde::{Deserialize, Serialize};
+
+/// One instruction of a classic BPF program, as `struct sock_filter`: code, jump if true, jump if false, constant.
+pub(super) type Instruction = (u16, u8, u8, u32);
+
+include!(concat!(env!("OUT_DIR"), "/policies.rs"));
+
+/// The policies, one for each kind of process and thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PolicyName {
+    /// Core: event loop, control channel, device connections.
+    CoreMain,
+    /// Core: a vCPU.
+    CoreVcpu,
+    /// virtio-blk: control channel and vhost-user messages.
+    BlkMain,
+    /// virtio-blk: a set of queues.
+    BlkQueue,
+    /// virtio-rng: control channel and vhost-user messages.
+    RngMain,
+    /// virtio-rng: its queue.
+    RngQueue,
+    /// virtio-console: control channel and vhost-user messages.
+    ConsoleMain,
+    /// virtio-console: its queues and its peer.
+    ConsoleQueue,
+    /// 16550A: control channel.
+    UartMain,
+    /// 16550A: registers and peer.
+    UartWorker,
+}
+
+impl PolicyName {
+    /// All policies.
+    pub const ALL: [Self; 10] = [
+        Self::CoreMain,
+        Self::CoreVcpu,
+        Self::BlkMain,
+        Self::BlkQueue,
+        Self::RngMain,
+        Self::RngQueue,
+        Self::ConsoleMain,
+        Self::ConsoleQueue,
+        Self::UartMain,
+        Self::UartWorker,
+    ];
+
+    /// The policy's file in the source tree.
+    #[must_use]
+    pub fn file(self) -> &'static str {
+        self.compiled().1
+    }
+
+    /// Number of system calls that it allows, those with restricted arguments included.
+    #[must_use]
+    pub fn allowed(self) -> usize {
+        self.compiled().2
+    }
+
+    /// The filter; every refusal is `SECCOMP_RET_KILL_PROCESS`.
+    pub(super) fn program(self) -> &'static [Instruction] {
+        self.compiled().0
+    }
+
+    /// Program, file, number of allowed system calls. The constants come from `build.rs`: a policy without a file does not
+    /// compile, and a file without a policy leaves a constant unused.
+    const fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
+        match self {
+            Self::CoreMain => CORE_MAIN,
+            Self::CoreVcpu => CORE_VCPU,
+            Self::BlkMain => BLK_MAIN,
+            Self::BlkQueue => BLK_QUEUE,
+            Self::RngMain => RNG_MAIN,
+            Self::RngQueue => RNG_QUEUE,
+            Self::ConsoleMain => CONSOLE_MAIN,
+            Self::ConsoleQueue => CONSOLE_QUEUE,
+            Self::UartMain => UART_MAIN,
+            Self::UartWorker => UART_WORKER,
+        }
+    }
+}
+
+/// Size of an embedded policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PolicySummary {
+    /// Which policy.
+    pub name: PolicyName,
+    /// Its file in the source tree.
+    pub file: &'static str,
+    /// Number of system calls that it allows, those with restricted arguments included.
+    pub allowed: usize,
+    /// Length of its filter in BPF instructions.
+    pub instructions: usize,
+}
+
+/// All embedded policies.
+#[must_use]
+pub fn policies() -> &'static [PolicySummary] {
+    const fn summary(name: PolicyName) -> PolicySummary {
+        let (program, file, allowed) = name.compiled();
+        PolicySummary { name, file, allowed, instructions: program.len() }
+    }
+    static SUMMARIES: [PolicySummary; PolicyName::ALL.len()] = {
+        let mut summaries = [summary(PolicyName::CoreMain); PolicyName::ALL.len()];
+        let mut index = 0;
+        while index < summaries.len() {
+            summaries[index] = summary(PolicyName::ALL[index]);
+            index += 1;
+        }
+        summaries
+    };
+    &SUMMARIES
+}

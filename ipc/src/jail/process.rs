@@ -1,0 +1,342 @@
+//! The supervisor's side of a jailed process: start, confirmation, end.
+//!
+//! Contains unsafe code: `clone3`, which no safe interface offers, with the copy of this process that it makes.
+
+use std::ffi::{CString, c_char, c_long, c_uint, c_ulong};
+use std::fs;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus};
+
+use super::child::{self, LIMITS, Plan};
+use super::{JailError, Step};
+
+/// Host user and group that a process runs as when the supervisor is root; an ordinary user keeps its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Host user id, never 0.
+    pub uid: u32,
+    /// Host group id, never 0.
+    pub gid: u32,
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self { uid: 65534, gid: 65534 }
+    }
+}
+
+/// Resource limits; soft and hard alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// `RLIMIT_AS` in bytes, mapped guest RAM included; `None`: not limited.
+    pub address_space: Option<u64>,
+    /// `RLIMIT_DATA` in bytes: heap, stacks and private mappings, guest RAM not included; `None`: not limited.
+    pub data: Option<u64>,
+    /// `RLIMIT_NOFILE`, highest descriptor number plus one.
+    pub descriptors: u64,
+    /// `RLIMIT_NPROC`, threads included, counted in the process's own user namespace.
+    pub threads: u64,
+    /// `RLIMIT_FSIZE` in bytes: largest file that it may write or create (a memfd too); `None`: not limited.
+    pub file_size: Option<u64>,
+    /// `RLIMIT_MEMLOCK` in bytes.
+    pub locked: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            address_space: None,
+            data: Some(256 << 20),
+            descriptors: 256,
+            threads: 64,
+            file_size: Some(0),
+            locked: 0,
+        }
+    }
+}
+
+impl Limits {
+    fn table(&self) -> [(c_uint, u64); LIMITS] {
+        let none = libc::RLIM64_INFINITY;
+        [
+            (libc::RLIMIT_AS, self.address_space.unwrap_or(none)),
+            (libc::RLIMIT_DATA, self.data.unwrap_or(none)),
+            (libc::RLIMIT_NOFILE, self.descriptors),
+            (libc::RLIMIT_NPROC, self.threads),
+            (libc::RLIMIT_FSIZE, self.file_size.unwrap_or(none)),
+            (libc::RLIMIT_MEMLOCK, self.locked),
+            (libc::RLIMIT_CORE, 0),
+            (libc::RLIMIT_MSGQUEUE, 0),
+            (libc::RLIMIT_RTPRIO, 0),
+            (libc::RLIMIT_NICE, 0),
+            (libc::RLIMIT_SIGPENDING, 64),
+        ]
+    }
+}
+
+/// What to start and in which jail.
+#[derive(Debug)]
+pub struct JailSpec<'a> {
+    /// The static program, open with `O_PATH` or `O_RDONLY`; the process's host user must be allowed to execute it.
+    pub program: BorrowedFd<'a>,
+    /// `argv`; the first shows up as the process's title, so it says machine and device. No environment is passed.
+    pub arguments: &'a [String],
+    /// The process's end of the control channel; becomes descriptor 3.
+    pub channel: OwnedFd,
+    /// Write end of the log pipe; becomes descriptors 1 and 2.
+    pub log: BorrowedFd<'a>,
+    /// `/dev/null`; becomes descriptor 0.
+    pub null: BorrowedFd<'a>,
+    /// Resource limits.
+    pub limits: Limits,
+    /// Host user and group when the supervisor is root.
+    pub identity: Identity,
+}
+
+/// A process that was started in a jail; killed and reaped on drop unless it was reaped before.
+#[derive(Debug)]
+pub struct JailedProcess {
+    pid: i32,
+    pidfd: OwnedFd,
+    /// Until confirmed: end of file means that the program runs.
+    report: Option<OwnedFd>,
+    exit: Option<Exit>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// `exit` with this code; [`super::PANIC_EXIT_CODE`] after a panic.
+    Code(i32),
+    /// Killed by this signal; `SIGSYS` by its own policy when nobody supervises.
+    Signal(i32),
+}
+
+/// Namespaces that the child creates itself, in parallel with the supervisor. The others must exist from its first
+/// instruction: the user namespace because the supervisor maps it, the pid namespace because it only counts for children.
+const UNSHARED: c_ulong = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP) as c_ulong;
+const CLONED: c_ulong = (libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_PIDFD) as c_ulong;
+
+/// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::confirm`] after the others are started.
+///
+/// The thread that calls this must live as long as the supervisor: the parent-death signal follows the thread.
+///
+/// # Errors
+/// [`JailError`] with the step that failed; no process is left.
+pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
+    let arguments: Vec<CString> = spec
+        .arguments
+        .iter()
+        .map(|argument| CString::new(argument.as_str()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| JailError::Argument)?;
+    let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+    argv.push(ptr::null());
+    let privileged = nix::unistd::geteuid().is_root();
+    let identity = if privileged {
+        spec.identity
+    } else {
+        Identity { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() }
+    };
+    if identity.uid == 0 || identity.gid == 0 {
+        return Err(JailError::RootIdentity);
+    }
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(JailError::call("create a report socket"))?;
+    let plan = Plan {
+        null: spec.null.as_raw_fd(),
+        log: spec.log.as_raw_fd(),
+        channel: spec.channel.as_raw_fd(),
+        program: spec.program.as_raw_fd(),
+        report: theirs.as_raw_fd(),
+        uid: identity.uid,
+        gid: identity.gid,
+        drop_groups: privileged,
+        limits: spec.limits.table(),
+        argv: argv.as_ptr(),
+        unshare: UNSHARED,
+    };
+    let (pid, pidfd) = clone(&plan)?;
+    let process = JailedProcess { pid, pidfd, report: Some(ours), exit: None };
+    // From here on dropping `process` kills the child.
+    write_maps(pid, identity, privileged)?;
+    let ours = process.report.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    match send(ours, &[1], MsgFlags::MSG_NOSIGNAL) {
+        // A child that failed before it waited has left its report.
+        Ok(_) | Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(process),
+        Err(errno) => Err(JailError::call("send to the new process")(errno)),
+    }
+}
+
+/// `clone3`; the child never returns from here.
+fn clone(plan: &Plan) -> Result<(i32, OwnedFd), JailError> {
+    // A handler of this process must not run in the child before it has reset them.
+    let mut before = SigSet::empty();
+    nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
+        .map_err(JailError::call("block signals"))?;
+    let mut pidfd: i32 = -1;
+    // SAFETY: clone_args is plain data for which all zero means "nothing".
+    let mut arguments: libc::clone_args = unsafe { mem::zeroed() };
+    arguments.flags = CLONED;
+    arguments.pidfd = (&raw mut pidfd) as u64;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: without CLONE_VM and with no stack given this is a fork: the child continues here on a copy of this stack. All
+    // it does is `child::run`, whose contract holds: a copy, one thread, all signals blocked, and `plan` points at vectors
+    // that this function's caller keeps alive.
+    let pid = unsafe {
+        let pid = libc::syscall(libc::SYS_clone3, &raw const arguments, mem::size_of_val(&arguments));
+        if pid == 0 {
+            child::run(plan);
+        }
+        Errno::result(pid)
+    };
+    let restored = nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
+    let pid = pid.map_err(JailError::clone)?;
+    // SAFETY: clone3 succeeded with CLONE_PIDFD, so `pidfd` is a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    restored.map_err(JailError::call("restore the signal mask"))?;
+    Ok((i32::try_from(pid).map_err(|_| JailError::Clone(Errno::ERANGE))?, pidfd))
+}
+
+/// Maps exactly one user and one group, each to its own number: id 0 does not exist in the jail.
+fn write_maps(pid: i32, identity: Identity, privileged: bool) -> Result<(), JailError> {
+    let write = |file: &'static str, id: u32, text: &str| {
+        fs::write(format!("/proc/{pid}/{file}"), text).map_err(|source| JailError::Map { file, id, source })
+    };
+    if !privileged {
+        // user_namespaces(7): an ordinary user may map its group only after giving up setgroups.
+        write("setgroups", identity.gid, "deny")?;
+    }
+    write("gid_map", identity.gid, &format!("{0} {0} 1", identity.gid))?;
+    write("uid_map", identity.uid, &format!("{0} {0} 1", identity.uid))
+}
+
+impl JailedProcess {
+    /// Process id as the supervisor sees it.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waits until the program runs, that is until the whole jail is built.
+    ///
+    /// # Errors
+    /// [`JailError`] with the step that failed in the new process, or that `deadline` passed.
+    pub fn confirm(&mut self, deadline: Duration) -> Result<(), JailError> {
+        let Some(report) = self.report.take() else { return Ok(()) };
+        let end = Instant::now().checked_add(deadline);
+        loop {
+            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
+            let timeout = PollTimeout::try_from(left.saturating_add(Duration::from_micros(999)))
+                .unwrap_or(PollTimeout::MAX);
+            match nix::poll::poll(&mut [PollFd::new(report.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) if left.is_zero() => return Err(JailError::Deadline),
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => break,
+                Err(errno) => return Err(JailError::call("wait for the new process")(errno)),
+            }
+        }
+        let mut message = [0; 5];
+        match recv(report.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
+            Ok(5) => {
+                let [step, errno @ ..] = message;
+                let errno = Errno::from_raw(i32::from_ne_bytes(errno));
+                Err(Step::from_number(step)
+                    .map_or(JailError::Vanished, |step| JailError::Step { step, errno }))
+            }
+            // The kernel closes the socket on exec, or when the process ends.
+            Ok(_) | Err(Errno::ECONNRESET) => {
+                if self.has_ended().map_err(JailError::call("look at the new process"))? {
+                    return Err(JailError::Vanished);
+                }
+                Ok(())
+            }
+            Err(errno) => Err(JailError::call("hear from the new process")(errno)),
+        }
+    }
+
+    /// Whether the process ended before it executed its program; does not reap.
+    fn has_ended(&self) -> Result<bool, Errno> {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match nix::sys::wait::waitid(Id::PIDFd(self.pidfd.as_fd()), flags)? {
+            // A program that ran and ended quickly looks alike, and its own exit code tells more.
+            WaitStatus::Signaled(..) | WaitStatus::Exited(_, 127) => Ok(true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Sends SIGKILL.
+    ///
+    /// # Errors
+    /// The error of `pidfd_send_signal`; a process that is gone already is not an error.
+    pub fn kill(&self) -> io::Result<()> {
+        let (pidfd, signal): (c_long, c_long) = (self.pidfd.as_raw_fd().into(), libc::SIGKILL.into());
+        // SAFETY: no memory is involved; the signal information is absent.
+        let result = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, pidfd, signal, ptr::null::<libc::siginfo_t>(), 0)
+        };
+        match Errno::result(result) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Reaps the process if it has ended; the pidfd ([`AsFd`]) polls readable then.
+    ///
+    /// # Errors
+    /// The error of `waitid`.
+    pub fn try_wait(&mut self) -> io::Result<Option<Exit>> {
+        self.reap(WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)
+    }
+
+    /// Waits for the end of the process and reaps it.
+    ///
+    /// # Errors
+    /// The error of `waitid`.
+    pub fn wait(&mut self) -> io::Result<Exit> {
+        loop {
+            if let Some(exit) = self.reap(WaitPidFlag::WEXITED)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn reap(&mut self, flags: WaitPidFlag) -> io::Result<Option<Exit>> {
+        if self.exit.is_none() {
+            self.exit = match nix::sys::wait::waitid(Id::PIDFd(self.pidfd.as_fd()), flags) {
+                Ok(WaitStatus::Exited(_, code)) => Some(Exit::Code(code)),
+                Ok(WaitStatus::Signaled(_, signal, _)) => Some(Exit::Signal(signal as i32)),
+                Ok(_) | Err(Errno::EINTR) => None,
+                Err(errno) => return Err(errno.into()),
+            };
+        }
+        Ok(self.exit)
+    }
+}
+
+impl AsFd for JailedProcess {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for JailedProcess {
+    fn drop(&mut self) {
+        if self.exit.is_none() && self.kill().is_ok() {
+            let _ = self.wait();
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The supervisor's side of a policy: what a jailed thread tried.
+//!
+//! Contains unsafe code: `SECCOMP_IOCTL_NOTIF_RECV`, which no safe interface offers.
+
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+use super::PolicyName;
+
+include!(concat!(env!("OUT_DIR"), "/syscalls.rs"));
+
+/// Supervisor's end of one policy.
+#[derive(Debug)]
+pub struct ViolationListener {
+    policy: PolicyName,
+    listener: OwnedFd,
+}
+
+/// A system call that a policy forbids, as the kernel saw it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Thread id in the supervisor's pid namespace.
+    pub thread: i32,
+    /// Number of the system call (x86-64).
+    pub number: i32,
+    /// Its name; `unknown` for a number that has none and for a call of another architecture (32-bit, x32).
+    pub name: &'static str,
+    /// Its arguments.
+    pub arguments: [u64; 6],
+    /// The policy.
+    pub policy: PolicyName,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, f] = self.arguments;
+        write!(
+            out,
+            "thread {} tried {} (system call {}) with {a:#x} {b:#x} {c:#x} {d:#x} {e:#x} {f:#x}, which {} does not allow",
+            self.thread,
+            self.name,
+            self.number,
+            self.policy.file()
+        )
+    }
+}
+
+impl ViolationListener {
+    /// A listener that came with `Ready`. Take listeners from a process once, with its first `Ready`: a process that was broken
+    /// into later must not be able to bring one of its own.
+    #[must_use]
+    pub fn new(policy: PolicyName, listener: OwnedFd) -> Self {
+        Self { policy, listener }
+    }
+
+    /// The policy that it listens to.
+    #[must_use]
+    pub fn policy(&self) -> PolicyName {
+        self.policy
+    }
+
+    /// Reads the violation after the descriptor ([`AsFd`]) polled readable; `None` when there is none (any more). The caller
+    /// then kills the process through its pidfd and never answers the call. The descriptor polls `HUP` when the thread is gone.
+    ///
+    /// # Errors
+    /// The error of the `ioctl`; a descriptor that is no listener.
+    pub fn read(&self) -> io::Result<Option<Violation>> {
+        // The ioctl waits when nothing is there.
+        let mut poll = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        match nix::poll::poll(&mut poll, PollTimeout::ZERO) {
+            Ok(_) if poll.iter().any(|fd| fd.revents().is_some_and(|it| it.contains(PollFlags::POLLIN))) => {}
+            Ok(_) | Err(Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        }
+        // SAFETY: the structure is plain data, and the kernel demands that it is zero.
+        let mut notification: libc::seccomp_notif = unsafe { mem::zeroed() };
+        // SAFETY: the request number carries the structure's size, so the kernel writes no more than that.
+        let result = unsafe {
+            libc::ioctl(self.listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut notification)
+        };
+        match Errno::result(result) {
+            // The thread was killed meanwhile.
+            Err(Errno::ENOENT | Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => {}
+        }
+        let data = notification.data;
+        Ok(Some(Violation {
+            thread: notification.pid.cast_signed(),
+            number: data.nr,
+            name: if data.arch == AUDIT_ARCH_X86_64 { syscall_name(data.nr) } else { "unknown" },
+            arguments: data.args,
+            policy: self.policy,
+        }))
+    }
+}
+
+/// <linux/audit.h>: EM_X86_64, 64-bit, little-endian.
+const AUDIT_ARCH_X86_64: u32 = 0xC000_003E;
+
+impl AsFd for ViolationListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// Name of an x86-64 system call; `unknown` when the number has none.
+#[must_use]
+pub fn syscall_name(number: i32) -> &'static str {
+    SYSCALLS
+        .binary_search_by_key(&number, |&(known, ..)| i32::from(known))
+        .ok()
+        .and_then(|index| SYSCALLS.get(index))
+        .and_then(|&(_, start, length)| {
+            let start = usize::from(start);
+            NAMES.get(start..start + usize::from(length))
+        })
+        .unwrap_or("unknown")
+}

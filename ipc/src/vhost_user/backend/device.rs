@@ -1,0 +1,71 @@
+//! What a device type gives to the daemon: its features and configuration space, and workers for its queues.
+
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+
+use super::vring::Vring;
+
+/// A virtio device, seen by the daemon's message loop. Methods run on the control thread only; what the device shares with its
+/// workers it shares by its own means.
+pub trait VirtioDevice: Send {
+    /// Short name for the log: `blk`, `rng`, …
+    fn name(&self) -> &'static str;
+
+    /// Feature bits of the device type. The daemon adds VERSION_1, RING_EVENT_IDX, RING_INDIRECT_DESC and vhost-user's own.
+    fn features(&self) -> u64;
+
+    /// Number of virtqueues.
+    fn queues(&self) -> u16;
+
+    /// Largest ring accepted, entries; a power of two.
+    fn queue_max_size(&self) -> u16 {
+        1024
+    }
+
+    /// Index, in what [`Self::workers`] returns, of the worker that serves `queue`.
+    fn worker_of(&self, queue: u16) -> usize;
+
+    /// The workers; called once, before the seal.
+    fn workers(&mut self) -> Vec<Box<dyn QueueWorker>>;
+
+    /// Copies configuration space from `offset` to `data`; what lies beyond its end reads as zero.
+    fn read_config(&self, offset: u32, data: &mut [u8]);
+
+    /// The driver writes configuration space. False: these bytes cannot be written.
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) -> bool {
+        false
+    }
+
+    /// The driver accepted these features, all of them offered. Called while no queue runs that the change concerns.
+    fn accept_features(&mut self, _features: u64) {}
+
+    /// RESET_DEVICE or status 0: forget what the driver set. No queue runs.
+    fn reset(&mut self) {}
+}
+
+/// Serves one or more queues on a thread of its own. All methods are called on that thread.
+pub trait QueueWorker: Send {
+    /// Sets up what must exist before the thread's seccomp filter: io_uring, epoll, buffers.
+    /// `wake` is an eventfd that is written, and never read, when [`Self::turn`] must return: watch it edge-triggered.
+    /// Returns the descriptors that the worker keeps open from now on, for the check of the seal.
+    ///
+    /// # Errors
+    /// The worker cannot run; the process ends with the error.
+    fn prepare(&mut self, wake: BorrowedFd<'_>) -> io::Result<Vec<RawFd>>;
+
+    /// Begins to serve a ring. Requests may be waiting in it already.
+    ///
+    /// # Errors
+    /// The ring's kick descriptor cannot be watched; the daemon refuses the message.
+    fn start(&mut self, ring: Vring) -> io::Result<()>;
+
+    /// Stops serving ring `index` and returns it, after every request taken from it is in the used ring.
+    /// `None` if it does not run.
+    fn stop(&mut self, index: u16) -> Option<Vring>;
+
+    /// Waits until something happens, serves it, returns.
+    ///
+    /// # Errors
+    /// The worker cannot go on; the process ends with the error.
+    fn turn(&mut self) -> io::Result<()>;
+}

@@ -1,0 +1,12 @@
+#!/bin/sh
+# Builds the bare-metal payloads into the folder given: small guests that need no kernel and run on any KVM.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+out=$1
+mkdir -p "$out"
+flags="-m64 -O1 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none -mno-red-zone -mgeneral-regs-only -mcmodel=small -fno-asynchronous-unwind-tables"
+link="-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments -Wl,-T,$here/pvh.ld"
+gcc $flags $link -o "$out/first_byte.elf" "$here/first_byte.S"
+for payload in garbage; do
+    gcc $flags $link -o "$out/$payload.elf" "$here/long_mode.S" "$here/$payload.c"
+done

@@ -1,0 +1,105 @@
+//! What a monitor itself costs, measured on this machine's own KVM with a guest of a few instructions.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use bulkhead_tests::harness::{Outcome, Places};
+
+use crate::contenders::{Guest, bulkhead, qemu};
+use crate::measure::{self, Stream};
+use crate::table;
+
+const LIMIT: Duration = Duration::from_secs(30);
+const MEMORY: u32 = 256;
+
+/// A firmware of 64 KiB whose reset vector (16 bytes below its end) writes one byte to the UART and halts: QEMU's own
+/// would take longer than everything else.
+fn tiny_rom() -> Vec<u8> {
+    let code = [
+        0xBA, 0xF8, 0x03, // mov dx, 0x3f8
+        0xB0, b'!', // mov al, '!'
+        0xEE, // out dx, al
+        0xF4, // hlt
+        0xEB, 0xFD, // jmp to the hlt
+    ];
+    let mut rom = vec![0xF4; 64 << 10];
+    if let Some(vector) = rom.get_mut((64 << 10) - 16..).and_then(|end| end.get_mut(..code.len())) {
+        vector.copy_from_slice(&code);
+    }
+    rom
+}
+
+struct Row {
+    name: &'static str,
+    command: Box<dyn Fn() -> Command>,
+    stream: Stream,
+    text: &'static str,
+    limit: Option<f64>,
+    values: Vec<f64>,
+}
+
+pub fn run(places: &Places, rounds: usize) -> Outcome {
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let (disk, rom) = (folder.path().join("disk.img"), folder.path().join("rom"));
+    File::create(&disk).and_then(|file| file.set_len(1 << 20)).map_err(|error| error.to_string())?;
+    fs::write(&rom, tiny_rom()).map_err(|error| error.to_string())?;
+
+    let mut rows = rows(places, &disk, &rom);
+    for round in 1..=rounds {
+        for row in &mut rows {
+            let started = measure::until((row.command)(), row.stream, row.text, LIMIT)?;
+            eprintln!("round {round}: {} {:.2} ms", row.name, started.milliseconds);
+            row.values.push(started.milliseconds);
+        }
+    }
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let median = table::median(&row.values);
+            let verdict = row.limit.map_or(String::new(), |limit| table::verdict(median, limit));
+            vec![row.name.into(), format!("{median:.1}"), table::spread(&row.values), verdict]
+        })
+        .collect();
+    let title = format!("Start on this machine's own KVM ({MEMORY} MiB, 1 vCPU, median of {rounds})");
+    table::print(&title, &["what", "ms", "range", "limit"], &rows);
+    Ok(())
+}
+
+fn rows(places: &Places, disk: &Path, rom: &Path) -> Vec<Row> {
+    let row = |name, command: Box<dyn Fn() -> Command>, stream, text, limit| Row {
+        name,
+        command,
+        stream,
+        text,
+        limit,
+        values: Vec::new(),
+    };
+    let ours = |with_devices: bool| -> Box<dyn Fn() -> Command> {
+        let (places, disk) = (places.clone(), disk.to_path_buf());
+        Box::new(move || {
+            let disk = with_devices.then_some(disk.as_path());
+            let mut command = bulkhead(&places, &Guest { cmdline: "", memory: MEMORY, disk });
+            command.arg("--kernel").arg(places.payloads.join("first_byte.elf"));
+            command
+        })
+    };
+    let theirs = |machine: &'static str| -> Box<dyn Fn() -> Command> {
+        let rom = rom.to_path_buf();
+        Box::new(move || {
+            // Not `host`: without VMX or SVM, KVM refuses some of the registers that QEMU would pass on.
+            let mut command = qemu(machine, "qemu64", MEMORY);
+            command.arg("-bios").arg(&rom);
+            command
+        })
+    };
+    let ready = "processes are ready";
+    vec![
+        row("Bulkhead, serial port: first serial byte", ours(false), Stream::Output, "!", Some(16.0)),
+        row("Bulkhead, four devices: first serial byte", ours(true), Stream::Output, "!", Some(16.0)),
+        row("Bulkhead, four devices: every process ready", ours(true), Stream::Errors, ready, Some(12.0)),
+        row("QEMU microvm, tiny ROM: first serial byte", theirs("microvm"), Stream::Output, "!", None),
+        row("QEMU pc, tiny ROM: first serial byte", theirs("pc"), Stream::Output, "!", None),
+    ]
+}

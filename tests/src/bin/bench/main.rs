@@ -1,0 +1,42 @@
+//! Comparisons with other monitors, in one run, interleaved, medians.
+//!
+//! ```text
+//! bench stock [ROUNDS]   stock kernels: needs hardware virtualization or the lab (default 5 rounds)
+//! bench bare [ROUNDS]    bare payloads on this machine's own KVM (default 20 rounds)
+//! bench static           sizes, policies, lines of code
+//! ```
+//!
+//! Prints Markdown tables. `tools/bench` runs all three and writes `docs/benchmarks.md`.
+
+mod bare;
+mod contenders;
+mod measure;
+mod sources;
+mod stock;
+mod table;
+
+use std::process::ExitCode;
+
+use bulkhead_tests::harness::{Outcome, Places};
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let what = arguments.next().unwrap_or_default();
+    let rounds = arguments.next().and_then(|word| word.parse().ok());
+    match Places::find().and_then(|places| run(&what, rounds, &places)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("bench: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(what: &str, rounds: Option<usize>, places: &Places) -> Outcome {
+    match what {
+        "stock" => stock::run(places, rounds.unwrap_or(5)),
+        "bare" => bare::run(places, rounds.unwrap_or(20)),
+        "static" => sources::run(places),
+        _ => Err("say stock, bare or static".into()),
+    }
+}

@@ -1,0 +1,94 @@
+//! Starts a program and takes the time until something appears on one of its streams.
+
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::harness::Outcome;
+
+/// A program that was started, killed when this is dropped.
+pub struct Started {
+    /// The program.
+    pub child: Child,
+    /// Milliseconds from just before the start to the text.
+    pub milliseconds: f64,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where the text appears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output: the guest's serial port.
+    Output,
+    /// Standard error: messages of the monitor.
+    Errors,
+}
+
+/// Starts `command` and waits for `text` on the stream.
+pub fn until(mut command: Command, stream: Stream, text: &str, limit: Duration) -> Outcome<Started> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let start = Instant::now();
+    let mut child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+    let (sender, receiver) = mpsc::channel();
+    let needle = text.as_bytes().to_vec();
+    if let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) {
+        match stream {
+            Stream::Output => {
+                follow(errors, Vec::new(), None);
+                follow(output, needle, Some(sender));
+            }
+            Stream::Errors => {
+                follow(output, Vec::new(), None);
+                follow(errors, needle, Some(sender));
+            }
+        }
+    }
+    let found = receiver.recv_timeout(limit);
+    let mut started = Started { child, milliseconds: 0.0 };
+    match found {
+        Ok(Ok(at)) => {
+            started.milliseconds = at.duration_since(start).as_secs_f64() * 1000.0;
+            Ok(started)
+        }
+        Ok(Err(seen)) => Err(format!("'{text}' did not come from {command:?}, which ended with: {seen}")),
+        Err(_) => Err(format!("'{text}' did not come from {command:?} within {limit:?}")),
+    }
+}
+
+/// Reads until the end, so that the writer never waits; reports when `needle` has come, or what came instead.
+fn follow(
+    mut stream: impl Read + Send + 'static,
+    needle: Vec<u8>,
+    report: Option<mpsc::Sender<Result<Instant, String>>>,
+) {
+    thread::spawn(move || {
+        let (mut seen, mut buffer, mut report) = (Vec::new(), [0; 4096], report);
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            let now = Instant::now();
+            if report.is_none() {
+                continue;
+            }
+            // Only the part that is new, and as much before it as the text may reach back.
+            let from = seen.len().saturating_sub(needle.len());
+            seen.extend_from_slice(buffer.get(..count).unwrap_or_default());
+            let new = seen.get(from..).unwrap_or_default();
+            if new.windows(needle.len().max(1)).any(|window| window == needle)
+                && let Some(sender) = report.take()
+            {
+                let _ = sender.send(Ok(now));
+            }
+        }
+        if let Some(sender) = report {
+            let text = String::from_utf8_lossy(&seen).into_owned();
+            let _ = sender.send(Err(text.lines().rev().take(5).collect::<Vec<_>>().join(" / ")));
+        }
+    });
+}

@@ -1,0 +1,73 @@
+//! Bare-metal payloads: they run on any KVM, also where the CPU offers no virtualization.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Machine, Running, exit, expect_gone};
+use nix::sys::signal::Signal;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("bare", "garbage to every port and register", 300, garbage),
+        Case::new("bare", "killed supervisor leaves nothing of a bare guest", 60, |context| {
+            let (mut running, _) = waiting(context, &[])?;
+            let processes = running.processes();
+            running.signal(Signal::SIGKILL)?;
+            expect_gone(processes.get(1..).unwrap_or_default(), Duration::from_secs(1))?;
+            running.expect_exit(137)
+        }),
+        Case::new("bare", "SIGTERM at any moment of the launch leaves nothing", 120, interrupted_launch),
+    ]
+}
+
+/// A machine with four devices whose guest has written one byte to the UART and waits. Also the file of the UART.
+pub fn waiting(context: &Context, arguments: &[&str]) -> Outcome<(Running, PathBuf)> {
+    let serial = context.folder.join("serial");
+    let (machine, _) = Machine::bare(context, &context.places.payloads.join("first_byte.elf"))?
+        .empty_disk_named("data.ext4", 1)?;
+    let target = format!("file={}", serial.display());
+    let running = machine
+        .arguments(&["--memory", "256M", "--rng", "--console", "--serial", &target])
+        .arguments(arguments)
+        .start()?;
+    while fs::read(&serial).unwrap_or_default().is_empty() {
+        ensure!(!context.left().is_zero(), "the payload's byte did not reach the UART");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok((running, serial))
+}
+
+fn garbage(context: &Context) -> Outcome {
+    let (machine, _) = Machine::bare(context, &context.places.payloads.join("garbage.elf"))?
+        .empty_disk_named("data.ext4", 4)?;
+    let mut running = machine.arguments(&["--memory", "64M", "--rng", "--console"]).start()?;
+    running.wait_for("garbage ends", 1)?;
+    running.expect_exit(exit::SUCCESS)?;
+    let bridge = running.serial().into_iter().find(|line| line.contains("host bridge")).unwrap_or_default();
+    ensure!(bridge.contains("12378086"), "the host bridge answers no more: '{bridge}'");
+    Ok(())
+}
+
+/// Ends the launch after 0 to 40 ms: whatever stage it has reached, nothing stays.
+fn interrupted_launch(context: &Context) -> Outcome {
+    for (number, after) in (0..40).zip((0..).step_by(1)) {
+        let machine = Machine::bare(context, &context.places.payloads.join("first_byte.elf"))?;
+        let mut running = machine
+            .named(&format!("launch{number}"))
+            .arguments(&["--memory", "64M", "--rng", "--console", "--serial", "off"])
+            .start()?;
+        thread::sleep(Duration::from_millis(after));
+        let processes = running.processes();
+        running.signal(if number % 2 == 0 { Signal::SIGTERM } else { Signal::SIGKILL })?;
+        let start = Instant::now();
+        running.wait()?;
+        let took = start.elapsed();
+        ensure!(took < Duration::from_secs(2), "after {after} ms: took {took:?} to end");
+        expect_gone(&processes, Duration::from_secs(1))
+            .map_err(|sentence| format!("after {after} ms: {sentence}"))?;
+    }
+    Ok(())
+}

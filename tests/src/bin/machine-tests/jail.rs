@@ -1,0 +1,138 @@
+//! What the kernel says about each process of a running machine: namespaces, root, capabilities, seccomp, descriptors.
+
+use std::collections::HashSet;
+use std::fs;
+use std::time::Duration;
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Kernel, Machine, Running, expect_gone};
+use bulkhead_tests::processes::Process;
+use nix::sys::signal::Signal;
+
+use crate::bare;
+
+const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
+const CAPABILITIES: [&str; 5] = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("stock", "jail holds on every process of a stock guest", 120, |context| {
+            let (machine, _) = Machine::stock(context, Kernel::Elf, "idle")?.data_disk()?;
+            let mut running = machine.arguments(&["--rng", "--console", "--cpus", "2"]).start()?;
+            running.wait_for("guest: idle", 1)?;
+            inspect(context, running)
+        }),
+        Case::new("bare", "jail holds on every process of a bare guest", 60, |context| {
+            let (running, _) = bare::waiting(context, &[])?;
+            inspect(context, running)
+        }),
+    ]
+}
+
+fn inspect(context: &Context, mut running: Running) -> Outcome {
+    let processes = running.processes();
+    ensure!(processes.len() == 6, "{} processes, not supervisor, core and four devices", processes.len());
+    let mut namespaces = HashSet::new();
+    let mut layouts = HashSet::new();
+    for kind in NAMESPACES {
+        namespaces.insert(
+            fs::read_link(format!("/proc/self/ns/{kind}")).map_or(String::new(), |l| l.display().to_string()),
+        );
+    }
+    for process in processes.iter().skip(1) {
+        let title = process.title();
+        context.log(&format!("{} {title}", process.pid));
+        threads(process).map_err(|sentence| format!("{title}: {sentence}"))?;
+        root(process).map_err(|sentence| format!("{title}: {sentence}"))?;
+        descriptors(context, process, &title).map_err(|sentence| format!("{title}: {sentence}"))?;
+        limits(process).map_err(|sentence| format!("{title}: {sentence}"))?;
+        for kind in NAMESPACES {
+            let namespace = process.namespace(kind)?;
+            ensure!(namespaces.insert(namespace.clone()), "{title}: shares the namespace {namespace}");
+        }
+        let maps =
+            fs::read_to_string(process.file("maps")).map_err(|error| format!("{title}: maps: {error}"))?;
+        let first = maps.split('-').next().unwrap_or_default().to_owned();
+        ensure!(layouts.insert(first.clone()), "{title}: mapped at {first} like another process");
+    }
+    running.signal(Signal::SIGTERM)?;
+    running.wait()?;
+    expect_gone(&processes, Duration::from_secs(1))
+}
+
+fn threads(process: &Process) -> Outcome {
+    for thread in process.threads()? {
+        let name = thread.name();
+        ensure!(
+            thread.status("Seccomp")? == "2",
+            "thread {name}: seccomp mode {}",
+            thread.status("Seccomp")?
+        );
+        ensure!(thread.status("NoNewPrivs")? == "1", "thread {name}: no_new_privs is not set");
+        for set in CAPABILITIES {
+            let value = thread.status(set)?;
+            ensure!(value.bytes().all(|digit| digit == b'0'), "thread {name}: {set} is {value}");
+        }
+    }
+    Ok(())
+}
+
+fn root(process: &Process) -> Outcome {
+    let entries = fs::read_dir(process.file("root")).map_err(|error| format!("its root: {error}"))?;
+    let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(names.is_empty(), "its root is not empty: {names:?}");
+    // proc_pid_mountinfo(5): the fifth field is the mount point, the sixth its options.
+    let mounts =
+        fs::read_to_string(process.file("mountinfo")).map_err(|error| format!("mountinfo: {error}"))?;
+    for mount in mounts.lines() {
+        let options = mount.split_ascii_whitespace().nth(5).unwrap_or_default();
+        ensure!(options.split(',').any(|option| option == "ro"), "a mount can be written: {mount}");
+    }
+    ensure!(mounts.lines().count() <= 1, "sees more than one mount:\n{mounts}");
+    Ok(())
+}
+
+fn descriptors(context: &Context, process: &Process, title: &str) -> Outcome {
+    let descriptors = process.descriptors()?;
+    context.log(&format!("    {descriptors:?}"));
+    let is = |word: &str| title.contains(word);
+    for (number, target) in &descriptors {
+        let allowed = if target.starts_with("socket:") || target.starts_with("pipe:") {
+            true
+        } else if target == "/dev/null" {
+            *number == 0
+        } else if target == "/dev/kvm" || target.starts_with("anon_inode:kvm") {
+            is("core")
+        } else if target.starts_with("anon_inode:") {
+            true
+        } else if target.starts_with("/memfd:") {
+            // The UART is reached register by register and holds no guest memory.
+            !is("serial")
+        } else if target == "/dev/urandom" {
+            is("rng")
+        } else if target.contains("data.ext4") {
+            is("data")
+        } else if target.starts_with(&*context.folder.to_string_lossy()) {
+            is("serial") || is("console")
+        } else {
+            false
+        };
+        ensure!(allowed, "descriptor {number} is {target}");
+    }
+    Ok(())
+}
+
+fn limits(process: &Process) -> Outcome {
+    let text = fs::read_to_string(process.file("limits")).map_err(|error| format!("limits: {error}"))?;
+    let soft = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_ascii_whitespace().next().map(str::to_owned)
+    };
+    ensure!(soft("Max core file size").as_deref() == Some("0"), "may write core files:\n{text}");
+    for name in ["Max open files", "Max processes", "Max file size"] {
+        let limit = soft(name).unwrap_or_default();
+        ensure!(limit != "unlimited" && !limit.is_empty(), "{name} is {limit}");
+    }
+    Ok(())
+}

@@ -1,0 +1,175 @@
+//! Every way in which a machine ends: the exit code, and that nothing stays behind.
+
+use std::process::Command;
+use std::time::Duration;
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit, expect_gone};
+use nix::sys::signal::Signal;
+
+/// However a machine ends, its processes are gone this soon.
+const GONE: Duration = Duration::from_secs(1);
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = vec![
+        Case::new("stock", "power button lets the guest shut down", 120, power_button),
+        Case::new("stock", "stop --force ends at once", 120, stop_forced),
+        Case::new("stock", "panic ends with its own exit code", 120, |context| {
+            ends(context, "panic", "", exit::PANIC)
+        }),
+        Case::new("stock", "reboot starts the machine again", 180, reboot_restarts),
+        Case::new("stock", "killed supervisor leaves nothing", 120, |context| {
+            signalled(context, Signal::SIGKILL, 137)
+        }),
+        Case::new("stock", "SIGTERM ends the machine", 120, |context| {
+            signalled(context, Signal::SIGTERM, 143)
+        }),
+        Case::new("stock", "SIGINT ends the machine", 120, |context| signalled(context, Signal::SIGINT, 130)),
+        Case::new("stock", "killed device is reported by name", 120, killed_device),
+        Case::new("stock", "killed core is reported", 120, killed_core),
+        Case::new("stock", "ps shows each process", 120, ps),
+        Case::new("stock", "locked disk is refused to a second machine", 120, locked_disk),
+    ];
+    for (way, what) in
+        [("a", "ACPI"), ("p", "CF9"), ("k", "the keyboard controller"), ("t", "a triple fault")]
+    {
+        cases.push(Case::new(
+            "stock",
+            format!("reboot by {what} ends with --on-reboot exit"),
+            120,
+            move |context| ends(context, "reboot", &format!("reboot={way}"), exit::SUCCESS),
+        ));
+    }
+    cases
+}
+
+/// A machine that waits for its power button.
+fn idle(context: &Context) -> Outcome<Running> {
+    let (machine, _) = Machine::stock(context, Kernel::Elf, "idle")?.data_disk()?;
+    let mut running = machine.arguments(&["--memory", "256M", "--rng", "--console"]).start()?;
+    let line = running.wait_for("guest: idle", 1)?;
+    ensure!(!line.contains("missing"), "the guest sees no power button");
+    Ok(running)
+}
+
+fn ends(context: &Context, test: &str, words: &str, code: i32) -> Outcome {
+    let machine = Machine::stock(context, Kernel::Elf, test)?.words(words);
+    let mut running = machine.arguments(&["--on-reboot", "exit"]).start()?;
+    running.wait_for("guest: init", 1)?;
+    let processes = running.processes();
+    running.expect_exit(code)?;
+    expect_gone(&processes, GONE)
+}
+
+fn power_button(context: &Context) -> Outcome {
+    let mut running = idle(context)?;
+    let processes = running.processes();
+    let stop = bulkhead(context).args(["stop", &running.name]).status().map_err(|error| error.to_string())?;
+    ensure!(stop.success(), "bulkhead stop ended with {stop}");
+    running.expect_exit(exit::SUCCESS)?;
+    running.wait_for("guest: power button pressed", 1)?;
+    expect_gone(&processes, GONE)
+}
+
+fn stop_forced(context: &Context) -> Outcome {
+    let mut running = idle(context)?;
+    let processes = running.processes();
+    let stop = bulkhead(context).args(["stop", "--force", &running.name]).status();
+    ensure!(stop.is_ok_and(|status| status.success()), "bulkhead stop --force failed");
+    running.expect_exit(exit::FORCED)?;
+    expect_gone(&processes, GONE)?;
+    let again =
+        bulkhead(context).args(["stop", &running.name]).status().map_err(|error| error.to_string())?;
+    ensure!(again.code() == Some(exit::NO_MACHINE), "stop of a machine that is gone ended with {again}");
+    Ok(())
+}
+
+fn reboot_restarts(context: &Context) -> Outcome {
+    let mut running = Machine::stock(context, Kernel::Elf, "reboot")?.start()?;
+    running.wait_for("guest: init", 2)?;
+    let processes = running.processes();
+    let stop = bulkhead(context).args(["stop", "--force", &running.name]).status();
+    ensure!(stop.is_ok_and(|status| status.success()), "bulkhead stop --force failed");
+    running.expect_exit(exit::FORCED)?;
+    expect_gone(&processes, GONE)
+}
+
+fn signalled(context: &Context, signal: Signal, code: i32) -> Outcome {
+    let mut running = idle(context)?;
+    let processes = running.processes();
+    ensure!(processes.len() == 6, "{} processes, not 6", processes.len());
+    running.signal(signal)?;
+    expect_gone(processes.get(1..).unwrap_or_default(), GONE)?;
+    running.expect_exit(code)
+}
+
+/// Kills the process whose title contains `title`; the machine ends, and the message says which one it was and how.
+fn killed(context: &Context, title: &str) -> Outcome {
+    let mut running = idle(context)?;
+    let processes = running.processes();
+    let titles: Vec<_> = processes.iter().map(bulkhead_tests::processes::Process::title).collect();
+    context.log(&format!("{titles:?}"));
+    let children = processes.iter().zip(&titles).skip(1);
+    let (victim, _) = children
+        .into_iter()
+        .find(|(_, found)| found.contains(title))
+        .ok_or(format!("no '{title}' in {titles:?}"))?;
+    let status = Command::new("kill").args(["-9", &victim.pid.to_string()]).status();
+    ensure!(status.is_ok_and(|status| status.success()), "kill failed");
+    running.expect_exit(exit::PROCESS)?;
+    let messages = running.messages().join("\n");
+    ensure!(messages.contains(title), "no message names {title}");
+    ensure!(messages.contains("SIGKILL") || messages.contains("signal 9"), "no message names the signal");
+    expect_gone(&processes, GONE)
+}
+
+fn killed_device(context: &Context) -> Outcome {
+    killed(context, "data")
+}
+
+fn killed_core(context: &Context) -> Outcome {
+    killed(context, "core")
+}
+
+fn ps(context: &Context) -> Outcome {
+    let mut running = idle(context)?;
+    let list = bulkhead(context).arg("ps").output().map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&list.stdout).into_owned();
+    ensure!(list.status.success() && text.contains(&running.name), "the list of machines: {text}");
+    let output = bulkhead(context).args(["ps", &running.name]).output().map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    context.log(&text);
+    ensure!(output.status.success(), "bulkhead ps ended with {}", output.status);
+    for process in running.processes() {
+        let pid = process.pid.to_string();
+        ensure!(
+            text.split_ascii_whitespace().any(|word| word == pid),
+            "no line about {pid} {}",
+            process.title()
+        );
+    }
+    for role in ["supervisor", "core", "data", "rng", "console", "serial"] {
+        ensure!(text.contains(role), "no line about {role}");
+    }
+    let json = bulkhead(context)
+        .args(["ps", "--json", &running.name])
+        .output()
+        .map_err(|error| error.to_string())?;
+    serde_json::from_slice::<serde_json::Value>(&json.stdout)
+        .map_err(|error| format!("ps --json: {error}"))?;
+    running.signal(Signal::SIGTERM)?;
+    running.expect_exit(143)
+}
+
+fn locked_disk(context: &Context) -> Outcome {
+    let mut first = idle(context)?;
+    let disk = format!("path={}", context.folder.join("data.ext4").display());
+    let second = Machine::stock(context, Kernel::Elf, "idle")?.arguments(&["--disk", &disk]).named("second");
+    let mut second = second.start()?;
+    second.expect_exit(exit::USAGE)?;
+    let messages = second.messages().join("\n");
+    ensure!(messages.contains("data.ext4") && messages.contains("lock"), "the refusal says: {messages}");
+    first.signal(Signal::SIGTERM)?;
+    first.expect_exit(143)
+}

@@ -1,0 +1,26 @@
+//! Real guests under the real `bulkhead`, and attacks and faults from outside.
+//!
+//! ```text
+//! machine-tests [--list] [--stock|--bare] [WORD]…
+//! ```
+//!
+//! Cases of the group `stock` boot Debian's kernel and need hardware virtualization or the lab (`tools/lab`); those
+//! of the group `bare` run bare-metal payloads, or none at all, on any machine with a /dev/kvm. `make machine` runs both.
+
+mod bare;
+mod boot;
+mod disk;
+mod jail;
+mod lifecycle;
+mod refusals;
+
+use std::process::ExitCode;
+
+use bulkhead_tests::harness;
+
+fn main() -> ExitCode {
+    let groups =
+        [boot::cases(), disk::cases(), lifecycle::cases(), jail::cases(), bare::cases(), refusals::cases()];
+    let cases: Vec<_> = groups.into_iter().flatten().collect();
+    if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,69 @@
+//! Where the initrd goes.
+
+use bulkhead_ipc::memory::{GuestRam, PAGE_SIZE};
+
+use super::image::Image;
+use super::{BootError, BootSource};
+
+/// An initrd in guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Initrd {
+    /// Guest address, on a page.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Loads the initrd, if there is one, on the highest page from which it ends at or below `limit`, above `kernel_end`.
+pub(super) fn load(
+    ram: &GuestRam,
+    source: &BootSource<'_>,
+    kernel_end: u64,
+    limit: u64,
+) -> Result<Option<Initrd>, BootError> {
+    let Some(file) = source.initrd else { return Ok(None) };
+    let image = Image::new(file, "initrd")?;
+    let initrd = place(image.size(), kernel_end, limit)?;
+    image.load(ram, 0, initrd.size, initrd.address)?;
+    Ok(Some(initrd))
+}
+
+fn place(size: u64, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {
+    if size == 0 {
+        return Err(BootError::EmptyInitrd);
+    }
+    let lowest = kernel_end.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
+    let available = limit.saturating_sub(lowest);
+    let address = limit.checked_sub(size).map(|address| address & !PAGE_SIZE.wrapping_sub(1));
+    match address {
+        Some(address) if address >= lowest => Ok(Initrd { address, size }),
+        _ => Err(BootError::InitrdTooLarge { size, available }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_lies_as_high_as_it_can() {
+        assert_eq!(place(1, 0x1000, 0x9000).unwrap(), Initrd { address: 0x8000, size: 1 });
+        assert_eq!(place(0x1001, 0x1000, 0x9000).unwrap(), Initrd { address: 0x7000, size: 0x1001 });
+        assert_eq!(place(0x10, 0x1000, 0x9008).unwrap(), Initrd { address: 0x8000, size: 0x10 });
+    }
+
+    #[test]
+    fn all_the_room_may_be_used_and_no_more() {
+        assert_eq!(place(0x8000, 0xFFF, 0x9000).unwrap(), Initrd { address: 0x1000, size: 0x8000 });
+        for (size, end) in [(0x8001, 0x1000), (0x8000, 0x1001), (1, 0x9000), (1, u64::MAX), (u64::MAX, 0)] {
+            assert!(
+                matches!(place(size, end, 0x9000), Err(BootError::InitrdTooLarge { .. })),
+                "{size:x} {end:x}"
+            );
+        }
+        assert!(matches!(
+            place(0x8001, 0x1001, 0x9000),
+            Err(BootError::InitrdTooLarge { size: 0x8001, available: 0x7000 })
+        ));
+    }
+}

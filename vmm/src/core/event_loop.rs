@@ -1,0 +1,101 @@
+//! The core's main thread: control messages, the machine's end, and what device processes say outside their data path.
+//!
+//! While a machine is at work this thread sleeps: notifications and interrupts pass it by (ioeventfd, irqfd).
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use bulkhead_ipc::channel::message::{FromCore, MachineEnd, ToCore};
+use bulkhead_ipc::channel::{Channel, ChannelError};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::assembly::Core;
+use super::{CoreError, SEND_DEADLINE};
+
+/// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
+const CONTROL: u64 = 0;
+const REPORTS: u64 = 1;
+const DEVICES: u64 = 2;
+/// Events taken from the kernel at once.
+const BATCH: usize = 16;
+
+/// What the main thread waits for. Made before the process is sealed.
+pub(super) struct EventLoop {
+    epoll: Epoll,
+}
+
+impl EventLoop {
+    /// Registers everything that the loop waits for.
+    pub(super) fn new(channel: &Channel, core: &Core) -> Result<Self, CoreError> {
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
+        let add = |fd, token| {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token)).map_err(CoreError::system("epoll_ctl"))
+        };
+        add(channel.as_fd(), CONTROL)?;
+        add(core.reports.as_fd(), REPORTS)?;
+        for (token, device) in (DEVICES..).zip(&core.virtio) {
+            add(device.as_fd(), token)?;
+        }
+        Ok(Self { epoll })
+    }
+
+    /// Serves until the machine ends or the supervisor is gone.
+    pub(super) fn run(&self, channel: &Channel, core: &Core) -> Result<MachineEnd, CoreError> {
+        let mut events = [EpollEvent::empty(); BATCH];
+        loop {
+            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                other => other.map_err(CoreError::system("epoll_wait"))?,
+            };
+            for event in events.iter().take(count) {
+                match event.data() {
+                    CONTROL => control(channel, core)?,
+                    REPORTS => {
+                        if let Some(end) = send_reports(channel, core)? {
+                            return Ok(end);
+                        }
+                    }
+                    token => {
+                        let index = usize::try_from(token.saturating_sub(DEVICES)).unwrap_or(usize::MAX);
+                        if let Some(device) = core.virtio.get(index) {
+                            device.on_event();
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sends what waits; the machine's end is left to the caller.
+fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, CoreError> {
+    while let Some(report) = core.reports.next() {
+        match report {
+            FromCore::Ended(end) => return Ok(Some(end)),
+            report => channel.send_within(&report, &[], SEND_DEADLINE)?,
+        }
+    }
+    Ok(None)
+}
+
+fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
+    match channel.recv(Some(Duration::ZERO)) {
+        Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
+        Ok((ToCore::Pause, _)) => core.vcpus.pause(),
+        Ok((ToCore::Resume, _)) => core.vcpus.resume(),
+        Ok((message @ (ToCore::Start(_) | ToCore::DeviceReplaced { .. }), _)) => {
+            tracing::warn!(?message, "control message out of place");
+        }
+        Err(ChannelError::Deadline) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+impl AsFd for EventLoop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}

@@ -1,0 +1,297 @@
+//! A serial port whose registers live in another process: the core's proxy for an [`IsaDevice`] behind vfio-user.
+//!
+//! Writes are posted. A read is answered from the device's shadow page where that is exact (see
+//! [`bulkhead_ipc::vfio_user::shadow`]), else by a round trip with a deadline. After the first failure the port reads all
+//! ones and drops writes, as an empty slot does, until [`RegisterDevice::replace`] brings a new process; the guest's
+//! settings are written to it again from a journal of the registers that only change by writing.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_ipc::vfio_user::shadow::ShadowView;
+use bulkhead_ipc::vfio_user::{Client, ClientError, Command, Fault};
+
+use crate::machine::{IsaDevice, PortRange};
+
+/// Ports of a 16550.
+const PORTS: u16 = 8;
+
+/// The region that holds the ports, and the one that is the shadow page.
+const REGION_PORTS: u32 = 0;
+const REGION_SHADOW: u32 = 1;
+
+const LCR: u16 = 3;
+const DLAB: u8 = 1 << 7;
+/// FCR's self-clearing bits.
+const FCR_RESETS: u8 = 0x06;
+
+/// Which port a device answers and how patient the core is.
+#[derive(Debug, Clone)]
+pub struct RegisterDeviceConfig {
+    /// What to call it in messages.
+    pub name: String,
+    /// First of its eight ports: 3F8 for the first serial port.
+    pub first_port: u16,
+    /// The ISA interrupt that the caller has connected the eventfd to: 4 for the first serial port.
+    pub irq: u8,
+    /// How long an access may take before the device counts as failed.
+    pub deadline: Duration,
+}
+
+impl RegisterDeviceConfig {
+    /// The first serial port of a PC: 3F8, IRQ 4; one second for an access.
+    pub fn com1(name: &str) -> Self {
+        Self { name: name.to_owned(), first_port: 0x3f8, irq: 4, deadline: Duration::from_secs(1) }
+    }
+}
+
+/// Called once for each connection that fails, from the thread that noticed.
+pub type OnFailure = Box<dyn Fn(&ClientError) + Send + Sync>;
+
+/// A serial port in another process.
+pub struct RegisterDevice {
+    config: RegisterDeviceConfig,
+    interrupt: OwnedFd,
+    on_failure: OnFailure,
+    state: Mutex<State>,
+}
+
+struct State {
+    link: Option<Link>,
+    journal: Journal,
+}
+
+/// A connection that has not failed.
+struct Link {
+    client: Client,
+    shadow: Option<ShadowView>,
+    /// Writes posted so far, modulo 2^16.
+    posted: u16,
+    /// How many of the last of them were to THR.
+    streamed: u32,
+}
+
+/// The registers that hold what was written to them, as the guest sees them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Journal {
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    scr: u8,
+    /// Divisor latch, once it was written.
+    divisor: [Option<u8>; 2],
+}
+
+impl Journal {
+    fn dlab(&self) -> bool {
+        self.lcr & DLAB != 0
+    }
+
+    /// Notes a write; true when it is a character to be sent, which changes no register.
+    fn note(&mut self, offset: u16, value: u8) -> bool {
+        match offset {
+            0 if self.dlab() => self.divisor[0] = Some(value),
+            0 => return true,
+            1 if self.dlab() => self.divisor[1] = Some(value),
+            1 => self.ier = value,
+            2 => self.fcr = value & !FCR_RESETS,
+            3 => self.lcr = value,
+            4 => self.mcr = value,
+            7 => self.scr = value,
+            _ => {}
+        }
+        false
+    }
+
+    /// What RESETDRV leaves: divisor latch and scratchpad keep their values (PC16550D, table III).
+    fn reset(&mut self) {
+        *self = Self { scr: self.scr, divisor: self.divisor, ..Self::default() };
+    }
+
+    /// The writes that bring a chip from its reset to this state. IER comes last: enabling the transmitter interrupt
+    /// raises it, so that a driver that was waiting goes on.
+    fn replay(&self) -> impl Iterator<Item = (u16, u8)> {
+        let divisor = [(0, self.divisor[0]), (1, self.divisor[1])];
+        let latch = divisor.into_iter().filter_map(|(offset, value)| value.map(|value| (offset, value)));
+        let settings = [(2, self.fcr), (7, self.scr), (4, self.mcr)];
+        std::iter::once((LCR, self.lcr | DLAB))
+            .chain(latch)
+            .chain([(LCR, self.lcr & !DLAB)])
+            .chain(settings)
+            .chain([(1, self.ier), (LCR, self.lcr)])
+    }
+}
+
+impl Link {
+    fn connect(
+        config: &RegisterDeviceConfig,
+        socket: OwnedFd,
+        interrupt: &OwnedFd,
+    ) -> Result<Self, ClientError> {
+        let mut client = Client::connect(socket, &config.name, config.deadline)?;
+        let unexpected = |field, expected, received| ClientError {
+            device: config.name.clone(),
+            command: Command::DeviceGetRegionInfo,
+            fault: Fault::Unexpected { field, expected, received },
+        };
+        let ports = client.region_info(REGION_PORTS)?;
+        if ports.size != u64::from(PORTS) {
+            return Err(unexpected("size", u64::from(PORTS), ports.size));
+        }
+        let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
+        client.set_irq(0, Some(interrupt.as_fd()))?;
+        Ok(Self { client, shadow, posted: 0, streamed: 0 })
+    }
+
+    fn post(&mut self, offset: u16, value: u8, stream: bool) -> Result<(), ClientError> {
+        self.client.post(REGION_PORTS, u64::from(offset), &[value])?;
+        self.posted = self.posted.wrapping_add(1);
+        self.streamed = if stream { self.streamed.saturating_add(1) } else { 0 };
+        Ok(())
+    }
+
+    fn read(&mut self, offset: u16) -> Result<u8, ClientError> {
+        if let Some(value) = self.shadowed(offset) {
+            return Ok(value);
+        }
+        let mut data = [0];
+        match self.client.read(REGION_PORTS, u64::from(offset), &mut data) {
+            Ok(()) => Ok(data[0]),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the device would answer, where it has promised so.
+    fn shadowed(&self, offset: u16) -> Option<u8> {
+        let register = match offset {
+            5 => 0,
+            1 => 1,
+            6 => 2,
+            _ => return None,
+        };
+        self.shadow.as_ref()?.load().answer(register, self.posted, self.streamed)
+    }
+}
+
+/// Maps the shadow page; a device that refuses it is read without.
+fn shadow(client: &mut Client) -> Result<Option<ShadowView>, ClientError> {
+    match client.map_shadow(REGION_SHADOW) {
+        Err(ClientError { fault: Fault::Refused(_), .. }) => Ok(None),
+        result => result,
+    }
+}
+
+impl RegisterDevice {
+    /// Connects to the device's process over `socket`; `interrupt` is an eventfd that the caller has connected to the
+    /// interrupt controller as an edge (an irqfd without resample). Waits for the device at most five deadlines.
+    ///
+    /// # Errors
+    /// The device does not speak the protocol, has no eight ports, or misses a deadline.
+    pub fn connect(
+        config: RegisterDeviceConfig,
+        socket: OwnedFd,
+        interrupt: OwnedFd,
+        on_failure: OnFailure,
+    ) -> Result<Self, ClientError> {
+        let link = Link::connect(&config, socket, &interrupt)?;
+        let state = State { link: Some(link), journal: Journal::default() };
+        Ok(Self { config, interrupt, on_failure, state: Mutex::new(state) })
+    }
+
+    /// Takes a new process in place of one that failed (or still runs), and writes the guest's settings to it. Accesses
+    /// wait only while these are posted, not while the connection is made.
+    ///
+    /// # Errors
+    /// As for [`Self::connect`]; the port stays as it was.
+    pub fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
+        let mut link = Link::connect(&self.config, socket, &self.interrupt)?;
+        let mut state = self.lock();
+        for (offset, value) in state.journal.replay() {
+            link.post(offset, value, false)?;
+        }
+        state.link = Some(link);
+        Ok(())
+    }
+
+    /// Numbers of the descriptors that the device holds now, for the check before the process is sealed.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let state = self.lock();
+        let socket = state.link.as_ref().map(|link| link.client.as_fd().as_raw_fd());
+        socket.into_iter().chain([self.interrupt.as_raw_fd()]).collect()
+    }
+
+    /// Whether the device answers.
+    pub fn is_alive(&self) -> bool {
+        self.lock().link.is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs an access; a failure ends the connection and is reported, once.
+    fn access<T>(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        access: impl FnOnce(&mut Link) -> Result<T, ClientError>,
+    ) -> Option<T> {
+        let result = access(state.link.as_mut()?);
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                state.link = None;
+                drop(state);
+                (self.on_failure)(&error);
+                None
+            }
+        }
+    }
+
+    fn offset(&self, port: u16) -> Option<u16> {
+        port.checked_sub(self.config.first_port).filter(|offset| *offset < PORTS)
+    }
+}
+
+impl IsaDevice for RegisterDevice {
+    fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    fn ports(&self) -> Vec<PortRange> {
+        vec![PortRange { first: self.config.first_port, count: PORTS }]
+    }
+
+    fn irq(&self) -> Option<u8> {
+        Some(self.config.irq)
+    }
+
+    fn read(&self, port: u16, data: &mut [u8]) {
+        for (byte, port) in data.iter_mut().zip(port..) {
+            *byte = self
+                .offset(port)
+                .and_then(|offset| self.access(self.lock(), |link| link.read(offset)))
+                .unwrap_or(0xff);
+        }
+    }
+
+    fn write(&self, port: u16, data: &[u8]) {
+        for (value, port) in data.iter().zip(port..) {
+            let Some(offset) = self.offset(port) else { continue };
+            let mut state = self.lock();
+            let stream = state.journal.note(offset, *value);
+            self.access(state, |link| link.post(offset, *value, stream));
+        }
+    }
+
+    fn reset(&self) {
+        let mut state = self.lock();
+        state.journal.reset();
+        self.access(state, |link| link.client.reset());
+    }
+}
+
+#[cfg(test)]
+#[path = "register_device_tests.rs"]
+mod tests;

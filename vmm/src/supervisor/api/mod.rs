@@ -1,0 +1,106 @@
+//! What machines can be asked from outside: `bulkhead ps`, `stop` and `console`.
+//!
+//! Each machine listens on the abstract Unix socket `@bulkhead/UID/NAME` (`SOCK_SEQPACKET`): no file that could go stale,
+//! one machine of a name for each user. A packet is one JSON object. Both sides check the other's user id
+//! (`SO_PEERCRED`): anybody may bind any abstract name, so the name alone proves nothing.
+
+pub mod client;
+pub mod packet;
+pub mod server;
+
+use serde::{Deserialize, Serialize};
+
+use super::process::Role;
+
+/// The longest packet in bytes.
+pub const MAX_PACKET: usize = 64 << 10;
+
+/// What a client asks. Unknown requests and fields are refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// The processes of the machine.
+    Ps,
+    /// Press the power button. The connection stays open until the machine has ended.
+    Stop,
+    /// Kill every process of the machine. The connection stays open until that is done.
+    Kill,
+    /// Connect the stream socket that comes with this packet to a console or serial port.
+    Attach {
+        /// Which one; the virtio console if it can be attached, else the serial port.
+        device: Option<String>,
+        /// Size of the terminal, columns and rows.
+        size: Option<(u16, u16)>,
+    },
+    /// The terminal of the attached console has a new size.
+    Resize {
+        /// Width in characters.
+        columns: u16,
+        /// Height in characters.
+        rows: u16,
+    },
+}
+
+/// What the machine answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum Response {
+    /// Done.
+    Done,
+    /// The machine.
+    Machine(MachineEntry),
+    /// Attached to this device.
+    Attached {
+        /// Its id.
+        device: String,
+    },
+    /// Refused.
+    Error {
+        /// A sentence for a person.
+        message: String,
+    },
+}
+
+/// A machine and its processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineEntry {
+    /// Its name.
+    pub name: String,
+    /// `starting`, `running` or `ending`.
+    pub state: String,
+    /// Number of virtual CPUs.
+    pub cpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The supervisor, the core and the devices.
+    pub processes: Vec<ProcessEntry>,
+}
+
+/// A process of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessEntry {
+    /// Its name: `supervisor`, `core`, or the id of the device.
+    pub id: String,
+    /// What it is.
+    pub role: Role,
+    /// Its process id in the supervisor's pid namespace.
+    pub pid: i32,
+}
+
+/// The abstract name of a machine, without the zero byte that makes it abstract.
+pub fn socket_name(uid: u32, machine: &str) -> String {
+    format!("bulkhead/{uid}/{machine}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_plain_json() {
+        let text = serde_json::to_string(&Request::Attach { device: None, size: Some((80, 25)) }).unwrap();
+        assert_eq!(text, r#"{"request":"attach","device":null,"size":[80,25]}"#);
+        assert_eq!(serde_json::from_str::<Request>(r#"{"request":"kill"}"#).unwrap(), Request::Kill);
+        assert!(serde_json::from_str::<Request>(r#"{"request":"dance"}"#).is_err());
+    }
+}

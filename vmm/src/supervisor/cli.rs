@@ -1,0 +1,290 @@
+//! The command line: one place that says what a user can write.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use super::config::{DiskSpec, Size, StreamTarget};
+use super::exit_code;
+
+const ABOUT: &str =
+    "Bulkhead runs virtual machines on KVM whose every device is a jailed process of its own.";
+
+const EXAMPLES: &str = "\
+Examples:
+  bulkhead doctor
+      Does this host have what is needed?
+  bulkhead run --kernel vmlinuz --initrd initrd.img --memory 1G --disk path=disk.img --rng
+      A machine whose serial port is this terminal. Ctrl-A X ends it.
+  bulkhead run --name web --kernel vmlinuz --serial attach --disk path=web.img,id=root
+      A machine to connect to with `bulkhead console web`; see it with `bulkhead ps web`,
+      shut it down with `bulkhead stop web`.";
+
+const RUN_HELP: &str = "\
+Terminal:
+  With --serial stdio (the default) or --console stdio on a terminal, all keys go to the guest,
+  Ctrl-C included. Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H prints help.
+
+Kernel command line:
+  Where --cmdline names no console=, the console that the guest has is added: console=ttyS0 for
+  the serial port, or console=hvc0 when there is only --console.
+
+Signals:
+  SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
+  presses the power button and lets the guest shut down.
+
+Configuration file (--config FILE, TOML): the options by the same names, for example
+  kernel = \"vmlinuz\"            # relative paths start at the folder of this file
+  memory = \"512M\"
+  cpus = 2
+  rng = true
+  serial = \"file=boot.log\"
+  on-panic = \"restart\"
+  [[disk]]
+  path = \"root.img\"
+  id = \"root\"
+What the command line says wins; --disk takes the place of all disks of the file.
+
+Examples:
+  bulkhead run --kernel vmlinuz --initrd initrd.img
+  bulkhead run --kernel vmlinux --cmdline 'root=/dev/vda ro' --cpus 4 --memory 2G \\
+      --disk path=root.img --disk path=data.img,readonly=on,id=data --rng --console
+  bulkhead run --config web.toml --memory 4G --serial file=boot.log";
+
+/// What `bulkhead` was asked to do.
+#[derive(Debug, Parser)]
+#[command(name = "bulkhead", version, about = ABOUT, after_help = help_tail(EXAMPLES))]
+pub struct Cli {
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+fn help_tail(examples: &str) -> String {
+    format!("{examples}\n\n{}", exit_code::HELP)
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a machine and stay until it ends
+    #[command(after_help = help_tail(RUN_HELP))]
+    Run(Box<RunArgs>),
+    /// List machines, or the processes of one machine and how each is confined
+    Ps(PsArgs),
+    /// Press the power button of a machine and wait until it has ended
+    Stop(StopArgs),
+    /// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
+    Console(ConsoleArgs),
+    /// Say what this host offers, and what is lost without it
+    Doctor(DoctorArgs),
+}
+
+/// Options of `bulkhead run`. Each may also stand in the configuration file.
+#[derive(Debug, Default, Args)]
+pub struct RunArgs {
+    /// Linux kernel: bzImage, or ELF (vmlinux) with a PVH entry
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Number of virtual CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Guest memory, such as 512M or 1G [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Raw image or block device: path=FILE[,readonly=on][,id=NAME]; repeat for more disks
+    #[arg(long = "disk", value_name = "path=FILE,…")]
+    pub disks: Vec<DiskSpec>,
+    /// Entropy device (virtio-rng) fed by the host's /dev/urandom
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub rng: Option<Switch>,
+    /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]
+    #[arg(long, value_name = "TARGET", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
+    pub console: Option<StreamTarget>,
+    /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    pub serial: Option<StreamTarget>,
+    /// Read options from a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name for ps, stop and console [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// When the guest reboots: start it anew, or end [default: restart]
+    #[arg(long, value_name = "ACTION")]
+    pub on_reboot: Option<EndAction>,
+    /// When the guest panics: start it anew, or end [default: exit]
+    #[arg(long, value_name = "ACTION")]
+    pub on_panic: Option<EndAction>,
+    /// The least important messages that are shown [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// Messages as text, or as one JSON object on each line [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Append messages to a file and not to standard error
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+}
+
+/// Options of `bulkhead ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// The machine; without it all machines of this user (of all users for root) are listed
+    pub name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `bulkhead stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The machine
+    pub name: String,
+    /// Kill it at once, as if its power failed
+    #[arg(long)]
+    pub force: bool,
+    /// Seconds to wait for the guest; 0 does not wait
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u32,
+}
+
+/// Options of `bulkhead console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// The machine
+    pub name: String,
+    /// Which one, when the machine has both [default: console, if it can be attached]
+    pub device: Option<String>,
+}
+
+/// Options of `bulkhead doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// The device exists.
+    On,
+    /// It does not.
+    Off,
+}
+
+/// What follows a reboot or a panic of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndAction {
+    /// Fresh processes, same resources.
+    Restart,
+    /// `bulkhead run` ends.
+    Exit,
+}
+
+/// Importance of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Something failed.
+    Error,
+    /// Something will fail, or was dropped.
+    Warn,
+    /// What a user wants to know.
+    Info,
+    /// What a developer wants to know.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// How messages are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs: one object a line.
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn run(arguments: &[&str]) -> Result<RunArgs, String> {
+        let all = ["bulkhead", "run"].iter().chain(arguments);
+        match Cli::try_parse_from(all).map_err(|error| error.to_string())?.command {
+            Command::Run(run) => Ok(*run),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn reads_all_options() {
+        let run = run(&[
+            "--kernel=k",
+            "--initrd=i",
+            "--cmdline",
+            "-x root=/dev/vda",
+            "--cpus=4",
+            "--memory=1G",
+            "--disk",
+            "path=a",
+            "--disk",
+            "path=b,id=b",
+            "--rng",
+            "--console",
+            "--serial",
+            "file=s",
+            "--name=n",
+            "--on-reboot=exit",
+            "--on-panic=restart",
+            "--log-level=debug",
+            "--log-format=json",
+            "--log-file=l",
+        ])
+        .unwrap();
+        assert_eq!(run.memory, Some(Size(1 << 30)));
+        assert_eq!(run.disks.len(), 2);
+        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!(run.console, Some(StreamTarget::Attach));
+        assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
+        assert_eq!(run.on_reboot, Some(EndAction::Exit));
+        assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
+    }
+
+    #[test]
+    fn an_unknown_option_names_the_nearest() {
+        let error = run(&["--kernal", "k"]).unwrap_err();
+        assert!(error.contains("--kernel"), "{error}");
+        let error = run(&["--log-level=inof"]).unwrap_err();
+        assert!(error.contains("info"), "{error}");
+    }
+
+    #[test]
+    fn a_bad_value_names_the_option() {
+        let error = run(&["--memory=lots"]).unwrap_err();
+        assert!(error.contains("--memory") && error.contains("512M"), "{error}");
+        let error = run(&["--cpus=-1"]).unwrap_err();
+        assert!(error.contains("--cpus"), "{error}");
+    }
+}

@@ -1,0 +1,197 @@
+//! The configuration file: TOML with the names of the command line.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use super::disk::DiskSpec;
+use super::nearest::hint;
+use super::size::Size;
+use super::stream::StreamTarget;
+use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
+
+/// The largest file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Why a configuration file is refused.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It cannot be opened or read.
+    #[error("cannot read the configuration file '{path}': {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is too long to be one.
+    #[error("the configuration file '{0}' is larger than 1 MiB: is it the right file?")]
+    TooLong(PathBuf),
+    /// It is not TOML, has an unknown key or a wrong value.
+    #[error("{path}:{line}: {message}", path = path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+}
+
+/// The keys of the file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct File {
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: Option<String>,
+    cpus: Option<u32>,
+    memory: Option<Size>,
+    disk: Vec<DiskSpec>,
+    rng: Option<bool>,
+    console: Option<StreamTarget>,
+    serial: Option<StreamTarget>,
+    name: Option<String>,
+    on_reboot: Option<EndAction>,
+    on_panic: Option<EndAction>,
+    log_level: Option<LogLevel>,
+    log_format: Option<LogFormat>,
+    log_file: Option<PathBuf>,
+}
+
+/// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
+pub fn read(path: &Path) -> Result<RunArgs, FileError> {
+    let read = |source| FileError::Read { path: path.to_owned(), source };
+    let metadata = fs::metadata(path).map_err(read)?;
+    if metadata.is_dir() {
+        return Err(read(io::ErrorKind::IsADirectory.into()));
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(FileError::TooLong(path.to_owned()));
+    }
+    parse(path, &fs::read_to_string(path).map_err(read)?)
+}
+
+fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
+    let file: File = toml::from_str(text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
+        let line = before.matches('\n').count() + 1;
+        FileError::Content { path: path.to_owned(), line, message: explain(error.message()) }
+    })?;
+    let base = path.parent().unwrap_or(Path::new(""));
+    let at = |relative: PathBuf| base.join(relative);
+    let target = |target| match target {
+        StreamTarget::File(path) => StreamTarget::File(at(path)),
+        StreamTarget::Unix(path) => StreamTarget::Unix(at(path)),
+        other => other,
+    };
+    Ok(RunArgs {
+        kernel: file.kernel.map(at),
+        initrd: file.initrd.map(at),
+        cmdline: file.cmdline,
+        cpus: file.cpus,
+        memory: file.memory,
+        disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
+        rng: file.rng.map(|on| if on { Switch::On } else { Switch::Off }),
+        console: file.console.map(target),
+        serial: file.serial.map(target),
+        config: None,
+        name: file.name,
+        on_reboot: file.on_reboot,
+        on_panic: file.on_panic,
+        log_level: file.log_level,
+        log_format: file.log_format,
+        log_file: file.log_file.map(at),
+    })
+}
+
+/// serde's "unknown field `x`, expected one of `a`, `b`" with the nearest key in place of the list.
+fn explain(message: &str) -> String {
+    for (prefix, what) in [("unknown field ", "key"), ("unknown variant ", "value")] {
+        if let Some(rest) = message.strip_prefix(prefix) {
+            let quoted: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+            if let Some((word, valid)) = quoted.split_first() {
+                return format!("unknown {what} '{word}': {}", hint(word, valid));
+            }
+        }
+    }
+    message.trim_end().replace('`', "'").replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        parse(Path::new("/etc/vm.toml"), text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn reads_all_keys() {
+        let text = r#"
+            kernel = "vmlinuz"
+            initrd = "/boot/initrd"
+            cmdline = "root=/dev/vda"
+            cpus = 2
+            memory = "1G"
+            rng = true
+            console = "attach"
+            serial = "file=out.log"
+            name = "web"
+            on-reboot = "exit"
+            on-panic = "restart"
+            log-level = "debug"
+            log-format = "json"
+            log-file = "log"
+            [[disk]]
+            path = "root.img"
+            readonly = true
+            id = "root"
+        "#;
+        let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
+        assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
+        assert_eq!(run.initrd, Some("/boot/initrd".into()));
+        assert_eq!(run.memory, Some(Size(1 << 30)));
+        assert_eq!(run.serial, Some(StreamTarget::File("/etc/out.log".into())));
+        assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
+        assert!(run.disks.first().unwrap().readonly);
+    }
+
+    #[test]
+    fn an_unknown_key_names_line_and_nearest_key() {
+        assert_eq!(
+            refusal("cpus = 1\nkernal = \"x\"\n"),
+            "/etc/vm.toml:2: unknown key 'kernal': did you mean 'kernel'?"
+        );
+        let error = refusal("[[disk]]\npath = \"x\"\nreedonly = true\n");
+        assert_eq!(error, "/etc/vm.toml:3: unknown key 'reedonly': did you mean 'readonly'?");
+    }
+
+    #[test]
+    fn a_wrong_value_names_line_and_value() {
+        assert_eq!(
+            refusal("on-panic = \"reboot\"\n"),
+            "/etc/vm.toml:1: unknown value 'reboot': valid: restart, exit"
+        );
+        assert!(
+            refusal("\nmemory = 512\n").starts_with("/etc/vm.toml:2: "),
+            "{}",
+            refusal("\nmemory = 512\n")
+        );
+        assert!(refusal("memory = 512").contains("such as \"512M\""));
+        assert!(refusal("serial = \"tcp\"").contains("'tcp' is not a target"));
+        assert!(refusal("[[disk]]\nid = \"x\"").contains("path"));
+        assert!(refusal("kernel = ").starts_with("/etc/vm.toml:1: "));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = read(Path::new("/nonexistent/vm.toml")).unwrap_err().to_string();
+        assert!(error.contains("'/nonexistent/vm.toml'"), "{error}");
+        assert!(read(Path::new("/")).unwrap_err().to_string().contains("directory"));
+    }
+}

@@ -1,0 +1,294 @@
+//! What a machine is to be: options and configuration file put together, and everything checked that can be
+//! checked without opening a host resource.
+
+pub mod disk;
+pub mod file;
+pub mod nearest;
+pub mod size;
+pub mod stream;
+
+use std::path::PathBuf;
+use std::process;
+
+pub use disk::DiskSpec;
+pub use size::Size;
+pub use stream::StreamTarget;
+use thiserror::Error;
+
+use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
+
+/// The size of a page of the guest, in bytes.
+const PAGE: u64 = 4096;
+/// The least memory that a PC with a kernel at 1 MiB can do with, in bytes.
+const MIN_MEMORY: u64 = 2 << 20;
+/// APIC ids are 8 bits wide and 255 is the broadcast address.
+const MAX_CPUS: u32 = 254;
+/// Slots of PCI bus 0 behind host bridge and PIIX (2 to 31).
+const MAX_VIRTIO_DEVICES: usize = 30;
+/// `sun_path` without its terminating zero, in bytes (`unix(7)`).
+const MAX_SOCKET_PATH: usize = 107;
+/// The longest name of a machine or device, in bytes: a virtio-blk serial number is 20, a name may be longer.
+const MAX_NAME: usize = 64;
+
+/// Name of the serial port among the devices.
+pub const SERIAL: &str = "serial";
+/// Name of the virtio console among the devices.
+pub const CONSOLE: &str = "console";
+/// Name of the entropy device among the devices.
+pub const RNG: &str = "rng";
+/// Name of the core process among the processes.
+pub const CORE: &str = "core";
+/// Name of the supervisor among the processes.
+pub const SUPERVISOR: &str = "supervisor";
+
+/// A machine, checked.
+#[derive(Debug, Clone)]
+pub struct MachineConfig {
+    /// Its name.
+    pub name: String,
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initial RAM file system.
+    pub initrd: Option<PathBuf>,
+    /// The complete kernel command line.
+    pub cmdline: String,
+    /// What was appended to the command line that the user gave.
+    pub cmdline_added: Option<&'static str>,
+    /// Number of virtual CPUs, 1 to 254.
+    pub cpus: u8,
+    /// Guest memory in bytes, a multiple of 4 KiB.
+    pub memory: u64,
+    /// The disks in the order of their PCI slots.
+    pub disks: Vec<DiskConfig>,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+    /// The virtio console, `Off` when there is none.
+    pub console: StreamTarget,
+    /// The serial port, `Off` when there is none.
+    pub serial: StreamTarget,
+    /// What follows a reboot.
+    pub on_reboot: EndAction,
+    /// What follows a panic.
+    pub on_panic: EndAction,
+    /// Where messages go.
+    pub log: LogConfig,
+}
+
+/// A disk with its id settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The image.
+    pub path: PathBuf,
+    /// Opened for reading only.
+    pub readonly: bool,
+    /// Unique among the processes of the machine.
+    pub id: String,
+}
+
+/// Where messages go and which of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// The least important that are shown.
+    pub level: LogLevel,
+    /// Text or JSON lines.
+    pub format: LogFormat,
+    /// A file, or standard error.
+    pub file: Option<PathBuf>,
+}
+
+/// Why a machine is refused before any host resource was opened.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The configuration file.
+    #[error(transparent)]
+    File(#[from] file::FileError),
+    /// No kernel.
+    #[error("no kernel: name one with --kernel FILE or the key 'kernel' of the configuration file")]
+    NoKernel,
+    /// No CPUs at all.
+    #[error("cpus: 0 is not possible; a machine has at least 1 CPU")]
+    NoCpus,
+    /// More CPUs than the platform can have.
+    #[error("cpus: {0} is too many; this machine type has at most {MAX_CPUS}")]
+    TooManyCpus(u32),
+    /// Memory that does not consist of pages.
+    #[error("memory: {0} bytes is not a multiple of a page (4 KiB){hint}", hint = unit_hint(*.0))]
+    MemoryNotPages(u64),
+    /// Too little memory.
+    #[error("memory: {given} is too little; the least is 2M{hint}", given = Size(*.0), hint = unit_hint(*.0))]
+    MemoryTooSmall(u64),
+    /// A name that cannot be one.
+    #[error(
+        "{field}: '{name}' is not a possible name: use 1 to {MAX_NAME} of the characters a-z A-Z 0-9 . _ -, the first a letter or digit"
+    )]
+    BadName {
+        /// `name`, or which disk.
+        field: String,
+        /// What was given.
+        name: String,
+    },
+    /// Two devices with one id.
+    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
+    DuplicateId {
+        /// The second of the two.
+        path: PathBuf,
+        /// The id.
+        id: String,
+    },
+    /// More devices than slots.
+    #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
+    TooManyDevices(usize),
+    /// Both ports on one terminal.
+    #[error(
+        "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
+    )]
+    TwoOnStdio,
+    /// A socket path that does not fit `sockaddr_un`.
+    #[error(
+        "{field}: the socket path '{path}' has {length} bytes; the kernel allows at most {MAX_SOCKET_PATH}: choose a shorter one",
+        path = path.display()
+    )]
+    SocketPathTooLong {
+        /// `serial` or `console`.
+        field: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// A command line that C cannot hold.
+    #[error("cmdline: contains a zero byte")]
+    CmdlineZero,
+}
+
+/// A bare number was most likely meant to have a unit.
+fn unit_hint(bytes: u64) -> String {
+    if (16..65536).contains(&bytes) { format!("; for megabytes write {bytes}M") } else { String::new() }
+}
+
+/// Puts options and file together (options win) and checks the result.
+pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
+    let file = match args.config.take() {
+        Some(path) => file::read(&path)?,
+        None => RunArgs::default(),
+    };
+    let log = LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.or(file.log_file),
+    };
+    let serial = args.serial.or(file.serial).unwrap_or(StreamTarget::Stdio);
+    let console = args.console.or(file.console).unwrap_or(StreamTarget::Off);
+    check_streams(&serial, &console)?;
+    let (cmdline, cmdline_added) = complete(args.cmdline.or(file.cmdline), &serial, &console);
+    if cmdline.contains('\0') {
+        return Err(ConfigError::CmdlineZero);
+    }
+    let disks = if args.disks.is_empty() { file.disks } else { args.disks };
+    let rng = args.rng.or(file.rng) == Some(Switch::On);
+    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
+    if virtio > MAX_VIRTIO_DEVICES {
+        return Err(ConfigError::TooManyDevices(virtio));
+    }
+    let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
+    Ok(MachineConfig {
+        name: check_name("name", name)?,
+        kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
+        initrd: args.initrd.or(file.initrd),
+        cmdline,
+        cmdline_added,
+        cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
+        memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
+        disks: name_disks(disks)?,
+        rng,
+        console,
+        serial,
+        on_reboot: args.on_reboot.or(file.on_reboot).unwrap_or(EndAction::Restart),
+        on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
+        log,
+    })
+}
+
+/// Adds the console that the guest has, where the user named none.
+fn complete(
+    given: Option<String>,
+    serial: &StreamTarget,
+    console: &StreamTarget,
+) -> (String, Option<&'static str>) {
+    let mut cmdline = given.unwrap_or_default();
+    let has_console = cmdline.split_whitespace().any(|word| word.starts_with("console="));
+    let added = match (has_console, serial, console) {
+        (true, ..) | (false, StreamTarget::Off, StreamTarget::Off) => None,
+        (false, StreamTarget::Off, _) => Some("console=hvc0"),
+        (false, ..) => Some("console=ttyS0"),
+    };
+    if let Some(added) = added {
+        // Before the user's words: what follows `--` there belongs to init.
+        cmdline = if cmdline.is_empty() { added.to_owned() } else { format!("{added} {cmdline}") };
+    }
+    (cmdline, added)
+}
+
+fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), ConfigError> {
+    if (serial, console) == (&StreamTarget::Stdio, &StreamTarget::Stdio) {
+        return Err(ConfigError::TwoOnStdio);
+    }
+    for (field, target) in [(SERIAL, serial), (CONSOLE, console)] {
+        if let StreamTarget::Unix(path) = target {
+            let length = path.as_os_str().len();
+            if length > MAX_SOCKET_PATH {
+                return Err(ConfigError::SocketPathTooLong { field, path: path.clone(), length });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_cpus(cpus: u32) -> Result<u8, ConfigError> {
+    match u8::try_from(cpus) {
+        Ok(0) => Err(ConfigError::NoCpus),
+        Ok(count) if cpus <= MAX_CPUS => Ok(count),
+        _ => Err(ConfigError::TooManyCpus(cpus)),
+    }
+}
+
+fn check_memory(bytes: u64) -> Result<u64, ConfigError> {
+    if !bytes.is_multiple_of(PAGE) {
+        Err(ConfigError::MemoryNotPages(bytes))
+    } else if bytes < MIN_MEMORY {
+        Err(ConfigError::MemoryTooSmall(bytes))
+    } else {
+        Ok(bytes)
+    }
+}
+
+/// Checks a name of a machine or device: it becomes part of a socket name, of process titles and of messages.
+pub fn check_name(field: &str, name: String) -> Result<String, ConfigError> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let first = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if first && name.len() <= MAX_NAME && name.bytes().all(good) {
+        Ok(name)
+    } else {
+        Err(ConfigError::BadName { field: field.to_owned(), name: name.escape_debug().to_string() })
+    }
+}
+
+fn name_disks(disks: Vec<DiskSpec>) -> Result<Vec<DiskConfig>, ConfigError> {
+    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut named = Vec::with_capacity(disks.len());
+    for (index, disk) in disks.into_iter().enumerate() {
+        let id = match disk.id {
+            Some(id) => check_name(&format!("id of disk '{}'", disk.path.display()), id)?,
+            None => format!("disk{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::DuplicateId { path: disk.path, id });
+        }
+        taken.push(id.clone());
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id });
+    }
+    Ok(named)
+}
+
+#[cfg(test)]
+mod tests;

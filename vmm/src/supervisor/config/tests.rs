@@ -1,0 +1,112 @@
+//! Each refusal that needs no host resource, by its sentence.
+
+use clap::Parser;
+
+use super::*;
+use crate::supervisor::cli::{Cli, Command};
+
+fn run(options: &str) -> Result<MachineConfig, String> {
+    let arguments = ["bulkhead", "run"].into_iter().chain(options.split_whitespace());
+    match Cli::try_parse_from(arguments).unwrap().command {
+        Command::Run(args) => resolve(*args).map_err(|error| error.to_string()),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(options: &str) -> String {
+    run(&format!("--kernel k {options}")).expect_err(options)
+}
+
+#[test]
+fn a_kernel_is_all_that_must_be_said() {
+    let config = run("--kernel k").unwrap();
+    assert_eq!((config.cpus, config.memory), (1, 512 << 20));
+    assert_eq!(config.cmdline, "console=ttyS0");
+    assert_eq!(config.serial, StreamTarget::Stdio);
+    assert!(config.name.starts_with("vm-"));
+    assert!(run("").unwrap_err().contains("--kernel FILE"));
+}
+
+#[test]
+fn impossible_memory_is_refused() {
+    assert!(refusal("--memory 0").contains("memory: 0 is too little"));
+    assert!(refusal("--memory 1K").contains("memory: 1024 bytes is not a multiple of a page"));
+    assert!(refusal("--memory 512").contains("write 512M"));
+    assert!(refusal("--memory 4097K").contains("multiple of a page"));
+    assert!(refusal("--memory 4096").contains("write 4096M"));
+}
+
+#[test]
+fn impossible_cpu_counts_are_refused() {
+    assert!(refusal("--cpus 0").contains("at least 1 CPU"));
+    assert!(refusal("--cpus 255").contains("255 is too many"));
+    assert!(refusal("--cpus 4000000").contains("4000000 is too many"));
+    assert_eq!(run("--kernel k --cpus 254").unwrap().cpus, 254);
+}
+
+#[test]
+fn names_with_other_characters_are_refused() {
+    for name in ["a/b", "-a", ".a", "ä", "a\u{7}", &"x".repeat(65)] {
+        let error = check_name("name", name.to_owned()).unwrap_err().to_string();
+        assert!(error.contains("a-z A-Z 0-9"), "{error}");
+        assert!(!error.contains('\u{7}'), "control characters are escaped");
+    }
+    assert!(check_name("name", "web-1.example_org".to_owned()).is_ok());
+    assert!(check_name("name", String::new()).is_err());
+}
+
+#[test]
+fn two_devices_with_one_id_are_refused() {
+    let error = refusal("--disk path=a,id=x --disk path=b,id=x");
+    assert!(error.contains("disk 'b'") && error.contains("'x'"), "{error}");
+    assert!(refusal("--disk path=a,id=rng").contains("'rng' already belongs"));
+    assert!(refusal("--disk path=a,id=disk1 --disk path=b").contains("'disk1' already belongs"));
+    let config = run("--kernel k --disk path=a --disk path=b").unwrap();
+    assert_eq!(config.disks.iter().map(|disk| disk.id.as_str()).collect::<Vec<_>>(), ["disk0", "disk1"]);
+}
+
+#[test]
+fn a_socket_path_that_does_not_fit_is_refused() {
+    let error = refusal(&format!("--serial unix=/{}", "s".repeat(107)));
+    assert!(
+        error.contains("serial") && error.contains("108 bytes") && error.contains("at most 107"),
+        "{error}"
+    );
+    assert!(run(&format!("--kernel k --serial unix=/{}", "s".repeat(106))).is_ok());
+}
+
+#[test]
+fn more_devices_than_slots_are_refused() {
+    let disks = "--disk path=a ".repeat(29);
+    assert!(run(&format!("--kernel k {disks} --rng")).is_ok());
+    assert!(refusal(&format!("{disks} --rng --console")).contains("31 virtio devices"));
+}
+
+#[test]
+fn one_terminal_serves_one_port() {
+    assert!(refusal("--serial stdio --console=stdio").contains("cannot both be stdio"));
+    assert!(refusal("--console=stdio").contains("cannot both be stdio"));
+    assert!(run("--kernel k --serial off --console=stdio").is_ok());
+}
+
+#[test]
+fn the_console_is_added_to_the_command_line_when_none_is_named() {
+    assert_eq!(run("--kernel k --cmdline quiet").unwrap().cmdline, "console=ttyS0 quiet");
+    assert_eq!(run("--kernel k --cmdline console=tty0").unwrap().cmdline, "console=tty0");
+    let config = run("--kernel k --serial off --console").unwrap();
+    assert_eq!(config.cmdline_added, Some("console=hvc0"));
+    assert_eq!(run("--kernel k --serial off").unwrap().cmdline, "");
+}
+
+#[test]
+fn the_command_line_wins_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.toml");
+    std::fs::write(&file, "kernel='k'\nmemory='1G'\ncpus=2\nrng=true\n[[disk]]\npath='a'\n").unwrap();
+    let file = file.display();
+    let config = run(&format!("--config {file} --memory 2G --rng=off --disk path=/b")).unwrap();
+    assert_eq!((config.cpus, config.memory, config.rng), (2, 2 << 30, false));
+    assert_eq!(config.kernel, folder.path().join("k"));
+    assert_eq!(config.disks.len(), 1);
+    assert_eq!(config.disks.first().unwrap().path, PathBuf::from("/b"));
+}

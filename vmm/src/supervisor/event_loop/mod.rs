@@ -1,0 +1,353 @@
+//! Watches over a machine from its launch to its end: one thread, one epoll set, no polling, no sleeping.
+//!
+//! Whatever happens arrives as an event: control messages, the end of a process (pidfd), a system call that a policy
+//! forbids (seccomp listener), log lines, signals (signalfd), keys, API clients, and deadlines as the timeout of the wait.
+//! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
+//! one is reaped the loop is left.
+
+mod processes;
+mod requests;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::message::ToDevice;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::api::server::Server;
+use super::cli::LogLevel;
+use super::config::{CONSOLE, MachineConfig, SERIAL};
+use super::exit_code::ExitCode;
+use super::launch::{LaunchError, launch};
+use super::logs::Log;
+use super::poller::{Event, Poller, Source};
+use super::process::{Process, Role, State};
+use super::resources::{Listener, Resources, Stream};
+use super::terminal::{self, Escapes, Key, RawTerminal};
+
+/// From the start of the first process until all have reported READY.
+const READY_DEADLINE: Duration = Duration::from_secs(10);
+/// For the devices to finish what is in flight after the guest powered off.
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
+/// For the kernel to end what was killed.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest panicked.
+    Panicked,
+    /// Something failed, and was reported; with the exit code for it.
+    Failed(ExitCode),
+    /// This signal came.
+    Signal(u8),
+    /// Somebody asked for it.
+    Forced,
+}
+
+/// Where the machine is between launch and end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Not every process is READY.
+    Starting(Instant),
+    /// All are.
+    Running,
+    /// The devices were told to stop.
+    Stopping(Instant),
+    /// Every process was killed.
+    Killing(Instant),
+}
+
+/// What outlives a restart of the machine.
+#[derive(Debug)]
+pub struct Environment {
+    /// The epoll set.
+    pub poller: Poller,
+    /// The API.
+    pub server: Server,
+    /// SIGINT, SIGTERM, SIGHUP and SIGWINCH.
+    pub signals: SignalFd,
+    /// The terminal while it is raw.
+    pub terminal: Option<RawTerminal>,
+    /// Messages.
+    pub log: Log,
+}
+
+/// The signals that are read as events; they must be blocked before anything is opened.
+pub fn signals() -> SigSet {
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGWINCH].into_iter().collect()
+}
+
+impl Environment {
+    /// Blocks the signals and watches what does not belong to a single run of the machine.
+    pub fn new(server: Server, log: Log) -> io::Result<Self> {
+        let mask = signals();
+        mask.thread_block()?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        let poller = Poller::new()?;
+        poller.add(&signals, Source::Signals)?;
+        server.register(&poller)?;
+        Ok(Self { poller, server, signals, terminal: None, log })
+    }
+
+    /// Watches the sockets of serial port and console.
+    pub fn watch(&self, resources: &Resources) -> io::Result<()> {
+        for (stream, source) in
+            [(&resources.serial, Source::SerialListener), (&resources.console, Source::ConsoleListener)]
+        {
+            let Some(stream) = stream else { continue };
+            if let Some(listener) = &stream.listener {
+                self.poller.add(listener, source)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One run of a machine.
+pub struct EventLoop<'a> {
+    config: &'a MachineConfig,
+    resources: &'a Resources,
+    environment: &'a mut Environment,
+    processes: Vec<Process>,
+    started: Instant,
+    phase: Phase,
+    end: Option<End>,
+    escapes: Escapes,
+}
+
+impl<'a> EventLoop<'a> {
+    /// Starts every process.
+    pub fn launch(
+        config: &'a MachineConfig,
+        resources: &'a Resources,
+        environment: &'a mut Environment,
+        started: Instant,
+    ) -> Result<Self, LaunchError> {
+        let processes = launch(config, resources)?;
+        let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
+        Ok(Self {
+            config,
+            resources,
+            environment,
+            processes,
+            started,
+            phase,
+            end: None,
+            escapes: Escapes::new(false),
+        })
+    }
+
+    /// Stays until the last process has ended.
+    pub fn run(mut self) -> io::Result<End> {
+        self.environment.log.say(LogLevel::Debug, &self.timing("all processes created"));
+        for index in 0..self.processes.len() {
+            self.watch_process(index)?;
+        }
+        self.attach_again();
+        while self.processes.iter().any(|process| process.state != State::Ended) {
+            let deadline = [self.deadline(), self.environment.server.deadline()].into_iter().flatten().min();
+            for event in self.environment.poller.wait(deadline)? {
+                self.handle(event);
+            }
+            let now = Instant::now();
+            self.environment.server.expire(now, &self.environment.poller);
+            if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
+                break;
+            }
+        }
+        // All have ended without a cause only when each of them exited with code 0 by itself.
+        Ok(self.end.unwrap_or(End::Failed(ExitCode::Process)))
+    }
+
+    const fn deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Starting(deadline) | Phase::Stopping(deadline) | Phase::Killing(deadline) => {
+                Some(deadline)
+            }
+            Phase::Running => None,
+        }
+    }
+
+    fn say(&mut self, level: LogLevel, message: &str) {
+        self.environment.log.say(level, message);
+    }
+
+    fn timing(&self, what: &str) -> String {
+        let micros = self.started.elapsed().as_micros();
+        format!("{what} after {}.{:03} ms", micros / 1000, micros % 1000)
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event.source {
+            Source::Signals => self.signal(),
+            Source::Api => self.environment.server.accept(&self.environment.poller),
+            Source::Client(client) => self.request(client),
+            Source::Keyboard => self.keyboard(event),
+            Source::SerialListener => self.connection(SERIAL),
+            Source::ConsoleListener => self.connection(CONSOLE),
+            Source::Control(index) => self.control(index.into(), event.hang_up),
+            Source::Exit(index) => self.exited(index.into()),
+            Source::Log(index) => self.log_line(index.into()),
+            Source::Violation(index, listener) => self.violation(index.into(), listener.into(), event),
+        }
+    }
+
+    /// Returns false when there is nothing left to wait for.
+    fn deadline_passed(&mut self) -> bool {
+        match self.phase {
+            Phase::Running => true,
+            Phase::Starting(_) => {
+                let late = self.names(State::Starting);
+                let text = format!("{late} did not report READY within {} s", READY_DEADLINE.as_secs());
+                self.fail(ExitCode::Process, &text);
+                true
+            }
+            Phase::Stopping(_) => {
+                let text = format!(
+                    "killing what did not stop within {} s: {}",
+                    STOP_DEADLINE.as_secs(),
+                    self.names_of_living()
+                );
+                self.say(LogLevel::Warn, &text);
+                self.kill_all();
+                true
+            }
+            Phase::Killing(_) => {
+                let living = self.names_of_living();
+                self.say(
+                    LogLevel::Error,
+                    &format!("the kernel does not end {living}, although it was killed"),
+                );
+                // Reaping them would wait for ever.
+                self.processes.drain(..).for_each(std::mem::forget);
+                false
+            }
+        }
+    }
+
+    fn names(&self, state: State) -> String {
+        let names: Vec<&str> =
+            self.processes.iter().filter(|process| process.state == state).map(|p| p.id.as_str()).collect();
+        names.join(", ")
+    }
+
+    fn names_of_living(&self) -> String {
+        let living = self.processes.iter().filter(|process| process.state != State::Ended);
+        living
+            .map(|process| format!("{} (process {})", process.id, process.jailed.pid()))
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    fn signal(&mut self) {
+        while let Ok(Some(information)) = self.environment.signals.read_signal() {
+            let number = information.ssi_signo;
+            if number == Signal::SIGWINCH as u32 {
+                if let Some((columns, rows)) = terminal::size(io::stdin()) {
+                    self.resize_stdio(columns, rows);
+                }
+                continue;
+            }
+            let number = u8::try_from(number).unwrap_or_default();
+            if self.end.is_none() {
+                self.end = Some(End::Signal(number));
+            }
+            self.kill_all();
+        }
+    }
+
+    fn resize_stdio(&mut self, columns: u16, rows: u16) {
+        let on_stdio =
+            |stream: &Option<Stream>| stream.as_ref().is_some_and(|stream| stream.keyboard.is_some());
+        if on_stdio(&self.resources.console) {
+            self.tell(CONSOLE, &ToDevice::Resize { columns, rows });
+        }
+    }
+
+    /// Sends a message to a device; one that cannot take it is noticed by other means.
+    fn tell(&self, id: &str, message: &ToDevice) {
+        let alive = |process: &&Process| process.id == id && process.state != State::Ended;
+        if let Some(process) = self.processes.iter().find(alive) {
+            let _full_or_gone = process.channel.send(message, &[]);
+        }
+    }
+
+    fn keyboard(&mut self, event: Event) {
+        let mut typed = [0; 256];
+        let count = if event.readable { nix::unistd::read(io::stdin(), &mut typed).unwrap_or(0) } else { 0 };
+        if count == 0 {
+            // In raw mode a read of nothing is no end; only a hang-up is.
+            if event.hang_up {
+                self.environment.poller.remove(io::stdin());
+            }
+            return;
+        }
+        let mut keys = Vec::with_capacity(count);
+        let command = self.escapes.filter(typed.get(..count).unwrap_or(&[]), &mut keys);
+        let streams = [&self.resources.serial, &self.resources.console];
+        if let Some(keyboard) = streams.into_iter().flatten().find_map(|stream| stream.keyboard.as_ref()) {
+            keyboard.type_keys(&keys);
+        }
+        match command {
+            Some(Key::Leave) => self.force("ended by Ctrl-A X"),
+            Some(Key::Help) => self.say(
+                LogLevel::Error,
+                "Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends Ctrl-A to the guest, Ctrl-A H prints this",
+            ),
+            None => {}
+        }
+    }
+
+    fn force(&mut self, why: &str) {
+        if self.end.is_none() {
+            self.end = Some(End::Forced);
+            self.say(LogLevel::Info, why);
+        }
+        self.kill_all();
+    }
+
+    /// A connection to the Unix socket of the serial port or console goes to the device as it is.
+    fn connection(&mut self, device: &'static str) {
+        let stream = if device == SERIAL { &self.resources.serial } else { &self.resources.console };
+        let listener = stream.as_ref().and_then(|stream| stream.listener.as_ref());
+        if let Some(connection) = listener.and_then(Listener::accept) {
+            self.environment.server.detach(device, &self.environment.poller);
+            if let Err(reason) = self.hand_over(device, connection.as_fd()) {
+                self.say(LogLevel::Warn, &format!("{device}: cannot take the new connection: {reason}"));
+            }
+        }
+    }
+
+    /// The terminal becomes raw once the guest can read it; until then Ctrl-C ends the launch.
+    fn take_terminal(&mut self) {
+        let streams = [&self.resources.serial, &self.resources.console];
+        if self.environment.terminal.is_none()
+            && streams.into_iter().flatten().any(|stream| stream.keyboard.is_some())
+        {
+            let raw = RawTerminal::enter();
+            match raw.and_then(|raw| self.environment.poller.add(io::stdin(), Source::Keyboard).map(|()| raw))
+            {
+                Ok(raw) => {
+                    self.environment.terminal = Some(raw);
+                    self.say(
+                        LogLevel::Info,
+                        "this terminal belongs to the guest now; Ctrl-A X ends the machine",
+                    );
+                }
+                Err(error) => self.say(LogLevel::Warn, &format!("cannot make the terminal raw: {error}")),
+            }
+        }
+    }
+
+    /// The role of a process by its index, for messages.
+    fn is_core(&self, index: usize) -> bool {
+        self.processes.get(index).is_some_and(|process| process.role == Role::Core)
+    }
+}

@@ -1,0 +1,295 @@
+//! What processes say and how they end.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::ChannelError;
+use bulkhead_ipc::channel::message::{FromCore, FromDevice, MachineEnd, ToDevice};
+use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
+
+use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE};
+use crate::supervisor::cli::LogLevel;
+use crate::supervisor::exit_code::ExitCode;
+use crate::supervisor::launch::advice;
+use crate::supervisor::logs::lines::escape;
+use crate::supervisor::poller::{Event, Source};
+use crate::supervisor::process::{Process, Role, State, describe};
+
+/// Messages handled in one go, so that a process that floods its channel does not starve the rest.
+const MESSAGES_AT_ONCE: usize = 16;
+/// The longest text of a process that is shown, in characters.
+const MAX_TEXT: usize = 500;
+
+/// What arrived on a control channel, of either kind of process.
+enum Message {
+    Ready(Vec<PolicyName>, Vec<OwnedFd>),
+    Ended(MachineEnd),
+    DeviceFailed { id: String, reason: String },
+    Failed(String),
+}
+
+fn receive(process: &Process) -> Result<Message, ChannelError> {
+    let now = Some(Duration::ZERO);
+    Ok(if process.role == Role::Core {
+        match process.channel.recv::<FromCore>(now)? {
+            (FromCore::Ready { policies }, fds) => Message::Ready(policies, fds),
+            (FromCore::Ended(end), _) => Message::Ended(end),
+            (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
+        }
+    } else {
+        match process.channel.recv::<FromDevice>(now)? {
+            (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
+            (FromDevice::Failed(reason), _) => Message::Failed(reason),
+        }
+    })
+}
+
+/// Text of a process, which may be hostile, bounded and without control characters.
+fn harmless(text: &str) -> String {
+    escape(text.as_bytes()).chars().take(MAX_TEXT).collect()
+}
+
+impl EventLoop<'_> {
+    /// Watches all descriptors of a process.
+    pub(super) fn watch_process(&self, index: usize) -> io::Result<()> {
+        let (Some(process), Ok(number)) = (self.processes.get(index), u16::try_from(index)) else {
+            return Ok(());
+        };
+        let poller = &self.environment.poller;
+        poller.add(&process.channel, Source::Control(number))?;
+        poller.add(&process.jailed, Source::Exit(number))?;
+        poller.add(&process.log, Source::Log(number))
+    }
+
+    /// Reads what a process says on its control channel.
+    pub(super) fn control(&mut self, index: usize, hang_up: bool) {
+        for _ in 0..MESSAGES_AT_ONCE {
+            let Some(process) = self.processes.get(index) else { return };
+            match receive(process) {
+                Ok(message) => self.message(index, message),
+                Err(ChannelError::Deadline) => break,
+                Err(ChannelError::PeerClosed) => {
+                    // A process that closes its channel is about to end; the pidfd says how.
+                    self.environment.poller.remove(&process.channel);
+                    return;
+                }
+                Err(error) => {
+                    let text = format!("{} sent nonsense on its control channel: {error}", process.id);
+                    self.fail(ExitCode::Process, &text);
+                    return;
+                }
+            }
+        }
+        if hang_up && let Some(process) = self.processes.get(index) {
+            self.environment.poller.remove(&process.channel);
+        }
+    }
+
+    fn message(&mut self, index: usize, message: Message) {
+        let id = self.processes.get(index).map(|process| process.id.clone()).unwrap_or_default();
+        match message {
+            Message::Ready(policies, listeners) => self.ready(index, &id, &policies, listeners),
+            Message::Ended(end) => self.ended(end),
+            Message::DeviceFailed { id: device, reason } => {
+                let (device, reason) = (harmless(&device), harmless(&reason));
+                self.fail(ExitCode::Process, &format!("device {device} failed: {reason}"));
+            }
+            Message::Failed(reason) => {
+                if let Some(process) = self.processes.get_mut(index) {
+                    process.explained = true;
+                }
+                self.fail(ExitCode::Process, &format!("device {id} failed: {}", harmless(&reason)));
+            }
+        }
+    }
+
+    fn ready(&mut self, index: usize, id: &str, policies: &[PolicyName], listeners: Vec<OwnedFd>) {
+        let (Some(process), Ok(number)) = (self.processes.get_mut(index), u16::try_from(index)) else {
+            return;
+        };
+        if process.state == State::Ended {
+            return;
+        }
+        if process.state != State::Starting || policies.len() != listeners.len() {
+            let text = format!("{id} sent a READY that makes no sense");
+            self.fail(ExitCode::Process, &text);
+            return;
+        }
+        process.state = State::Ready;
+        let pairs = policies.iter().zip(listeners);
+        process.listeners =
+            pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
+        let mut unwatched = None;
+        for (listener, position) in process.listeners.iter().zip(0..) {
+            let added = self.environment.poller.add(listener, Source::Violation(number, position));
+            unwatched = unwatched.or(added.err());
+        }
+        if let Some(error) = unwatched {
+            // A descriptor that is no listener: the process must not run without its policies being watched.
+            self.fail(
+                ExitCode::Process,
+                &format!("{id} sent a seccomp listener that cannot be watched: {error}"),
+            );
+            return;
+        }
+        let text = self.timing(&format!("{id} is ready"));
+        self.say(LogLevel::Debug, &text);
+        if matches!(self.phase, Phase::Starting(_)) && self.processes.iter().all(|p| p.state == State::Ready)
+        {
+            self.phase = Phase::Running;
+            let text = self.timing(&format!("all {} processes are ready", self.processes.len()));
+            self.say(LogLevel::Info, &text);
+            self.take_terminal();
+        }
+    }
+
+    /// The core says that the machine ended.
+    fn ended(&mut self, end: MachineEnd) {
+        let (end, level, text) = match end {
+            MachineEnd::PowerOff => (End::PowerOff, LogLevel::Info, "the guest powered off".to_owned()),
+            MachineEnd::Reset => (End::Reset, LogLevel::Info, "the guest reset the machine".to_owned()),
+            MachineEnd::Panicked => (End::Panicked, LogLevel::Error, "the guest panicked".to_owned()),
+            MachineEnd::Failed(reason) => {
+                self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
+                return;
+            }
+        };
+        if self.end.is_some() {
+            return;
+        }
+        self.end = Some(end);
+        self.say(level, &text);
+        self.stop_devices();
+    }
+
+    /// Lets the devices finish what is in flight. The core has nothing left to do.
+    fn stop_devices(&mut self) {
+        self.phase = Phase::Stopping(Instant::now() + STOP_DEADLINE);
+        for process in self.processes.iter().filter(|process| process.state != State::Ended) {
+            if process.role == Role::Core {
+                let _gone = process.kill();
+            } else {
+                let _full_or_gone = process.channel.send(&ToDevice::Stop, &[]);
+            }
+        }
+    }
+
+    /// Reports a failure and ends the machine at once.
+    pub(super) fn fail(&mut self, code: ExitCode, text: &str) {
+        self.say(LogLevel::Error, text);
+        if self.end.is_none() {
+            self.end = Some(End::Failed(code));
+        }
+        self.kill_all();
+    }
+
+    /// Kills what lives. What has ended already is reported with its own cause first.
+    pub(super) fn kill_all(&mut self) {
+        if matches!(self.phase, Phase::Killing(_)) {
+            return;
+        }
+        self.phase = Phase::Killing(Instant::now() + KILL_DEADLINE);
+        for index in 0..self.processes.len() {
+            self.reap(index, false);
+            if let Some(Err(text)) = self.processes.get(index).map(Process::kill) {
+                self.say(LogLevel::Error, &text);
+            }
+        }
+    }
+
+    /// The pidfd of a process says that it has ended.
+    pub(super) fn exited(&mut self, index: usize) {
+        let killed = matches!(self.phase, Phase::Killing(_))
+            || matches!(self.phase, Phase::Stopping(_)) && self.is_core(index);
+        self.reap(index, killed);
+    }
+
+    /// Reaps a process if it has ended and says of what, unless that was our doing.
+    fn reap(&mut self, index: usize, killed_by_us: bool) {
+        let Some(process) = self.processes.get_mut(index) else { return };
+        if process.state == State::Ended {
+            return;
+        }
+        // Before it is reaped: afterwards nobody knows whether its program ever ran.
+        let jail_error = if process.state == State::Starting { process.jail_error() } else { None };
+        let exit = match process.jailed.try_wait() {
+            Ok(Some(exit)) => exit,
+            Ok(None) => return,
+            Err(error) => {
+                let text = format!("cannot learn how {} ended: {error}", process.id);
+                self.environment.log.say(LogLevel::Error, &text);
+                Exit::Code(-1)
+            }
+        };
+        process.state = State::Ended;
+        // Its last words first: they may be the reason.
+        self.control(index, false);
+        let Some(process) = self.processes.get_mut(index) else { return };
+        process.log.drain(&process.id, &mut self.environment.log);
+        let poller = &self.environment.poller;
+        poller.remove(&process.channel);
+        poller.remove(&process.jailed);
+        poller.remove(&process.log);
+        process.listeners.iter().for_each(|listener| poller.remove(listener));
+        let ours = killed_by_us && exit == Exit::Signal(libc::SIGKILL);
+        let expected = self.end.is_some() && (ours || exit == Exit::Code(0));
+        if expected || process.explained {
+            return;
+        }
+        let (id, pid) = (process.id.clone(), process.jailed.pid());
+        match jail_error {
+            Some(error) => {
+                let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };
+                self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
+            }
+            None => self.fail(ExitCode::Process, &format!("{id} (process {pid}) {}", describe(exit))),
+        }
+    }
+
+    /// Reads from the log pipe of a process.
+    pub(super) fn log_line(&mut self, index: usize) {
+        let Some(process) = self.processes.get_mut(index) else { return };
+        if process.state != State::Ended && !process.log.read(&process.id, &mut self.environment.log) {
+            self.environment.poller.remove(&process.log);
+        }
+    }
+
+    /// A thread made a system call that its policy forbids; it waits in the kernel, for ever.
+    pub(super) fn violation(&mut self, index: usize, listener: usize, event: Event) {
+        let Some(process) = self.processes.get_mut(index) else { return };
+        let Some(listener) = process.listeners.get(listener) else { return };
+        let seen = listener.read();
+        if event.hang_up {
+            // Its threads are gone.
+            self.environment.poller.remove(listener);
+        }
+        let Ok(Some(violation)) = seen else { return };
+        process.explained = true;
+        // Not later: nothing the process does from here on is wanted.
+        let _gone = process.kill();
+        let text = describe_violation(&process.id, &violation);
+        self.fail(ExitCode::Process, &text);
+    }
+
+    /// Hands a new peer of a console or serial port to its device.
+    pub(super) fn hand_over(&self, device: &str, stream: BorrowedFd<'_>) -> Result<(), String> {
+        let alive = |process: &&Process| process.id == device && process.state != State::Ended;
+        let process = self.processes.iter().find(alive).ok_or("the device has ended")?;
+        process.channel.send(&ToDevice::Attach, &[stream]).map_err(|error| error.to_string())
+    }
+
+    /// After a restart the new devices get the peers that the old ones had.
+    pub(super) fn attach_again(&mut self) {
+        for attachment in self.environment.server.attachments() {
+            let _noticed_by_the_client = self.hand_over(&attachment.device, attachment.stream.as_fd());
+        }
+    }
+}
+
+fn describe_violation(id: &str, violation: &Violation) -> String {
+    let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
+    let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
+    format!("{id} was killed: {violation} (the thread's name: {comm})")
+}

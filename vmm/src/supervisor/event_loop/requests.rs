@@ -1,0 +1,120 @@
+//! What API clients ask.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_ipc::channel::message::{ToCore, ToDevice};
+
+use super::{EventLoop, Phase};
+use crate::supervisor::api::packet::is_stream_socket;
+use crate::supervisor::api::server::Attachment;
+use crate::supervisor::api::{MachineEntry, ProcessEntry, Request, Response};
+use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::{CONSOLE, SERIAL, SUPERVISOR};
+use crate::supervisor::process::{Role, State};
+
+impl EventLoop<'_> {
+    /// Answers a client.
+    pub(super) fn request(&mut self, client: u16) {
+        let Some((request, fds)) = self.environment.server.receive(client, &self.environment.poller) else {
+            return;
+        };
+        let answer = match request {
+            Request::Ps => Ok(Response::Machine(self.entry())),
+            Request::Stop => self.press_power_button(),
+            Request::Kill => {
+                self.force("ended by `bulkhead stop --force`");
+                Ok(Response::Done)
+            }
+            Request::Attach { device, size } => self.attach(client, device, size, fds),
+            Request::Resize { columns, rows } => self.resize(client, columns, rows),
+        };
+        let response = answer.unwrap_or_else(|message| Response::Error { message });
+        self.environment.server.respond(client, &response, &self.environment.poller);
+    }
+
+    fn entry(&self) -> MachineEntry {
+        let supervisor = ProcessEntry {
+            id: SUPERVISOR.to_owned(),
+            role: Role::Supervisor,
+            pid: i32::try_from(std::process::id()).unwrap_or(0),
+        };
+        let living = self.processes.iter().filter(|process| process.state != State::Ended);
+        let others = living.map(|process| ProcessEntry {
+            id: process.id.clone(),
+            role: process.role,
+            pid: process.jailed.pid(),
+        });
+        let state = match self.phase {
+            Phase::Starting(_) => "starting",
+            Phase::Running => "running",
+            Phase::Stopping(_) | Phase::Killing(_) => "ending",
+        };
+        MachineEntry {
+            name: self.config.name.clone(),
+            state: state.to_owned(),
+            cpus: self.config.cpus,
+            memory: self.config.memory,
+            processes: std::iter::once(supervisor).chain(others).collect(),
+        }
+    }
+
+    fn press_power_button(&mut self) -> Result<Response, String> {
+        let core = self.processes.iter().find(|process| process.role == Role::Core);
+        let core = core.ok_or("this machine has no core process")?;
+        core.channel
+            .send(&ToCore::Stop, &[])
+            .map_err(|error| format!("the core does not listen: {error}"))?;
+        self.say(LogLevel::Info, "the power button was pressed");
+        Ok(Response::Done)
+    }
+
+    fn attach(
+        &mut self,
+        client: u16,
+        device: Option<String>,
+        size: Option<(u16, u16)>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Response, String> {
+        let device = self.attachable(device.as_deref())?;
+        let [stream]: [OwnedFd; 1] = fds.try_into().map_err(|_| "exactly one descriptor is needed")?;
+        if !is_stream_socket(stream.as_fd()) {
+            return Err("the descriptor is no Unix stream socket".to_owned());
+        }
+        self.hand_over(device, stream.as_fd())?;
+        if let Some((columns, rows)) = size
+            && device == CONSOLE
+        {
+            self.tell(device, &ToDevice::Resize { columns, rows });
+        }
+        let attachment = Attachment { device: device.to_owned(), stream };
+        self.environment.server.attach(client, attachment, &self.environment.poller);
+        Ok(Response::Attached { device: device.to_owned() })
+    }
+
+    /// The device that is meant, if it may be attached.
+    fn attachable(&self, wanted: Option<&str>) -> Result<&'static str, String> {
+        let devices = [(CONSOLE, &self.resources.console), (SERIAL, &self.resources.serial)];
+        let free: Vec<&'static str> = devices
+            .into_iter()
+            .filter(|(_, stream)| stream.as_ref().is_some_and(|stream| stream.attachable))
+            .map(|(id, _)| id)
+            .collect();
+        match wanted {
+            Some(wanted) => free.iter().copied().find(|id| *id == wanted).ok_or_else(|| {
+                let free = if free.is_empty() { "none".to_owned() } else { free.join(", ") };
+                format!("'{}' cannot be attached; what can: {free}", wanted.escape_debug())
+            }),
+            None => free.first().copied().ok_or_else(|| {
+                "this machine has nothing to attach to: start it with --console or --serial attach".to_owned()
+            }),
+        }
+    }
+
+    fn resize(&mut self, client: u16, columns: u16, rows: u16) -> Result<Response, String> {
+        let attachment = self.environment.server.attachment(client).ok_or("nothing is attached")?;
+        if attachment.device == CONSOLE {
+            self.tell(CONSOLE, &ToDevice::Resize { columns, rows });
+        }
+        Ok(Response::Done)
+    }
+}

@@ -1,0 +1,295 @@
+//! Creates the processes of a machine and tells each what it is.
+//!
+//! Nothing here waits: the core is started first, for creating the virtual machine takes longest; each process finds its
+//! `Start` message in its control channel when it gets there. READY and failures arrive in the event loop.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use bulkhead_ipc::channel::message::{
+    BlkConfig, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, LinkKind, RngConfig, ToCore,
+    ToDevice, UartConfig,
+};
+use bulkhead_ipc::channel::{Channel, ChannelError};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
+use serde::Serialize;
+use nix::sys::resource::{Resource, getrlimit};
+use thiserror::Error;
+
+use super::cli::LogLevel;
+use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
+use super::logs::LogPipe;
+use super::process::{Fds, Process, Role, State};
+use super::resources::{Disk, Resources, Stream};
+use super::terminal;
+
+/// Device types of the virtio specification, section 5.
+const VIRTIO_BLOCK: u16 = 2;
+const VIRTIO_CONSOLE: u16 = 3;
+const VIRTIO_ENTROPY: u16 = 4;
+/// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
+const IO_URING_LOCKED: u64 = 8 << 20;
+/// More queues than this bring nothing for one file.
+const MAX_BLK_QUEUES: u8 = 8;
+/// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
+const BLK_SERIAL: usize = 20;
+
+/// Why a process could not be created.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// The jail.
+    #[error("cannot start {id}: {source}{advice}", advice = advice(source))]
+    Jail {
+        /// Which process.
+        id: String,
+        /// The step that failed.
+        source: JailError,
+    },
+    /// The control channel.
+    #[error("cannot tell {id} what to do: {source}")]
+    Channel {
+        /// Which process.
+        id: String,
+        /// What failed.
+        source: ChannelError,
+    },
+    /// A descriptor, most likely too many of them.
+    #[error("cannot start {id}: {source}")]
+    Io {
+        /// Which process.
+        id: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// What to do about a jail that cannot be built.
+pub fn advice(error: &JailError) -> &'static str {
+    match error.missing_layer() {
+        Some(jail::Layer::Namespaces) => {
+            "; user namespaces may be forbidden here: `bulkhead doctor` says which setting does it"
+        }
+        Some(_) => "; `bulkhead doctor` says what this host lacks",
+        None => "",
+    }
+}
+
+/// A device to be.
+enum Plan<'a> {
+    Blk(&'a Disk),
+    Rng(&'a File),
+    Console(&'a Stream),
+    Uart(&'a Stream),
+}
+
+impl<'a> Plan<'a> {
+    /// The devices of a machine; the virtio ones in the order of their PCI slots.
+    fn all(resources: &'a Resources) -> Vec<Self> {
+        let mut plans: Vec<Self> = resources.disks.iter().map(Self::Blk).collect();
+        plans.extend(resources.urandom.as_ref().map(Self::Rng));
+        plans.extend(resources.console.as_ref().map(Self::Console));
+        plans.extend(resources.serial.as_ref().map(Self::Uart));
+        plans
+    }
+
+    fn id(&self) -> &'a str {
+        match self {
+            Self::Blk(disk) => &disk.id,
+            Self::Rng(_) => RNG,
+            Self::Console(_) => CONSOLE,
+            Self::Uart(_) => SERIAL,
+        }
+    }
+
+    const fn role(&self) -> Role {
+        match self {
+            Self::Blk(_) => Role::Blk,
+            Self::Rng(_) => Role::Rng,
+            Self::Console(_) => Role::Console,
+            Self::Uart(_) => Role::Uart,
+        }
+    }
+
+    const fn link(&self) -> LinkKind {
+        match self {
+            Self::Blk(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BLOCK },
+            Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY },
+            Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE },
+            Self::Uart(_) => LinkKind::Registers,
+        }
+    }
+
+    /// A device may write no file but its own, and that no larger than it is.
+    fn limits(&self) -> Limits {
+        let file_size = match self {
+            Self::Blk(disk) if disk.readonly => Some(0),
+            Self::Blk(disk) => Some(disk.size),
+            Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
+            _ => Some(0),
+        };
+        // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
+        let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
+        let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
+        Limits { file_size, locked, ..Limits::default() }
+    }
+
+    fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
+        match self {
+            Self::Blk(disk) => DeviceConfig::Blk(BlkConfig {
+                disk: fds.add(&disk.file),
+                read_only: disk.readonly,
+                serial: disk.id.chars().take(BLK_SERIAL).collect(),
+                queues: u16::from(cpus.clamp(1, MAX_BLK_QUEUES)),
+                logical_block_size: 512,
+            }),
+            Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
+            Self::Console(stream) => DeviceConfig::Console(ConsoleConfig {
+                input: stream.input.as_ref().map(|fd| fds.add(fd)),
+                output: stream.output.as_ref().map(|fd| fds.add(fd)),
+                size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
+            }),
+            Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
+                input: stream.input.as_ref().map(|fd| fds.add(fd)),
+                output: stream.output.as_ref().map(|fd| fds.add(fd)),
+            }),
+        }
+    }
+}
+
+const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
+    use bulkhead_ipc::log::LogLevel as Ipc;
+    match level {
+        LogLevel::Error => Ipc::Error,
+        LogLevel::Warn => Ipc::Warn,
+        LogLevel::Info => Ipc::Info,
+        LogLevel::Debug => Ipc::Debug,
+        LogLevel::Trace => Ipc::Trace,
+    }
+}
+
+/// Starts every process of the machine, the core first. On an error none is left.
+pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Process>, LaunchError> {
+    let plans = Plan::all(resources);
+    let mut processes = Vec::with_capacity(plans.len() + 1);
+    let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
+    let mut links = Vec::with_capacity(plans.len());
+    for plan in &plans {
+        links.push(UnixStream::pair().map_err(|source| io(plan.id(), source))?);
+    }
+    processes.push(start_core(config, resources, &plans, &links)?);
+    for (plan, (_, socket)) in plans.iter().zip(&links) {
+        let mut fds = Fds::default();
+        let start = ToDevice::Start(DeviceStart {
+            id: plan.id().to_owned(),
+            machine: config.name.clone(),
+            log: ipc_level(config.log.level),
+            enforcement: Enforcement::Supervised,
+            socket: fds.add(socket),
+            config: plan.config(config.cpus, &mut fds),
+        });
+        let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
+        let program = Program {
+            file: &resources.device_program,
+            null: &resources.null,
+            arguments: &[title, plan.role().name().to_owned()],
+            limits: plan.limits(),
+        };
+        processes.push(program.start(plan.id(), plan.role(), &start, &fds)?);
+    }
+    Ok(processes)
+}
+
+fn start_core(
+    config: &MachineConfig,
+    resources: &Resources,
+    plans: &[Plan<'_>],
+    links: &[(UnixStream, UnixStream)],
+) -> Result<Process, LaunchError> {
+    let mut fds = Fds::default();
+    let start = ToCore::Start(CoreStart {
+        machine: config.name.clone(),
+        log: ipc_level(config.log.level),
+        enforcement: Enforcement::Supervised,
+        cpus: config.cpus,
+        memory_bytes: config.memory,
+        cmdline: config.cmdline.clone(),
+        kvm: fds.add(&resources.kvm),
+        kernel: fds.add(&resources.kernel),
+        initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
+        devices: plans
+            .iter()
+            .zip(links)
+            .map(|(plan, (socket, _))| DeviceLink {
+                id: plan.id().to_owned(),
+                kind: plan.link(),
+                socket: fds.add(socket),
+            })
+            .collect(),
+    });
+    let cpus = u64::from(config.cpus);
+    let limits = Limits {
+        // A stack of 2 MiB and its guard for each vCPU thread.
+        data: Some((256 << 20) + (cpus << 22)),
+        // Eventfds for the queues and vectors of each device.
+        descriptors: 2048,
+        threads: cpus + 16,
+        // The memfds of guest RAM.
+        file_size: Some(config.memory),
+        ..Limits::default()
+    };
+    let title = format!("bulkhead-vmm[{}]", config.name);
+    let program =
+        Program { file: &resources.core_program, null: &resources.null, arguments: &[title], limits };
+    program.start(CORE, Role::Core, &start, &fds)
+}
+
+/// A program to be started in a jail.
+struct Program<'a> {
+    file: &'a OwnedFd,
+    null: &'a File,
+    arguments: &'a [String],
+    limits: Limits,
+}
+
+impl Program<'_> {
+    fn start(
+        &self,
+        id: &str,
+        role: Role,
+        start: &impl Serialize,
+        fds: &Fds<'_>,
+    ) -> Result<Process, LaunchError> {
+        let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
+        let channel = |source| LaunchError::Channel { id: id.to_owned(), source };
+        let (ours, theirs) = Channel::pair().map_err(channel)?;
+        // In the queue before the process exists: it never waits for it.
+        ours.send(start, &fds.0).map_err(channel)?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| io(error.into()))?;
+        // Only our end: what a process writes while the pipe is full makes it wait, not lose its last words.
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|error| io(error.into()))?;
+        let jailed = jail::spawn(JailSpec {
+            program: self.file.as_fd(),
+            arguments: self.arguments,
+            channel: theirs.into_fd(),
+            log: write.as_fd(),
+            null: self.null.as_fd(),
+            limits: self.limits,
+            identity: Identity::default(),
+        })
+        .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
+        Ok(Process {
+            id: id.to_owned(),
+            role,
+            jailed,
+            channel: ours,
+            log: LogPipe::new(read),
+            listeners: Vec::new(),
+            state: State::Starting,
+            explained: false,
+        })
+    }
+}

@@ -1,0 +1,360 @@
+//! The host's side of a machine: every file, device and socket that it needs, opened and checked before any process
+//! exists. All are close-on-exec; each process gets its own by name.
+
+mod stream;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+pub use stream::{Keyboard, Listener, Stream};
+use thiserror::Error;
+
+use super::config::{CONSOLE, DiskConfig, MachineConfig, SERIAL, Size};
+use super::doctor::kvm::{self, KvmError};
+
+/// The unit of a disk's size, in bytes.
+const SECTOR: u64 = 512;
+
+/// Why the host's side is not as the configuration says.
+#[derive(Debug, Error)]
+pub enum ResourceError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// More memory than there is.
+    #[error("memory: {wanted} is more than this host has ({have} MiB)", wanted = Size(*wanted), have = have >> 20)]
+    Memory {
+        /// What was asked for, in bytes.
+        wanted: u64,
+        /// What the host has, in bytes.
+        have: u64,
+    },
+    /// A file that cannot be opened.
+    #[error("{field}: cannot open '{path}': {reason}", path = path.display())]
+    Open {
+        /// Which option or device.
+        field: String,
+        /// The file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A file of another kind than needed.
+    #[error("{field}: '{path}' is {is}; {wanted} is needed", path = path.display())]
+    Kind {
+        /// Which option or device.
+        field: String,
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        is: &'static str,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// A disk that does not consist of sectors.
+    #[error("disk {id}: '{path}' has {size} bytes, which is not a multiple of {SECTOR}: is it a raw image? (truncate -s %{SECTOR} '{path}' rounds it up)", path = path.display())]
+    DiskSize {
+        /// The disk.
+        id: String,
+        /// Its image.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
+    /// A disk without a sector.
+    #[error("disk {id}: '{path}' is empty (truncate -s 1G '{path}' makes it 1 GiB long)", path = path.display())]
+    DiskEmpty {
+        /// The disk.
+        id: String,
+        /// Its image.
+        path: PathBuf,
+    },
+    /// A disk that somebody else uses.
+    #[error("disk {id}: '{path}' is locked by another machine or program: stop that first{hint}", path = path.display())]
+    DiskLocked {
+        /// The disk.
+        id: String,
+        /// Its image.
+        path: PathBuf,
+        /// What else could be done.
+        hint: &'static str,
+    },
+    /// One image for two disks.
+    #[error("disk {id}: '{path}' is already the image of disk {other}: only read-only disks may share one", path = path.display())]
+    DiskTwice {
+        /// The second disk.
+        id: String,
+        /// Its image.
+        path: PathBuf,
+        /// The first disk.
+        other: String,
+    },
+    /// A disk that cannot be locked at all.
+    #[error("disk {id}: cannot lock '{path}': {reason}", path = path.display())]
+    Lock {
+        /// The disk.
+        id: String,
+        /// Its image.
+        path: PathBuf,
+        /// What the kernel said.
+        reason: io::Error,
+    },
+    /// A program of Bulkhead is missing.
+    #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
+    Program {
+        /// The program.
+        path: PathBuf,
+        /// What the kernel said.
+        reason: io::Error,
+    },
+    /// A socket path in use.
+    #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
+    SocketInUse {
+        /// `serial` or `console`.
+        field: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// No pseudo terminal, no descriptor …
+    #[error("{what}: {reason}")]
+    Host {
+        /// What was tried.
+        what: String,
+        /// What the kernel said.
+        reason: io::Error,
+    },
+}
+
+/// A disk image, locked.
+#[derive(Debug)]
+pub struct Disk {
+    /// Name of the device.
+    pub id: String,
+    /// The image or block device. Its lock belongs to the open file, so it holds in every process that has it.
+    pub file: File,
+    /// Nobody may write.
+    pub readonly: bool,
+    /// Size in bytes, a multiple of 512.
+    pub size: u64,
+    identity: (u64, u64),
+}
+
+/// All that a machine needs from its host.
+#[derive(Debug)]
+pub struct Resources {
+    /// `/dev/kvm`.
+    pub kvm: File,
+    /// The kernel image.
+    pub kernel: File,
+    /// The initial RAM file system.
+    pub initrd: Option<File>,
+    /// The disks in the order of their slots.
+    pub disks: Vec<Disk>,
+    /// `/dev/urandom`, when there is an entropy device.
+    pub urandom: Option<File>,
+    /// The host's side of the serial port.
+    pub serial: Option<Stream>,
+    /// The host's side of the virtio console.
+    pub console: Option<Stream>,
+    /// The program of the core.
+    pub core_program: OwnedFd,
+    /// The program of the devices.
+    pub device_program: OwnedFd,
+    /// `/dev/null`.
+    pub null: File,
+}
+
+impl Resources {
+    /// Opens and checks everything.
+    pub fn open(config: &MachineConfig) -> Result<Self, ResourceError> {
+        let have = host_memory();
+        if config.memory > have {
+            return Err(ResourceError::Memory { wanted: config.memory, have });
+        }
+        let kernel = open_regular("kernel", &config.kernel)?;
+        let initrd = config.initrd.as_deref().map(|path| open_regular("initrd", path)).transpose()?;
+        let mut disks: Vec<Disk> = Vec::with_capacity(config.disks.len());
+        for disk in &config.disks {
+            disks.push(open_disk(disk, &disks)?);
+        }
+        let kvm = kvm::open()?;
+        kvm::check(&kvm, config.cpus)?;
+        Ok(Self {
+            kvm,
+            kernel,
+            initrd,
+            disks,
+            urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            core_program: open_program("bulkhead-vmm")?,
+            device_program: open_program("bulkhead-device")?,
+            null: open_device("/dev/null", true)?,
+            // Last, for these leave something in the file system or change the terminal.
+            serial: Stream::open(SERIAL, &config.serial)?,
+            console: Stream::open(CONSOLE, &config.console)?,
+        })
+    }
+}
+
+/// Memory of the host in bytes; no limit where it cannot be read.
+fn host_memory() -> u64 {
+    let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    total.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}
+
+fn open_error(field: &str, path: &Path, error: &io::Error) -> ResourceError {
+    let reason = match error.kind() {
+        io::ErrorKind::NotFound => "no such file".to_owned(),
+        io::ErrorKind::PermissionDenied => "permission denied for this user".to_owned(),
+        _ if error.raw_os_error() == Some(libc::ENXIO) => "nobody reads that pipe or socket".to_owned(),
+        _ => error.to_string(),
+    };
+    ResourceError::Open { field: field.to_owned(), path: path.to_owned(), reason }
+}
+
+/// Opens without ever waiting (a FIFO would) and without making a terminal the controlling one. Afterwards the file is an
+/// ordinary blocking one: io_uring fails a request on a non-blocking file whenever the page cache does not hold its data.
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let flags = OFlag::from_bits_retain(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
+    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))?;
+    Ok(file)
+}
+
+fn kind(metadata: &fs::Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_socket() {
+        "a socket"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_block_device() {
+        "a block device"
+    } else {
+        "a regular file"
+    }
+}
+
+fn open_regular(field: &str, path: &Path) -> Result<File, ResourceError> {
+    let failed = |error: io::Error| open_error(field, path, &error);
+    let file = open(OpenOptions::new().read(true), path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if metadata.is_file() {
+        Ok(file)
+    } else {
+        let wanted = "a regular file";
+        Err(ResourceError::Kind {
+            field: field.to_owned(),
+            path: path.to_owned(),
+            is: kind(&metadata),
+            wanted,
+        })
+    }
+}
+
+fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {
+    let DiskConfig { id, path, readonly } = disk.clone();
+    let field = format!("disk {id}");
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !readonly => {
+            ResourceError::Open {
+                field: field.clone(),
+                path: path.clone(),
+                reason: "it may not be written by this user; with readonly=on it need only be readable"
+                    .to_owned(),
+            }
+        }
+        io::ErrorKind::IsADirectory => ResourceError::Kind {
+            field: field.clone(),
+            path: path.clone(),
+            is: "a directory",
+            wanted: "a raw image or a block device",
+        },
+        _ => open_error(&field, &path, &error),
+    };
+    let mut file = open(OpenOptions::new().read(true).write(!readonly), &path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() && !metadata.file_type().is_block_device() {
+        let wanted = "a raw image or a block device";
+        return Err(ResourceError::Kind { field, path, is: kind(&metadata), wanted });
+    }
+    // Works for block devices too, whose metadata has no length.
+    let size = file.seek(SeekFrom::End(0)).and_then(|size| file.rewind().map(|()| size)).map_err(failed)?;
+    if size == 0 {
+        return Err(ResourceError::DiskEmpty { id, path });
+    }
+    if !size.is_multiple_of(SECTOR) {
+        return Err(ResourceError::DiskSize { id, path, size });
+    }
+    let identity = (metadata.dev(), metadata.ino());
+    if let Some(other) =
+        before.iter().find(|other| other.identity == identity && !(readonly && other.readonly))
+    {
+        return Err(ResourceError::DiskTwice { id, path, other: other.id.clone() });
+    }
+    match lock(&file, readonly) {
+        Ok(()) => Ok(Disk { id, file, readonly, size, identity }),
+        Err(Errno::EAGAIN | Errno::EACCES) => {
+            let hint = if readonly {
+                ""
+            } else {
+                "; several machines may share a disk that all open with readonly=on"
+            };
+            Err(ResourceError::DiskLocked { id, path, hint })
+        }
+        Err(error) => Err(ResourceError::Lock { id, path, reason: error.into() }),
+    }
+}
+
+/// Locks the whole file: exclusively for a writer, shared for a reader (`F_OFD_SETLK`, `fcntl(2)`).
+fn lock(file: &File, readonly: bool) -> Result<(), Errno> {
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    let lock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or_default(),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+}
+
+fn open_device(path: &str, write: bool) -> Result<File, ResourceError> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map_err(|error| open_error("host", Path::new(path), &error))
+}
+
+/// A program of Bulkhead, beside the one that runs.
+fn open_program(name: &str) -> Result<OwnedFd, ResourceError> {
+    let mut path = std::env::current_exe()
+        .map_err(|reason| ResourceError::Program { path: PathBuf::from("/proc/self/exe"), reason })?;
+    path.set_file_name(name);
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(&path);
+    opened.map(OwnedFd::from).map_err(|reason| ResourceError::Program { path, reason })
+}
+
+/// Opens the log file for appending.
+pub fn open_log(path: &Path) -> Result<File, ResourceError> {
+    append("log-file", path)
+}
+
+fn append(field: &str, path: &Path) -> Result<File, ResourceError> {
+    let file = open(OpenOptions::new().append(true).create(true).mode(0o644), path);
+    file.map_err(|error| open_error(field, path, &error))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,96 @@
+//! `bulkhead run`.
+
+use std::io;
+use std::time::Instant;
+
+use thiserror::Error;
+
+use super::api::server::{Server, ServerError};
+use super::cli::{EndAction, LogLevel, RunArgs};
+use super::config::{self, ConfigError, MachineConfig};
+use super::doctor::kvm::KvmError;
+use super::event_loop::{End, Environment, EventLoop, signals};
+use super::exit_code::ExitCode;
+use super::launch::LaunchError;
+use super::logs::Log;
+use super::resources::{ResourceError, Resources, open_log};
+use super::terminal;
+
+/// Why a machine was not started, or its supervision failed.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// What was asked for makes no sense.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The host's side is not as it should be.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// The API socket.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// A process could not be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// epoll, signalfd …
+    #[error("the supervisor failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl RunError {
+    /// The exit code for it.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Resource(ResourceError::Kvm(KvmError::Cpus { .. })) => ExitCode::Usage,
+            Self::Resource(ResourceError::Kvm(_)) => ExitCode::Host,
+            Self::Resource(ResourceError::Program { .. } | ResourceError::Host { .. })
+            | Self::Server(ServerError::Io(_))
+            | Self::Io(_) => ExitCode::Internal,
+            Self::Config(_) | Self::Resource(_) | Self::Server(ServerError::NameInUse(_)) => ExitCode::Usage,
+            Self::Launch(LaunchError::Jail { source, .. }) if source.missing_layer().is_some() => {
+                ExitCode::Host
+            }
+            Self::Launch(_) => ExitCode::Internal,
+        }
+    }
+}
+
+/// Starts a machine and stays until it has ended.
+pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
+    // Before anything is opened: from here on a signal is an event, and every way out closes what was opened.
+    signals().thread_block().map_err(io::Error::from)?;
+    terminal::restore_on_panic();
+    let config = config::resolve(args)?;
+    let log_file = config.log.file.as_deref().map(open_log).transpose()?;
+    let log = Log::new(&config.name, config.log.level, config.log.format, log_file);
+    let server = Server::bind(&config.name)?;
+    let resources = Resources::open(&config)?;
+    let mut environment = Environment::new(server, log)?;
+    environment.watch(&resources)?;
+    announce(&config, &resources, &mut environment.log);
+    loop {
+        let end = EventLoop::launch(&config, &resources, &mut environment, started)?.run()?;
+        match (end, config.on_reboot, config.on_panic) {
+            (End::Reset, EndAction::Restart, _) | (End::Panicked, _, EndAction::Restart) => {}
+            (End::PowerOff | End::Reset, ..) => return Ok(ExitCode::Success),
+            (End::Panicked, ..) => return Ok(ExitCode::GuestPanic),
+            (End::Failed(code), ..) => return Ok(code),
+            (End::Signal(number), ..) => return Ok(ExitCode::Signal(number)),
+            (End::Forced, ..) => return Ok(ExitCode::Forced),
+        }
+    }
+}
+
+/// What a user wants to know before the guest speaks.
+fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
+    if let Some(added) = config.cmdline_added {
+        log.say(
+            LogLevel::Info,
+            &format!("kernel command line: {added} was added, for no console= was given"),
+        );
+    }
+    for (field, stream) in [(config::SERIAL, &resources.serial), (config::CONSOLE, &resources.console)] {
+        if let Some(path) = stream.as_ref().and_then(|stream| stream.pty.as_ref()) {
+            log.say(LogLevel::Info, &format!("{field}: pseudo terminal {}", path.display()));
+        }
+    }
+}
