@@ -15,9 +15,9 @@ use bulkhead_ipc::channel::message::{
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::pipe2;
 use serde::Serialize;
-use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 use super::cli::LogLevel;
