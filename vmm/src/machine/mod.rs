@@ -180,7 +180,7 @@ impl Machine {
                     data.fill(0xFF);
                 }
             }
-            Some(Endpoint::Apic) | None => data.fill(0xFF),
+            Some(Endpoint::InKernel) | None => data.fill(0xFF),
         }
     }
 
@@ -210,7 +210,7 @@ impl Machine {
                 // The range is RAM by the same regions that the view checks; a refusal drops the write.
                 let _ = view.and_then(|view| view.write_bytes(0, data));
             }
-            Some(Endpoint::Apic) | None => {}
+            Some(Endpoint::InKernel) | None => {}
         }
     }
 
@@ -266,9 +266,11 @@ impl Machine {
         }
         let _one_at_a_time = lock(&self.configuring);
         let pin = function.config().interrupt_pin().unwrap_or(Pin::A);
+        let disabled = function.config().command().interrupt_disable();
         if !self.root.bus.attach(SlotFunction { slot, function: 0 }, function) {
             return Err(AttachError::SlotTaken(slot));
         }
+        self.router.set_disabled(slot, 0, disabled);
         self.follow_topology();
         Ok(InterruptPin::new(self.router.clone(), slot, 0, pin))
     }

@@ -42,7 +42,7 @@ fn access() -> impl Strategy<Value = Access> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn no_sequence_of_accesses_panics(accesses in proptest::collection::vec(access(), 1..200)) {

@@ -88,7 +88,11 @@ fn unplugging_and_reset_release_the_line() {
     pin.set(true);
     machine.detach_pci(2).unwrap();
     assert_eq!(host.recorded().irqs, 0);
+    let next = machine.attach_pci(2, TestFunction::new(2)).unwrap();
     pin.set(true);
+    assert_eq!(host.recorded().irqs, 0, "an unplugged function's pin drives nothing");
+    next.set(true);
+    assert_eq!(host.recorded().irqs, 1 << 10);
     machine.reset();
     assert_eq!(host.recorded().irqs, 0);
 }

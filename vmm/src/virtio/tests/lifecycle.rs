@@ -189,6 +189,58 @@ fn a_back_end_that_hangs_holds_a_vcpu_only_up_to_the_deadline() {
 }
 
 #[test]
+fn a_back_end_that_never_stops_talking_is_a_failure() {
+    let (scaffold, peer) = scaffold();
+    scaffold.driver.start();
+    for _ in 0..1000 {
+        if scaffold.failures.count() == 1 {
+            break;
+        }
+        if peer.seen.lock().unwrap().channel.is_some() {
+            peer.change_config_quietly();
+        }
+        scaffold.device.on_event();
+    }
+    assert!(scaffold.failures.0.lock().unwrap()[0].contains("requests in a second"));
+}
+
+#[test]
+fn the_event_loop_does_not_wait_for_a_vcpu_that_waits_for_the_back_end() {
+    let (stream, peer) =
+        Peer::start(Script { silent_on: Some(FrontendReq::GET_VRING_BASE), ..Script::default() });
+    let limit = Duration::from_secs(1);
+    let limits = Limits { exchange: limit, stop: limit };
+    let scaffold = scaffold_with(Settings { limits, ..settings() }, stream);
+    scaffold.driver.start();
+    peer.requests();
+    let device = Arc::clone(&scaffold.device);
+    let vcpu = std::thread::spawn(move || Driver::new(device).set_status(0));
+    while peer.payloads(FrontendReq::GET_VRING_BASE).is_empty() {
+        std::thread::yield_now();
+    }
+    let readable = || {
+        use std::os::fd::AsFd;
+        let mut fds = [nix::poll::PollFd::new(scaffold.device.as_fd(), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, 0u16).unwrap() == 1
+    };
+    peer.call(0);
+    assert!(readable());
+    let start = Instant::now();
+    scaffold.device.on_event();
+    assert!(start.elapsed() < limit / 2, "it waited");
+    assert!(!readable(), "it would spin");
+    vcpu.join().unwrap();
+    // The lock is free: the event loop is called again, for whatever has been left.
+    assert_eq!(scaffold.failures.count(), 1);
+    peer.report_error();
+    let other = Peer::start(Script::default());
+    scaffold.device.replace_backend(other.0).unwrap();
+    scaffold.driver.start();
+    other.1.call(1);
+    wait_until(&scaffold.device, || scaffold.pin.asserted());
+}
+
+#[test]
 fn a_back_end_that_closes_anywhere_in_the_start_is_a_failure() {
     for request in START.into_iter().chain([FrontendReq::SET_FEATURES, FrontendReq::ADD_MEM_REG]) {
         let (stream, _peer) = Peer::start(Script { closes_on: Some(request), ..Script::default() });

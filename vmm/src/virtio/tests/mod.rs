@@ -3,6 +3,7 @@
 mod driver;
 mod interrupts;
 mod lifecycle;
+mod own_daemon;
 mod peer;
 mod random;
 mod registers;

@@ -114,6 +114,14 @@ impl Peer {
         nix::unistd::write(&self.seen.lock().unwrap().errors[0], &1u64.to_ne_bytes()).unwrap();
     }
 
+    /// Tells of a change that is none; does not mind when nobody listens any more.
+    pub fn change_config_quietly(&self) {
+        let seen = self.seen.lock().unwrap();
+        let channel = seen.channel.as_ref().unwrap();
+        let request = u32::from(BackendReq::CONFIG_CHANGE_MSG);
+        let _ = channel.send(request, Kind::Request, &[], &[], Deadline::after(LONG));
+    }
+
     /// Changes the configuration and tells.
     pub fn change_config(&self, config: Vec<u8>) {
         self.script.lock().unwrap().config = config;
