@@ -99,8 +99,12 @@ pub struct RunArgs {
     /// Guest memory, such as 512M or 1G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
-    /// Raw image or block device: path=FILE[,readonly=on][,id=NAME]; repeat for more disks
-    #[arg(long = "disk", value_name = "path=FILE,…")]
+    /// Raw images and block devices.
+    #[arg(
+        long = "disk",
+        value_name = "path=FILE,…",
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME]; repeat for more disks"
+    )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]

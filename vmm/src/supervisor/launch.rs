@@ -14,11 +14,11 @@ use bulkhead_ipc::channel::message::{
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
+use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::pipe2;
 use serde::Serialize;
-use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
-use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 use super::cli::LogLevel;
@@ -34,6 +34,8 @@ const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
+/// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
+const INFLIGHT_AREA: u64 = 1 << 20;
 /// More queues than this bring nothing for one file.
 const MAX_BLK_QUEUES: u8 = 8;
 /// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
@@ -124,15 +126,14 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// A device may write no file but its own, and that no larger than it is.
+    /// A device may write no file but its own, and that no larger than it is; memory that it shares with the core counts.
     fn limits(&self) -> Limits {
         let file_size = match self {
-            Self::Blk(disk) if disk.readonly => Some(0),
-            Self::Blk(disk) => Some(disk.size),
+            Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            // The shadow page of its readable registers.
+            Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
+            // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
-            _ => Some(0),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);

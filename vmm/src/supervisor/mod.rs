@@ -11,6 +11,7 @@ pub mod console;
 pub mod doctor;
 pub mod event_loop;
 pub mod exit_code;
+pub mod heap;
 pub mod launch;
 pub mod logs;
 pub mod poller;

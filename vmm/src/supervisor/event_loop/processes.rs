@@ -12,6 +12,7 @@ use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::exit_code::ExitCode;
+use crate::supervisor::heap;
 use crate::supervisor::launch::advice;
 use crate::supervisor::logs::lines::escape;
 use crate::supervisor::poller::{Event, Source};
@@ -118,6 +119,8 @@ impl EventLoop<'_> {
             return;
         }
         process.state = State::Ready;
+        // It runs, so its jail is complete; asking closes the descriptor on which it would have reported.
+        let _none = process.jail_error();
         let pairs = policies.iter().zip(listeners);
         process.listeners =
             pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
@@ -142,6 +145,7 @@ impl EventLoop<'_> {
             let text = self.timing(&format!("all {} processes are ready", self.processes.len()));
             self.say(LogLevel::Info, &text);
             self.take_terminal();
+            heap::trim();
         }
     }
 
