@@ -1,10 +1,8 @@
 //! A virtio device process under a supervisor: start message, seal, `Ready`, and then its two sockets.
-//!
-//! Contains unsafe code: descriptors that worker threads hold are borrowed by number, for the check of the seal.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,8 +64,8 @@ struct Parts {
     device: Box<dyn VirtioDevice>,
     main: PolicyName,
     queue: PolicyName,
-    /// Copies of the descriptors that the device holds, for the seal.
-    held: Vec<BorrowedFd<'static>>,
+    /// The descriptors that the device holds, for the seal.
+    held: Vec<RawFd>,
     console: Option<Controller>,
 }
 
@@ -121,14 +119,10 @@ fn prepare(
     let policy = parts.queue;
     let enter: EnterThread = Arc::new(move || jail::enter_thread(policy).map_err(io::Error::other));
     let mut daemon = Daemon::new(parts.device, &enter)?;
-    let workers = daemon.worker_descriptors();
     let mut expected = parts.held;
-    expected.push(channel.as_fd());
-    expected.push(connection.as_fd());
-    // SAFETY: the workers hold these descriptors as long as the daemon lives, which is longer than `expected`.
-    expected.extend(workers.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }));
+    expected.extend(daemon.worker_descriptors());
+    expected.extend([channel.as_fd().as_raw_fd(), connection.as_fd().as_raw_fd()]);
     let sealed = jail::seal(parts.main, &expected)?;
-    drop(expected);
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     drop(sealed);
     daemon.connect(connection)?;
@@ -165,10 +159,8 @@ fn build(config: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Parts, 
 }
 
 /// Notes a descriptor that the device is about to own.
-fn hold(fd: OwnedFd, held: &mut Vec<BorrowedFd<'static>>) -> OwnedFd {
-    let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
-    // SAFETY: the device owns the descriptor until the daemon ends, and the list is dropped before the daemon serves.
-    held.push(unsafe { BorrowedFd::borrow_raw(number) });
+fn hold(fd: OwnedFd, held: &mut Vec<RawFd>) -> OwnedFd {
+    held.push(fd.as_raw_fd());
     fd
 }
 

@@ -120,6 +120,10 @@ impl VirtioDevice for Blk {
         self.queues
     }
 
+    fn tracks_inflight(&self) -> bool {
+        true
+    }
+
     fn worker_of(&self, queue: u16) -> usize {
         usize::from(queue)
     }

@@ -198,3 +198,49 @@ fn range(bytes: &[u8; 16], operation: Operation, capacity: u64) -> Result<Range,
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
     Ok(Range { offset, len: u64::from(sectors).saturating_mul(SECTOR), unmap: flags & 1 != 0 })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// A part has the bytes asked for, as far as there are any, each where it belongs.
+        #[test]
+        fn a_part_is_the_same_bytes_as_a_slice(
+            lengths in proptest::collection::vec(1u32..50, 0..8),
+            skip in 0u32..200,
+            len in 0u32..200,
+        ) {
+            let mut next = 1000;
+            let mut segments = Vec::new();
+            let mut bytes = Vec::new();
+            for len in lengths {
+                segments.push(Segment { address: next, len });
+                bytes.extend((0..u64::from(len)).map(|index| next + index));
+                next += u64::from(len) + 7;
+            }
+            let found: Vec<u64> = part(&segments, skip, len)
+                .flat_map(|segment| (0..u64::from(segment.len)).map(move |index| segment.address + index))
+                .collect();
+            let expected: Vec<u64> = bytes.into_iter().skip(skip as usize).take(len as usize).collect();
+            prop_assert_eq!(found, expected);
+        }
+
+        #[test]
+        fn an_extent_that_is_accepted_lies_on_the_disk(sector: u64, len: u32, capacity: u64) {
+            if let Ok(offset) = check_extent(sector, len, capacity) {
+                prop_assert_eq!(offset, sector * 512);
+                prop_assert!(u128::from(offset) + u128::from(len) <= u128::from(capacity) * 512);
+            }
+        }
+    }
+
+    #[test]
+    fn extents_at_the_edges() {
+        assert_eq!(check_extent(7, 512, 8), Ok(7 * 512));
+        assert_eq!(check_extent(8, 0, 8), Ok(8 * 512));
+        assert_eq!(check_extent(8, 512, 8), Err(Status::IoError));
+        assert_eq!(check_extent(0, 100, 8), Err(Status::IoError));
+    }
+}

@@ -45,6 +45,11 @@ impl UartDevice {
         self.uart.receive_room()
     }
 
+    /// Whether it is time to fetch more characters.
+    pub fn receive_low(&self) -> bool {
+        self.uart.receive_low()
+    }
+
     /// Characters arrive, no more than there is room for. `idle`: no more follow at once, so that what lies below the
     /// trigger level need not wait for the character timeout (the line between host and model has no bit rate).
     pub fn receive(&mut self, bytes: &[u8], idle: bool) {

@@ -6,6 +6,7 @@
 //! | `fifo`, `model` | the chip, without a bit rate and without files |
 //! | `output`, `sink` | what the guest sent, and writing it without blocking |
 //! | `device` | the chip behind the register protocol, with its shadow page and its interrupt |
+//! | `schedule` | the process's scheduling policy |
 //! | `event_loop` | the one thread of the process |
 
 mod device;
@@ -14,6 +15,7 @@ mod fifo;
 mod model;
 mod output;
 mod registers;
+mod schedule;
 mod sink;
 
 use std::time::Duration;
@@ -80,6 +82,7 @@ pub fn run(start: DeviceStart, mut descriptors: Descriptors, channel: Channel) -
     if let Some(input) = input {
         events.set_input(input);
     }
+    events.prefer_batches();
     let sealed = jail::seal(PolicyName::UartMain, &events.descriptors())?;
     let ready = FromDevice::Ready { policies: sealed.policies() };
     events.channel().send(&ready, &sealed.descriptors())?;

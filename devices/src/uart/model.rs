@@ -159,6 +159,11 @@ impl Uart16550 {
         if self.loopback() { 0 } else { self.depth().saturating_sub(self.receive.len()) }
     }
 
+    /// Whether the receiver is at most half full: a good moment to fetch more.
+    pub fn receive_low(&self) -> bool {
+        !self.loopback() && self.receive.len().saturating_mul(2) <= self.depth()
+    }
+
     /// A character arrives from outside.
     pub fn receive(&mut self, byte: u8) {
         if !self.loopback() {

@@ -154,9 +154,14 @@ impl Channel {
         deadline: Option<Duration>,
     ) -> Result<(M, Vec<OwnedFd>), ChannelError> {
         let end = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
-        let mut bytes = vec![0; MAX_MESSAGE];
+        let mut bytes = Vec::new();
         let received = loop {
-            match packet::receive(self.socket.as_fd(), &mut bytes) {
+            // The buffer is as long as the packet: a fixed one of the greatest length would stay dirty in every process.
+            let received = packet::length(self.socket.as_fd()).and_then(|length| {
+                bytes.resize(length.min(MAX_MESSAGE), 0);
+                packet::receive(self.socket.as_fd(), &mut bytes)
+            });
+            match received {
                 Ok(received) => break received,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => self.wait(PollFlags::POLLIN, end)?,

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::MAX_DESCRIPTORS;
 
@@ -76,6 +77,12 @@ pub(super) fn send(
         libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     };
     Errno::result(sent).map(drop)
+}
+
+/// Length of the next packet, which stays where it is; 0 at the end of the channel. Does not wait.
+pub(super) fn length(socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC | MsgFlags::MSG_DONTWAIT;
+    recv(socket.as_raw_fd(), &mut [], flags)
 }
 
 /// Receives one packet without waiting; every descriptor that the kernel installed is owned by the result.

@@ -1,6 +1,7 @@
 //! The supervisor's side of a jailed process: start, confirmation, end.
 //!
-//! Contains unsafe code: `clone3`, which no safe interface offers, with the copy of this process that it makes.
+//! Contains unsafe code: `clone3` with the copy of this process that it makes, `pidfd_send_signal` and `getrlimit64`, which have no
+//! safe interface here.
 
 use std::ffi::{CString, c_char, c_long, c_uint, c_ulong};
 use std::fs;
@@ -34,7 +35,7 @@ impl Default for Identity {
     }
 }
 
-/// Resource limits; soft and hard alike.
+/// Resource limits; soft and hard alike, and never above the supervisor's own hard limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// `RLIMIT_AS` in bytes, mapped guest RAM included; `None`: not limited.
@@ -47,7 +48,8 @@ pub struct Limits {
     pub threads: u64,
     /// `RLIMIT_FSIZE` in bytes: largest file that it may write or create (a memfd too); `None`: not limited.
     pub file_size: Option<u64>,
-    /// `RLIMIT_MEMLOCK` in bytes.
+    /// `RLIMIT_MEMLOCK` in bytes. Linux counts the rings of io_uring here, for all processes of one host user together: a
+    /// process that uses it needs some, the default is none.
     pub locked: u64,
 }
 
@@ -80,7 +82,16 @@ impl Limits {
             (libc::RLIMIT_NICE, 0),
             (libc::RLIMIT_SIGPENDING, 64),
         ]
+        .map(|(resource, value)| (resource, value.min(hard_limit(resource))))
     }
+}
+
+/// The supervisor's hard limit: a process cannot raise it, and outside its user namespace nobody has the right to.
+fn hard_limit(resource: c_uint) -> u64 {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: libc::RLIM64_INFINITY };
+    // SAFETY: the kernel writes to a live structure; on failure it stays as it is, and setting the limit reports the error.
+    unsafe { libc::getrlimit64(resource, &raw mut limit) };
+    limit.rlim_max
 }
 
 /// What to start and in which jail.

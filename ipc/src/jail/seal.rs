@@ -82,8 +82,8 @@ pub fn enter_thread(policy: PolicyName) -> Result<(), JailError> {
 }
 
 /// Seals the process: last step of the main thread, after every other thread has called [`enter_thread`]. Checks that
-/// exactly `expected` and descriptors 0 to 2 are open (the control channel is listed by the caller, who holds it), loads the
-/// main thread's policy and hands out the listeners.
+/// exactly `expected` (borrowed descriptors or bare numbers, the control channel among them), descriptors 0 to 2 and the
+/// listeners of other threads are open, loads the main thread's policy and hands out the listeners.
 ///
 /// # Errors
 /// [`JailError`] naming the descriptor that is too many or missing, or that the filter cannot be loaded.

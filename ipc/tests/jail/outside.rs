@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     ("is killed and reaped when dropped", dropped),
     ("dies with its supervisor at any moment", dies_with_supervisor),
     ("reports the step that failed", failed_steps),
+    ("asks for no more than the supervisor's own limits", clamped_limits),
     ("says which layer the host forbids", forbidden_namespaces),
 ];
 
@@ -235,6 +236,13 @@ fn failed_steps() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+fn clamped_limits() {
+    let program = File::open(std::env::current_exe().unwrap()).unwrap();
+    let limits = Limits { locked: u64::MAX, descriptors: u64::MAX, ..Limits::default() };
+    let mut jailed = Jailed::try_start("look", program, limits).unwrap();
+    jailed.process.confirm(DEADLINE).unwrap();
 }
 
 fn forbidden_namespaces() {

@@ -53,17 +53,23 @@ impl Core {
         let doorbells = Arc::new(Doorbells::new(&vm));
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let supported = vm.supported_cpuid()?;
-        let config = MachineConfig {
-            cpus: start.cpus,
-            address_bits: address_bits(&supported),
-        };
+        let config = MachineConfig { cpus: start.cpus, address_bits: address_bits(&supported) };
         let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         let mut vcpus = Vec::with_capacity(start.cpus.into());
         for id in 0..start.cpus {
             vcpus.push(Vcpu::create(&vm, &supported, id, machine.clone())?);
         }
-        let mut devices = Devices { machine: &machine, ram: &ram, interrupts: &interrupts, doorbells: &doorbells, reports: &reports, virtio: Vec::new(), registers: Vec::new(), next_slot: FIRST_SLOT };
+        let mut devices = Devices {
+            machine: &machine,
+            ram: &ram,
+            interrupts: &interrupts,
+            doorbells: &doorbells,
+            reports: &reports,
+            virtio: Vec::new(),
+            registers: Vec::new(),
+            next_slot: FIRST_SLOT,
+        };
         for (link, stream) in resources.devices {
             devices.connect(&link, stream)?;
         }
@@ -124,7 +130,8 @@ impl Devices<'_> {
         let failed = |source| CoreError::Virtio { id: id.to_owned(), source };
         let settings = Settings::new(id, DeviceType::from_id(virtio_id));
         let messages = Arc::new(FunctionMessages::new(self.interrupts.clone()));
-        let device = VirtioPci::new(settings, stream, self.ram.clone(), messages, self.reports.clone()).map_err(failed)?;
+        let device = VirtioPci::new(settings, stream, self.ram.clone(), messages, self.reports.clone())
+            .map_err(failed)?;
         let slot = self.next_slot;
         self.doorbells.register(slot, device.clone());
         let pin = self.machine.attach_pci(slot, device.clone())?;
@@ -141,7 +148,8 @@ impl Devices<'_> {
         self.interrupts.connect_line(interrupt.as_fd(), config.irq)?;
         let reports = self.reports.clone();
         let device_id = id.to_owned();
-        let on_failure = Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
+        let on_failure =
+            Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
         let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure)
             .map_err(|source| CoreError::Register { id: id.to_owned(), source })?;
         let device = Arc::new(device);
@@ -152,7 +160,14 @@ impl Devices<'_> {
 }
 
 /// Places tables and kernel in RAM and the boot processor at the kernel's entry.
-fn boot(machine: &Machine, ram: &GuestRam, vcpus: &[Vcpu], command_line: &str, kernel: &File, initrd: Option<&File>) -> Result<(), CoreError> {
+fn boot(
+    machine: &Machine,
+    ram: &GuestRam,
+    vcpus: &[Vcpu],
+    command_line: &str,
+    kernel: &File,
+    initrd: Option<&File>,
+) -> Result<(), CoreError> {
     machine.assign_resources();
     let tables = machine.acpi_tables();
     let length = u64::try_from(tables.blob.len()).unwrap_or(u64::MAX);

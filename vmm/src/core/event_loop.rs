@@ -10,8 +10,8 @@ use bulkhead_ipc::channel::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::{CoreError, SEND_DEADLINE};
 use super::assembly::Core;
+use super::{CoreError, SEND_DEADLINE};
 
 /// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
 const CONTROL: u64 = 0;
@@ -28,7 +28,8 @@ pub(super) struct EventLoop {
 impl EventLoop {
     /// Registers everything that the loop waits for.
     pub(super) fn new(channel: &Channel, core: &Core) -> Result<Self, CoreError> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
         let add = |fd, token| {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token)).map_err(CoreError::system("epoll_ctl"))
         };

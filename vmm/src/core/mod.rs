@@ -8,8 +8,8 @@
 mod assembly;
 mod event_loop;
 mod host;
-mod reports;
 pub mod register_device;
+mod reports;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;

@@ -140,8 +140,7 @@ impl Link {
         if ports.size != u64::from(PORTS) {
             return Err(unexpected("size", u64::from(PORTS), ports.size));
         }
-        let shadow =
-            if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
+        let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
         client.set_irq(0, Some(interrupt.as_fd()))?;
         Ok(Self { client, shadow, posted: 0, streamed: 0 })
     }

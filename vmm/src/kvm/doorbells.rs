@@ -66,9 +66,16 @@ impl Doorbells {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, functions: &BTreeMap<u8, Arc<VirtioPci>>, doorbell: &MappedDoorbell, on: bool) -> Result<(), KvmError> {
+    fn set(
+        &self,
+        functions: &BTreeMap<u8, Arc<VirtioPci>>,
+        doorbell: &MappedDoorbell,
+        on: bool,
+    ) -> Result<(), KvmError> {
         let function = functions.get(&doorbell.slot);
-        let Some(event) = function.and_then(|function| function.doorbell_event(doorbell.id)) else { return Ok(()) };
+        let Some(event) = function.and_then(|function| function.doorbell_event(doorbell.id)) else {
+            return Ok(());
+        };
         let event = event.eventfd();
         let address = match doorbell.space {
             Space::Port => IoEventAddress::Pio(doorbell.address),

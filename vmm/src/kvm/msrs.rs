@@ -19,10 +19,8 @@ const MTRR_WRITE_BACK: u64 = 6;
 /// KVM refused the call, or one of the registers.
 pub fn set_up(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries = [
-        entry(MISC_ENABLE, MISC_ENABLE_FAST_STRING),
-        entry(MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
-    ];
+    let entries =
+        [entry(MISC_ENABLE, MISC_ENABLE_FAST_STRING), entry(MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)];
     let msrs = Msrs::from_entries(&entries).map_err(|_| KvmError::TableTooLong("MSR"))?;
     // KVM stops at the first register that it does not know; hosts without MISC_ENABLE (AMD) still take it
     // under KVM, so a short count is an error.

@@ -1,7 +1,5 @@
 //! Register state in which a vCPU is entered.
 
-
-
 use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
@@ -31,7 +29,13 @@ fn set_register(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
 
 /// Sets the state in which the boot processor enters a kernel.
 pub(super) fn set_entry(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
-    let regs = kvm_regs { rip: entry.rip, rsi: entry.rsi, rbx: entry.rbx, rflags: entry.rflags, ..Default::default() };
+    let regs = kvm_regs {
+        rip: entry.rip,
+        rsi: entry.rsi,
+        rbx: entry.rbx,
+        rflags: entry.rflags,
+        ..Default::default()
+    };
     vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
     let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
     let data = segment(&entry.data);

@@ -46,7 +46,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// The ioctl that failed.
-    pub fn create(vm: &Vm, supported: &kvm_bindings::CpuId, id: u8, machine: Arc<Machine>) -> Result<Self, KvmError> {
+    pub fn create(
+        vm: &Vm,
+        supported: &kvm_bindings::CpuId,
+        id: u8,
+        machine: Arc<Machine>,
+    ) -> Result<Self, KvmError> {
         let fd = vm.fd.create_vcpu(u64::from(id)).map_err(call("KVM_CREATE_VCPU"))?;
         let deadline_timer = vm.kvm.check_extension(Cap::TscDeadlineTimer);
         let table = cpuid::table(supported, id, vm.cpus, deadline_timer)?;
@@ -91,7 +96,9 @@ impl Vcpu {
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}
             Ok(VcpuExit::Shutdown) => return Step::Stop(VcpuStop::TripleFault),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                return self.failed(&format!("the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"));
+                return self.failed(&format!(
+                    "the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"
+                ));
             }
             Ok(VcpuExit::InternalError) => return self.failed("KVM cannot emulate the guest's instruction"),
             Ok(other) => {
@@ -106,7 +113,11 @@ impl Vcpu {
     }
 
     fn failed(&self, what: &str) -> Step {
-        Step::Stop(VcpuStop::Failed(format!("vCPU {}: {what}; {}", self.id, exit_report::describe(&self.fd, &self.ram))))
+        Step::Stop(VcpuStop::Failed(format!(
+            "vCPU {}: {what}; {}",
+            self.id,
+            exit_report::describe(&self.fd, &self.ram)
+        )))
     }
 
     /// Answers a port access, element by element: `rep insb` brings many elements in one exit.

@@ -9,8 +9,8 @@ use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use super::vcpu::{Step, Vcpu, VcpuStop};
 use super::KvmError;
+use super::vcpu::{Step, Vcpu, VcpuStop};
 
 /// What a vCPU thread needs of stack: its deepest path is a device access with its logging.
 const STACK_BYTES: usize = 256 * 1024;

@@ -16,6 +16,7 @@ pub(super) enum CycleKind {
 
 impl CycleKind {
     /// All kinds.
+    #[cfg(test)]
     pub(super) const ALL: [Self; 3] = [Self::Port, Self::PortDword, Self::Memory];
 
     /// The kind of a cycle of `width` bytes.

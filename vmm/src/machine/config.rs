@@ -1,14 +1,47 @@
 //! What a machine is built from, and what it hands out.
 
+use super::pci::ConfigError;
+
 /// The parts of a machine that are the user's choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig {
-    /// Number of vCPUs, 1–255; their local APIC ids are 0, 1, 2 …
+    /// Number of vCPUs, 1–254; their local APIC ids are 0, 1, 2 …
     pub cpus: u8,
-    /// Guest RAM in bytes.
-    pub memory_bytes: u64,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
+}
+
+/// A configuration that makes no machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BuildError {
+    /// Too few or too many vCPUs.
+    #[error("a machine has 1 to {MAX_CPUS} CPUs, not {0}")]
+    Cpus(u8),
+    /// An address width that no such CPU has.
+    #[error("guest-physical addresses have 36 to 52 bits, not {0}")]
+    AddressBits(u8),
+    /// A built-in function's registers are defined wrongly.
+    #[error("the chipset's configuration space is defined wrongly: {0}")]
+    Config(#[from] ConfigError),
+    /// Built-in devices decode the same ports.
+    #[error("the chipset's devices do not fit together: {0}")]
+    Attach(#[from] AttachError),
+}
+
+/// The most vCPUs that 8-bit local APIC ids allow: 255 is the broadcast id.
+pub const MAX_CPUS: u8 = 254;
+
+impl MachineConfig {
+    /// Checks the limits.
+    pub(super) fn check(&self) -> Result<(), BuildError> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(BuildError::Cpus(self.cpus));
+        }
+        if !(36..=52).contains(&self.address_bits) {
+            return Err(BuildError::AddressBits(self.address_bits));
+        }
+        Ok(())
+    }
 }
 
 /// ACPI tables, ready to be copied into guest RAM.

@@ -1,8 +1,8 @@
 //! The flat view: what the tree decodes, as sorted ranges for a quick look-up. Derived from the tree, never changed by itself.
 
 use super::address::CycleKind;
-use super::host::{MappedDoorbell, Space};
-use super::pci::PciBus;
+use super::host::MappedDoorbell;
+use super::pci::{Doorbell, PciBus};
 use super::tree::{Decoded, Endpoint, Node};
 
 /// Disjoint ranges in ascending order.
@@ -85,15 +85,13 @@ impl FlatView {
             root.decoded(kind, &mut ranges);
             RangeMap::new(ranges)
         };
-        let mut view = Self {
+        Self {
             generation,
             ports: map(CycleKind::Port),
             port_dwords: map(CycleKind::PortDword),
             memory: map(CycleKind::Memory),
-            doorbells: Vec::new(),
-        };
-        view.doorbells = view.find_doorbells(bus);
-        view
+            doorbells: find_doorbells(root, bus),
+        }
     }
 
     /// Where a cycle leads.
@@ -108,46 +106,6 @@ impl FlatView {
         Resolved { endpoint: range.map(|range| &range.endpoint), offset, last }
     }
 
-    /// Whether a write of `length` bytes at `address` ends at `offset` of `endpoint` and nowhere else.
-    fn leads_to(&self, (space, address): (Space, u64), length: u8, endpoint: &Endpoint, offset: u64) -> bool {
-        let found = self.resolve(CycleKind::new(space, length.into()), address);
-        let last = address.saturating_add(u64::from(length.max(1)) - 1);
-        found.endpoint.is_some_and(|there| there.is(endpoint)) && found.offset == offset && last <= found.last
-    }
-
-    /// The doorbells of all functions, where the view leads to them.
-    fn find_doorbells(&self, bus: &PciBus) -> Vec<MappedDoorbell> {
-        let mut mapped = Vec::new();
-        for (at, function) in bus.functions_in_order() {
-            let doorbells = function.doorbells();
-            if doorbells.is_empty() {
-                continue;
-            }
-            let command = function.config().command();
-            for bar in function.config().bars() {
-                let Some((first, _)) = bar.decoded(command) else { continue };
-                for doorbell in doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
-                    let Some(address) = first.checked_add(doorbell.offset) else { continue };
-                    let place = (bar.kind.space(), address);
-                    let endpoint = Endpoint::Bar(function.clone(), bar.index);
-                    if self.leads_to(place, doorbell.length, &endpoint, doorbell.offset) {
-                        let (id, length, datamatch) = (doorbell.id, doorbell.length, doorbell.datamatch);
-                        mapped.push(MappedDoorbell {
-                            id,
-                            slot: at.slot,
-                            space: place.0,
-                            address,
-                            length,
-                            datamatch,
-                        });
-                    }
-                }
-            }
-        }
-        mapped.sort();
-        mapped
-    }
-
     /// Every boundary in the view, for tests.
     #[cfg(test)]
     pub(super) fn boundaries(&self, kind: CycleKind) -> Vec<u64> {
@@ -158,4 +116,37 @@ impl FlatView {
         };
         map.0.iter().flat_map(|range| [range.first, range.last]).collect()
     }
+}
+
+/// The doorbells of all functions that a guest's write reaches.
+fn find_doorbells(root: &impl Node, bus: &PciBus) -> Vec<MappedDoorbell> {
+    let mut mapped = Vec::new();
+    for (at, function) in bus.functions_in_order() {
+        let doorbells = function.doorbells();
+        if doorbells.is_empty() {
+            continue;
+        }
+        let command = function.config().command();
+        for bar in function.config().bars() {
+            let Some((first, last)) = bar.decoded(command) else { continue };
+            let endpoint = Endpoint::Bar(function.clone(), bar.index);
+            for doorbell in doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
+                let Doorbell { id, offset, length, datamatch, .. } = *doorbell;
+                let span = u64::from(length.max(1)) - 1;
+                let Some(address) = first.checked_add(offset) else { continue };
+                let Some(end) = address.checked_add(span).filter(|end| *end <= last) else { continue };
+                let space = bar.kind.space();
+                let kind = CycleKind::new(space, length.into());
+                let reaches = |address, offset| {
+                    let claim = root.claim(kind, address);
+                    claim.is_some_and(|claim| claim.endpoint.is(&endpoint) && claim.offset == offset)
+                };
+                if reaches(address, offset) && reaches(end, offset.saturating_add(span)) {
+                    mapped.push(MappedDoorbell { id, slot: at.slot, space, address, length, datamatch });
+                }
+            }
+        }
+    }
+    mapped.sort();
+    mapped
 }

@@ -29,7 +29,7 @@ impl Space {
 /// Who asked for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetSource {
-    /// The reset control register of the PIIX3, port CF9 (290550, section 2.5.4.6).
+    /// The reset control register of the PIIX3, port CF9 (290550).
     ResetControl,
     /// System control port A, port 92 bit 0.
     Port92,

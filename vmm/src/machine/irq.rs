@@ -24,6 +24,8 @@ struct State {
     pins: [u8; FUNCTIONS],
     /// By function: INTx# is disabled by the command register.
     disabled: [bool; FUNCTIONS],
+    /// By function: how often one was unplugged. A pin of an earlier one drives nothing.
+    unplugged: [u32; FUNCTIONS],
     /// PIRQRC A–D.
     routes: [u8; 4],
     /// By attached line: its IRQ and its level.
@@ -70,6 +72,7 @@ impl InterruptRouter {
         let state = State {
             pins: [0; FUNCTIONS],
             disabled: [false; FUNCTIONS],
+            unplugged: [0; FUNCTIONS],
             routes: [0x80; 4],
             isa: Vec::new(),
             driven: 0,
@@ -89,8 +92,17 @@ impl InterruptRouter {
         }
     }
 
-    pub(super) fn set_pin(&self, slot: u8, function: u8, pin: Pin, asserted: bool) {
+    /// How often a function was unplugged there, for [`set_pin`](Self::set_pin).
+    pub(super) fn unplugged(&self, slot: u8, function: u8) -> u32 {
+        lock(&self.state).unplugged.get(devfn(slot, function)).copied().unwrap_or(0)
+    }
+
+    /// Drives a pin, unless its function was unplugged since.
+    pub(super) fn set_pin(&self, (slot, function, unplugged): (u8, u8, u32), pin: Pin, asserted: bool) {
         self.update(|state| {
+            if state.unplugged.get(devfn(slot, function)) != Some(&unplugged) {
+                return;
+            }
             if let Some(pins) = state.pins.get_mut(devfn(slot, function)) {
                 *pins = *pins & !(1 << pin as u8) | u8::from(asserted) << pin as u8;
             }
@@ -109,6 +121,30 @@ impl InterruptRouter {
     /// Whether a function asserts a pin, driven or not: the interrupt status bit.
     pub(super) fn is_asserted(&self, slot: u8, function: u8) -> bool {
         lock(&self.state).pins.get(devfn(slot, function)).is_some_and(|pins| *pins != 0)
+    }
+
+    /// A function was unplugged: its pins float.
+    pub(super) fn release(&self, slot: u8, function: u8) {
+        self.update(|state| {
+            if let Some(pins) = state.pins.get_mut(devfn(slot, function)) {
+                *pins = 0;
+            }
+            if let Some(disabled) = state.disabled.get_mut(devfn(slot, function)) {
+                *disabled = false;
+            }
+            if let Some(count) = state.unplugged.get_mut(devfn(slot, function)) {
+                *count = count.wrapping_add(1);
+            }
+        });
+    }
+
+    /// RST#: command registers enable INTx# again, and no device drives anything.
+    pub(super) fn reset(&self) {
+        self.update(|state| {
+            state.pins.fill(0);
+            state.disabled.fill(false);
+            state.isa.iter_mut().for_each(|line| line.1 = false);
+        });
     }
 
     /// PIRQRC A–D changed.

@@ -9,84 +9,347 @@
 //!
 //! Knows neither KVM nor files nor processes: what it needs comes through [`Host`].
 
+mod acpi;
+mod address;
 mod config;
+mod dma;
+mod flat_view;
 mod host;
+mod i440fx;
 mod irq;
 pub mod isa;
 pub mod pci;
+mod piix3;
+mod piix4_pm;
+mod setup;
 mod sync;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod tree;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-pub use config::{AcpiTables, AttachError, MachineConfig};
+use arc_swap::ArcSwap;
+use bulkhead_ipc::memory::{Direction, GuestRam};
+
+use address::{CycleKind, next_cycle};
+pub use config::{AcpiTables, AttachError, BuildError, MachineConfig};
+pub use dma::{DmaView, NotBusMaster};
+use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
+use i440fx::{HostBridge, I440Fx};
+use irq::InterruptRouter;
+use isa::{DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use pci::{InterruptPin, PciFunction};
+use pci::{PciBus, Pin, SlotFunction};
+use piix3::{IsaBridge, Piix3};
+use piix4_pm::Piix4Pm;
+use sync::lock;
+use tree::{Endpoint, Topology};
 
-/// Stands in until the mapping layer is there.
-#[derive(Clone)]
-pub struct GuestRam;
+/// The slots on bus 0.
+const SLOTS: u8 = 32;
+/// The slots of the host bridge and of the PIIX3.
+const CHIPSET_SLOTS: u8 = 2;
 
 /// The machine. Shared by all vCPU threads.
 pub struct Machine {
+    config: MachineConfig,
     host: Arc<dyn Host>,
+    ram: GuestRam,
+    root: I440Fx,
+    isa: Arc<IsaBus>,
+    pm: Arc<Piix4Pm>,
+    router: Arc<InterruptRouter>,
+    topology: Arc<Topology>,
+    view: ArcSwap<FlatView>,
+    /// Held while the view is derived and told to the host, so that the last one told is the last one derived.
+    deriving: Mutex<()>,
+    /// Held by an access to configuration space until its effects are complete: there is one configuration mechanism.
+    configuring: Mutex<()>,
 }
 
 impl Machine {
     /// Builds the machine as it is after power-on.
-    #[must_use]
-    pub fn new(_config: MachineConfig, _ram: GuestRam, host: Arc<dyn Host>) -> Arc<Self> {
-        Arc::new(Self { host })
+    ///
+    /// # Errors
+    /// [`BuildError`] when the configuration makes no machine.
+    pub fn new(config: MachineConfig, ram: GuestRam, host: Arc<dyn Host>) -> Result<Arc<Self>, BuildError> {
+        config.check()?;
+        let topology = Arc::new(Topology::default());
+        let router = InterruptRouter::new(host.clone());
+        let isa = Arc::new(IsaBus::new(topology.clone()));
+        let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
+        let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone() };
+        let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
+        let sci = IrqLine::new(router.clone(), piix4_pm::SCI_IRQ);
+        let pm = Arc::new(Piix4Pm::new(host.clone(), sci)?);
+        let chipset: [(u8, u8, Arc<dyn PciFunction>); 3] =
+            [(0, 0, Arc::new(HostBridge::new(config.cpus)?)), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
+        for (slot, function, device) in chipset {
+            bus.attach(SlotFunction { slot, function }, device);
+        }
+        let memory: Vec<MemoryRange> = ram
+            .regions()
+            .map(|region| MemoryRange { address: region.guest_address, length: region.size })
+            .collect();
+        attach_isa_devices(&isa, &config, &ram, &memory, &host)?;
+        let dram = memory.iter().filter_map(|range| {
+            Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
+        });
+        let root = I440Fx::new(dram.collect(), bus);
+        let machine = Arc::new(Self {
+            config,
+            host,
+            ram,
+            root,
+            isa,
+            pm,
+            router,
+            topology,
+            view: ArcSwap::default(),
+            deriving: Mutex::new(()),
+            configuring: Mutex::new(()),
+        });
+        machine.follow_topology();
+        Ok(machine)
     }
 
     /// A vCPU reads. Never fails: what nobody claims reads all ones.
-    pub fn read(&self, _space: Space, _address: u64, data: &mut [u8]) {
-        data.fill(0xFF);
+    ///
+    /// An access of any length and alignment is cut into cycles of 4, 2 or 1 aligned bytes, lowest address first, as on
+    /// a 32-bit bus; beyond the end of the address space the bus is open.
+    pub fn read(&self, space: Space, address: u64, data: &mut [u8]) {
+        let (mut next, mut rest) = (Some(address), data);
+        while let (Some(address), false) = (next.filter(|at| *at <= space.last()), rest.is_empty()) {
+            let width = next_cycle(address, rest.len());
+            let (cycle, tail) = rest.split_at_mut(width);
+            self.read_cycle(space, address, cycle);
+            next = address.checked_add(width as u64);
+            rest = tail;
+        }
+        rest.fill(0xFF);
     }
 
-    /// A vCPU writes. Never fails: what nobody claims drops the write.
-    pub fn write(&self, _space: Space, _address: u64, _data: &[u8]) {
-        let _ = &self.host;
+    /// A vCPU writes. Never fails: what nobody claims drops the write. Cut into cycles like [`read`](Self::read).
+    pub fn write(&self, space: Space, address: u64, data: &[u8]) {
+        let (mut next, mut rest) = (Some(address), data);
+        while let (Some(address), false) = (next.filter(|at| *at <= space.last()), rest.is_empty()) {
+            let width = next_cycle(address, rest.len());
+            let (cycle, tail) = rest.split_at(width);
+            self.write_cycle(space, address, cycle);
+            next = address.checked_add(width as u64);
+            rest = tail;
+        }
     }
 
-    /// Plugs a function into `slot` (1–31) of bus 0 as function 0 and returns its interrupt pin (INTA# unless its
-    /// configuration space names another).
+    /// Whether a cycle that starts at `address` must be cut: it is wider than who answers takes, or leaves its range.
+    fn must_cut(resolved: &flat_view::Resolved<'_>, address: u64, width: usize) -> bool {
+        let last = address.saturating_add(width as u64).saturating_sub(1);
+        width > 1
+            && (last > resolved.last || resolved.endpoint.is_some_and(|endpoint| width > endpoint.width()))
+    }
+
+    fn read_cycle(&self, space: Space, address: u64, data: &mut [u8]) {
+        let view = self.view.load();
+        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        if Self::must_cut(&resolved, address, data.len()) {
+            let half = data.len() / 2;
+            let (low, high) = data.split_at_mut(half);
+            self.read_cycle(space, address, low);
+            self.read_cycle(space, address.saturating_add(half as u64), high);
+            return;
+        }
+        let offset = resolved.offset;
+        match resolved.endpoint {
+            Some(Endpoint::Bar(function, bar)) => function.bar_read(*bar, offset, data),
+            Some(Endpoint::Window(function, window)) => function.window_read(*window, offset, data),
+            Some(Endpoint::Isa(device)) => device.read(port(offset), data),
+            Some(Endpoint::ConfigAddress) => {
+                for (to, from) in data.iter_mut().zip(self.root.mechanism.address().to_le_bytes()) {
+                    *to = from;
+                }
+            }
+            Some(Endpoint::ConfigData) => self.config_read(offset, data),
+            Some(Endpoint::Dram) => {
+                let view = self.ram.view(offset, data.len() as u64, Direction::Read);
+                if view.and_then(|view| view.read_bytes(0, data)).is_err() {
+                    data.fill(0xFF);
+                }
+            }
+            Some(Endpoint::InKernel) | None => data.fill(0xFF),
+        }
+    }
+
+    fn write_cycle(&self, space: Space, address: u64, data: &[u8]) {
+        let view = self.view.load();
+        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        if Self::must_cut(&resolved, address, data.len()) {
+            let half = data.len() / 2;
+            let (low, high) = data.split_at(half);
+            self.write_cycle(space, address, low);
+            self.write_cycle(space, address.saturating_add(half as u64), high);
+            return;
+        }
+        let offset = resolved.offset;
+        match resolved.endpoint {
+            Some(Endpoint::Bar(function, bar)) => function.bar_write(*bar, offset, data),
+            Some(Endpoint::Window(function, window)) => function.window_write(*window, offset, data),
+            Some(Endpoint::Isa(device)) => device.write(port(offset), data),
+            Some(Endpoint::ConfigAddress) => {
+                if let [a, b, c, d] = data {
+                    self.root.mechanism.set_address(u32::from_le_bytes([*a, *b, *c, *d]));
+                }
+            }
+            Some(Endpoint::ConfigData) => self.config_write(offset, data),
+            Some(Endpoint::Dram) => {
+                let view = self.ram.view(offset, data.len() as u64, Direction::Write);
+                // The range is RAM by the same regions that the view checks; a refusal drops the write.
+                let _ = view.and_then(|view| view.write_bytes(0, data));
+            }
+            Some(Endpoint::InKernel) | None => {}
+        }
+    }
+
+    fn config_read(&self, lane: u64, data: &mut [u8]) {
+        let _one_at_a_time = lock(&self.configuring);
+        match self.root.mechanism.target(lane) {
+            Some((at, offset)) => self.root.bus.config_read(at, offset, data),
+            None => data.fill(0xFF),
+        }
+    }
+
+    fn config_write(&self, lane: u64, data: &[u8]) {
+        let _one_at_a_time = lock(&self.configuring);
+        if let Some((at, offset)) = self.root.mechanism.target(lane) {
+            self.write_register(at, offset, data);
+        }
+    }
+
+    /// Writes a configuration register with all that follows from it. The caller holds `configuring`.
+    fn write_register(&self, at: SlotFunction, offset: u16, data: &[u8]) {
+        let Some(written) = self.root.bus.config_write(at, offset, data) else { return };
+        self.follow_topology();
+        if let Some(command) = written.command {
+            written.function.command_changed(command);
+        }
+    }
+
+    /// Derives the flat view anew if the tree has changed since, and tells the host when doorbells moved.
+    fn follow_topology(&self) {
+        let _one_at_a_time = lock(&self.deriving);
+        let generation = self.topology.generation();
+        let before = self.view.load();
+        if before.generation == generation {
+            return;
+        }
+        let view = FlatView::derive(generation, &self.root, &self.root.bus);
+        let moved = view.doorbells != before.doorbells;
+        let view = Arc::new(view);
+        self.view.store(view.clone());
+        if moved {
+            self.host.topology_changed(&view.doorbells);
+        }
+    }
+
+    /// Plugs a function into `slot` (2–31) of bus 0 as function 0 and returns its interrupt pin: the one that its
+    /// configuration space names, INTA# when it names none.
     ///
     /// # Errors
     /// [`AttachError::NoSuchSlot`], [`AttachError::SlotTaken`].
-    pub fn attach_pci(&self, slot: u8, _function: Arc<dyn PciFunction>) -> Result<InterruptPin, AttachError> {
-        Err(AttachError::NoSuchSlot(slot))
+    pub fn attach_pci(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<InterruptPin, AttachError> {
+        if !(CHIPSET_SLOTS..SLOTS).contains(&slot) {
+            return Err(AttachError::NoSuchSlot(slot));
+        }
+        let _one_at_a_time = lock(&self.configuring);
+        let pin = function.config().interrupt_pin().unwrap_or(Pin::A);
+        let disabled = function.config().command().interrupt_disable();
+        if !self.root.bus.attach(SlotFunction { slot, function: 0 }, function) {
+            return Err(AttachError::SlotTaken(slot));
+        }
+        self.router.set_disabled(slot, 0, disabled);
+        self.follow_topology();
+        Ok(InterruptPin::new(self.router.clone(), slot, 0, pin))
     }
 
-    /// Unplugs the function in `slot`.
+    /// Unplugs the function in `slot` and releases its interrupt pins.
     ///
     /// # Errors
     /// [`AttachError::NoSuchSlot`] when nothing that can be unplugged is there.
     pub fn detach_pci(&self, slot: u8) -> Result<Arc<dyn PciFunction>, AttachError> {
-        Err(AttachError::NoSuchSlot(slot))
+        let _one_at_a_time = lock(&self.configuring);
+        let at = SlotFunction { slot, function: 0 };
+        let pluggable = (CHIPSET_SLOTS..SLOTS).contains(&slot);
+        let removed = if pluggable { self.root.bus.detach(at) } else { None };
+        let function = removed.ok_or(AttachError::NoSuchSlot(slot))?;
+        self.router.release(slot, 0);
+        self.follow_topology();
+        Ok(function)
+    }
+
+    /// The way to memory of the function in `slot`.
+    #[must_use]
+    pub fn dma_view(&self, slot: u8) -> Option<DmaView> {
+        let function = self.root.bus.function(SlotFunction { slot, function: 0 })?;
+        Some(DmaView::new(function, self.ram.clone()))
     }
 
     /// Puts a device on the ISA bus and returns its interrupt line, if it drives one.
     ///
     /// # Errors
     /// [`AttachError::PortsTaken`].
-    pub fn attach_isa(&self, _device: Arc<dyn IsaDevice>) -> Result<Option<IrqLine>, AttachError> {
-        Ok(None)
-    }
-
-    /// Does what firmware does before it starts an operating system: gives every BAR an address, enables I/O and memory
-    /// decode (bus mastering is left to drivers), routes PIRQs, fills in interrupt line registers, places the PM block.
-    pub fn assign_resources(&self) {}
-
-    /// The ACPI tables as of now, for a direct boot.
-    #[must_use]
-    pub fn acpi_tables(&self) -> AcpiTables {
-        AcpiTables::default()
+    pub fn attach_isa(&self, device: Arc<dyn IsaDevice>) -> Result<Option<IrqLine>, AttachError> {
+        let irq = device.irq();
+        self.isa.attach(device)?;
+        self.follow_topology();
+        Ok(irq.map(|irq| IrqLine::new(self.router.clone(), irq)))
     }
 
     /// Resets every register of every device to its reset value and derives the map anew. The caller has stopped the vCPUs.
-    pub fn reset(&self) {}
+    pub fn reset(&self) {
+        let _one_at_a_time = lock(&self.configuring);
+        self.root.mechanism.reset();
+        self.root.bus.reset();
+        self.isa.reset();
+        self.router.reset();
+        self.follow_topology();
+    }
 
     /// The power button was pressed and released.
-    pub fn press_power_button(&self) {}
+    pub fn press_power_button(&self) {
+        self.pm.press_power_button();
+    }
+}
+
+fn port(offset: u64) -> u16 {
+    u16::try_from(offset).unwrap_or(u16::MAX)
+}
+
+/// The devices that every machine has on its ISA bus.
+fn attach_isa_devices(
+    isa: &IsaBus,
+    config: &MachineConfig,
+    ram: &GuestRam,
+    memory: &[MemoryRange],
+    host: &Arc<dyn Host>,
+) -> Result<(), BuildError> {
+    let size = |above: bool| {
+        let regions = memory.iter().filter(|range| (range.address >= 1 << 32) == above);
+        regions.map(|range| range.length).fold(0, u64::saturating_add)
+    };
+    let devices: [Arc<dyn IsaDevice>; 6] = [
+        Arc::new(Rtc::new(host.clone(), size(false), size(true), config.cpus)),
+        Arc::new(I8042::new(host.clone())),
+        Arc::new(Port92::new(host.clone())),
+        Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
+        Arc::new(DebugPort::new()),
+        Arc::new(PostPort::new()),
+    ];
+    for device in devices {
+        isa.attach(device)?;
+    }
+    Ok(())
 }

@@ -12,8 +12,9 @@ use super::pci::PciFunction;
 pub(super) enum Endpoint {
     /// Guest RAM. The offset is the guest-physical address.
     Dram,
-    /// The APICs, which the host's KVM answers: claimed so that nothing else is.
-    Apic,
+    /// Interrupt controllers and timer, which the host's kernel answers before an access gets here: claimed so that
+    /// nothing else is found there.
+    InKernel,
     /// CONFADD of the host bridge, CF8.
     ConfigAddress,
     /// CONFDATA of the host bridge, CFC–CFF.
@@ -39,7 +40,7 @@ impl Endpoint {
     pub(super) fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Dram, Self::Dram)
-            | (Self::Apic, Self::Apic)
+            | (Self::InKernel, Self::InKernel)
             | (Self::ConfigAddress, Self::ConfigAddress)
             | (Self::ConfigData, Self::ConfigData) => true,
             (Self::Bar(a, i), Self::Bar(b, j)) | (Self::Window(a, i), Self::Window(b, j)) => {

@@ -2,7 +2,7 @@
 //!
 //! The machine hands one end of a socket pair to the device process; what is typed and shown passes through no other.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
@@ -115,13 +115,10 @@ impl Session {
         Ok(count > 0)
     }
 
-    fn type_keys(&mut self, mut stdin: &io::Stdin) -> io::Result<Typed> {
+    fn type_keys(&mut self, stdin: &io::Stdin) -> io::Result<Typed> {
         let mut buffer = [0; 256];
-        let count = if stdin.is_terminal() || self.raw {
-            nix::unistd::read(stdin, &mut buffer)?
-        } else {
-            stdin.read(&mut buffer)?
-        };
+        // Not through the buffer of the standard library: what lay there would not wake the loop.
+        let count = nix::unistd::read(stdin, &mut buffer)?;
         if count == 0 && !self.raw {
             return Ok(Typed::End);
         }

@@ -17,6 +17,8 @@ use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limit
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 use serde::Serialize;
+use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
+use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 use super::cli::LogLevel;
@@ -30,6 +32,8 @@ use super::terminal;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
+/// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
+const IO_URING_LOCKED: u64 = 8 << 20;
 /// More queues than this bring nothing for one file.
 const MAX_BLK_QUEUES: u8 = 8;
 /// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
@@ -126,9 +130,14 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if disk.readonly => Some(0),
             Self::Blk(disk) => Some(disk.size),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
+            // The shadow page of its readable registers.
+            Self::Uart(_) => Some(SHADOW_SIZE as u64),
             _ => Some(0),
         };
-        Limits { file_size, ..Limits::default() }
+        // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
+        let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
+        let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
+        Limits { file_size, locked, ..Limits::default() }
     }
 
     fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {

@@ -75,10 +75,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// The error of the jail's construction, if that is why the process ended before it could say anything.
+    /// The step of the jail's construction that failed, if one did. It does not wait, and must be asked before the process
+    /// is reaped.
     pub fn jail_error(&mut self) -> Option<JailError> {
-        // The process has ended, so the answer is there or never comes.
-        self.jailed.confirm(Duration::from_millis(100)).err()
+        match self.jailed.confirm(Duration::ZERO) {
+            // How it ended says more than that it ended; and one that lives has not failed.
+            Ok(()) | Err(JailError::Deadline | JailError::Vanished) => None,
+            Err(error) => Some(error),
+        }
     }
 
     /// Kills it; when it is gone the pidfd says so.

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 use bulkhead_ipc::vhost_user::frontend::{
@@ -15,7 +16,7 @@ use bulkhead_ipc::vhost_user::message::{
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::device::{State, VirtioPci};
-use super::events::Token;
+use super::events::{RequestBudget, Token};
 use super::failure::VirtioError;
 use super::features::{VERSION_1, visible};
 use super::queues::Queue;
@@ -26,6 +27,7 @@ use super::status;
 pub(super) struct Link {
     pub frontend: Frontend,
     pub requests: Option<BackendRequests>,
+    pub budget: RequestBudget,
 }
 
 /// Who owns the memory in which requests in flight are noted.
@@ -58,18 +60,17 @@ impl InflightSource for FromBackend {
 }
 
 impl Link {
-    /// Negotiates with a back end and checks that a modern driver can use it.
-    pub fn open(mut frontend: Frontend) -> Result<Self, VirtioError> {
-        frontend.negotiate(SUPPORTED_PROTOCOL_FEATURES)?;
-        if frontend.offered_features() & VERSION_1 == 0 {
-            return Err(VirtioError::Legacy);
-        }
-        let requests = if frontend.has(VhostUserProtocolFeatures::BACKEND_REQ) {
-            Some(frontend.open_backend_requests()?)
-        } else {
-            None
-        };
-        Ok(Self { frontend, requests })
+    /// Negotiates with a back end, all within `limit`, and checks that a modern driver can use it.
+    pub fn open(mut frontend: Frontend, limit: Duration) -> Result<Self, VirtioError> {
+        let requests = frontend.within(limit, |frontend| {
+            frontend.negotiate(SUPPORTED_PROTOCOL_FEATURES)?;
+            if frontend.offered_features() & VERSION_1 == 0 {
+                return Err(VirtioError::Legacy);
+            }
+            let channel = frontend.has(VhostUserProtocolFeatures::BACKEND_REQ);
+            Ok(if channel { Some(frontend.open_backend_requests()?) } else { None })
+        })?;
+        Ok(Self { frontend, requests, budget: RequestBudget::default() })
     }
 }
 
@@ -89,10 +90,10 @@ impl VirtioPci {
     /// Waits for the events of the link, too, and takes it.
     pub(super) fn adopt(&self, state: &mut State, link: Link) -> Result<(), VirtioError> {
         let hang_up = EpollEvent::new(EpollFlags::EPOLLRDHUP, Token::Socket.into());
-        self.epoll.add(link.frontend.as_fd(), hang_up).map_err(std::io::Error::from)?;
+        self.epoll().add(link.frontend.as_fd(), hang_up).map_err(std::io::Error::from)?;
         if let Some(requests) = &link.requests {
             let input = EpollEvent::new(EpollFlags::EPOLLIN, Token::Requests.into());
-            self.epoll.add(requests.as_fd(), input).map_err(std::io::Error::from)?;
+            self.epoll().add(requests.as_fd(), input).map_err(std::io::Error::from)?;
         }
         state.link = Some(link);
         Ok(())
@@ -102,7 +103,7 @@ impl VirtioPci {
     pub(super) fn disconnect(&self, state: &mut State) -> bool {
         self.close_requests(state);
         let Some(link) = state.link.take() else { return false };
-        let _ = self.epoll.delete(link.frontend.as_fd());
+        let _ = self.epoll().delete(link.frontend.as_fd());
         for queue in &mut state.queues {
             queue.running = false;
         }
@@ -112,7 +113,7 @@ impl VirtioPci {
     /// Closes the back-end channel.
     pub(super) fn close_requests(&self, state: &mut State) {
         if let Some(requests) = state.link.as_mut().and_then(|link| link.requests.take()) {
-            let _ = self.epoll.delete(requests.as_fd());
+            let _ = self.epoll().delete(requests.as_fd());
         }
     }
 
@@ -266,7 +267,8 @@ impl VirtioPci {
     }
 
     /// Puts another back end in the place of one that failed, or that still works: the driver's features, memory,
-    /// rings and the requests in flight are replayed to it, and the guest notices nothing but a pause.
+    /// rings and the requests in flight are replayed to it, and the guest notices nothing but a pause. A predecessor that
+    /// failed must be dead by now: the core cannot keep it from serving rings that it has mapped.
     ///
     /// # Errors
     /// The new back end does not answer as it should or lacks something that the driver uses; then the device is
@@ -277,7 +279,8 @@ impl VirtioPci {
         // The predecessor, if it still lives, finishes what it works on.
         let _ = self.stop(state);
         self.disconnect(state);
-        let link = Link::open(Frontend::new(&self.device, stream, self.settings.limits))?;
+        let limits = self.settings.limits;
+        let link = Link::open(Frontend::new(&self.device, stream, limits), limits.exchange)?;
         let offered = link.frontend.offered_features();
         if state.status & status::FEATURES_OK != 0 {
             let lost = state.features.accepted() & !visible(offered);

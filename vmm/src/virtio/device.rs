@@ -3,12 +3,12 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use bulkhead_ipc::memory::GuestRam;
 use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
 use bulkhead_ipc::vhost_user::message::VhostUserProtocolFeatures;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use super::backend::{FromBackend, InflightSource, Link};
 use super::capabilities::{
@@ -17,7 +17,7 @@ use super::capabilities::{
 use super::device_config::DeviceConfig;
 use super::device_type::DeviceType;
 use super::event::Event;
-use super::events::Token;
+use super::events::{Events, Locked, Token};
 use super::failure::{Observer, VirtioError};
 use super::features::Features;
 use super::interrupts::{Interrupts, IntxPin, MsiHost};
@@ -89,7 +89,7 @@ pub struct VirtioPci {
     pub(super) ram: GuestRam,
     pub(super) kicks: Vec<Event>,
     pub(super) ring_error: Event,
-    pub(super) epoll: Arc<Epoll>,
+    pub(super) events: Events,
     pub(super) observer: Arc<dyn Observer>,
     state: Mutex<State>,
 }
@@ -120,11 +120,12 @@ impl VirtioPci {
         msi: Arc<dyn MsiHost>,
         observer: Arc<dyn Observer>,
     ) -> Result<Arc<Self>, VirtioError> {
-        let link = Link::open(Frontend::new(&settings.id, stream, settings.limits))?;
+        let limits = settings.limits;
+        let link = Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)?;
         let queues = queue_count(&settings, &link.frontend)?;
-        let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io::Error::from)?);
+        let events = Events::new().map_err(io::Error::from)?;
         let device: Arc<str> = settings.id.as_str().into();
-        let interrupts = Interrupts::new(&device, queues, msi, Arc::clone(&epoll))?;
+        let interrupts = Interrupts::new(&device, queues, msi, Arc::clone(events.inner()))?;
         let state = State {
             features: Features::new(link.frontend.offered_features()),
             status: 0,
@@ -145,12 +146,12 @@ impl VirtioPci {
             ram,
             kicks: (0..queues).map(|_| Event::new()).collect::<io::Result<_>>()?,
             ring_error: Event::new()?,
-            epoll,
+            events,
             observer,
             state: Mutex::new(state),
         };
         let input = EpollEvent::new(EpollFlags::EPOLLIN, Token::RingError.into());
-        this.epoll.add(this.ring_error.as_fd(), input).map_err(io::Error::from)?;
+        this.epoll().add(this.ring_error.as_fd(), input).map_err(io::Error::from)?;
         {
             let mut state = this.state();
             this.adopt(&mut state, link)?;
@@ -184,14 +185,14 @@ impl VirtioPci {
         let state = self.state();
         let link = state.link.as_ref().map(|link| link.frontend.as_fd());
         let requests = state.link.as_ref().and_then(|link| link.requests.as_ref()).map(AsFd::as_fd);
-        let own = [self.epoll.0.as_fd(), self.ring_error.as_fd()];
         let kicks = self.kicks.iter().map(AsFd::as_fd);
         kicks
-            .chain(own)
+            .chain([self.ring_error.as_fd()])
             .chain(link)
             .chain(requests)
             .chain(state.interrupts.events().map(AsFd::as_fd))
             .map(|fd| fd.as_raw_fd())
+            .chain(self.events.descriptors())
             .collect()
     }
 
@@ -200,9 +201,24 @@ impl VirtioPci {
         self.state().link.is_some()
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> Locked<'_> {
         // A panic ends the process; a poisoned lock is never met.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        Locked::new(self.state.lock().unwrap_or_else(PoisonError::into_inner), &self.events)
+    }
+
+    /// The state, unless somebody else uses it.
+    pub(super) fn try_state(&self) -> Option<Locked<'_>> {
+        let guard = match self.state.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Locked::new(guard, &self.events))
+    }
+
+    /// Where the device's descriptors are registered.
+    pub(super) fn epoll(&self) -> &Epoll {
+        self.events.inner()
     }
 
     /// A write to the doorbells that no ioeventfd caught.

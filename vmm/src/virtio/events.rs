@@ -4,12 +4,20 @@
 //! - the front end's socket, for its hang-up;
 //! - the back-end channel;
 //! - the eventfd by which a back end says that a ring is beyond repair.
+//!
+//! A vCPU may hold the device's lock while it waits for a back end that hangs. The event loop does not wait with it,
+//! since other devices need it, nor does it spin: what it polls is an outer epoll descriptor in which the real one is
+//! registered for one event at a time. While the lock is taken the outer one stays quiet, and whoever releases the lock arms it again.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::vhost_user::connection::ConnectionError;
 use bulkhead_ipc::vhost_user::frontend::BackendRequest;
-use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::device::{State, VirtioPci};
 use super::failure::VirtioError;
@@ -53,33 +61,158 @@ impl Token {
     }
 }
 
+/// How much a back end may say of its own accord: the event loop serves other devices as well.
+#[derive(Debug)]
+pub(super) struct RequestBudget {
+    /// When the current second began.
+    since: Instant,
+    spent: u32,
+}
+
+/// Requests in a second.
+const REQUESTS_PER_SECOND: u32 = 200;
+
+impl Default for RequestBudget {
+    fn default() -> Self {
+        Self { since: Instant::now(), spent: 0 }
+    }
+}
+
+impl RequestBudget {
+    /// Takes one request; says whether there was one left.
+    fn spend(&mut self) -> bool {
+        if self.since.elapsed() >= Duration::from_secs(1) {
+            *self = Self::default();
+        }
+        self.spent = self.spent.saturating_add(1);
+        self.spent <= REQUESTS_PER_SECOND
+    }
+}
+
+/// The two epoll descriptors.
+pub(super) struct Events {
+    /// Polled by the core's event loop: readable when `inner` is and the event loop has not been told yet.
+    outer: Epoll,
+    /// Where everything is registered.
+    inner: Arc<Epoll>,
+    /// The event loop found the lock taken.
+    missed: AtomicBool,
+}
+
+impl Events {
+    pub fn new() -> nix::Result<Self> {
+        let outer = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let inner = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
+        outer.add(inner.0.as_fd(), Self::once())?;
+        Ok(Self { outer, inner, missed: AtomicBool::new(false) })
+    }
+
+    fn once() -> EpollEvent {
+        EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, 0)
+    }
+
+    /// Where to register.
+    pub fn inner(&self) -> &Arc<Epoll> {
+        &self.inner
+    }
+
+    /// The numbers of the descriptors.
+    pub fn descriptors(&self) -> [RawFd; 2] {
+        [self.outer.0.as_fd(), self.inner.0.as_fd()].map(|epoll| epoll.as_raw_fd())
+    }
+
+    fn arm(&self) {
+        if let Err(error) = self.outer.modify(self.inner.0.as_fd(), &mut Self::once()) {
+            tracing::error!(%error, "a device's events are lost");
+        }
+    }
+}
+
+/// The state, locked. The fields are dropped in this order: first the lock is released, then the event loop called if it
+/// found it taken.
+pub(super) struct Locked<'a> {
+    guard: MutexGuard<'a, State>,
+    _call: CallEventLoop<'a>,
+}
+
+struct CallEventLoop<'a>(&'a Events);
+
+impl Drop for CallEventLoop<'_> {
+    fn drop(&mut self) {
+        // Pairs with the fence in `on_event`: either that sees the lock released or this sees the flag.
+        fence(Ordering::SeqCst);
+        if self.0.missed.load(Ordering::Relaxed) && self.0.missed.swap(false, Ordering::Relaxed) {
+            self.0.arm();
+        }
+    }
+}
+
+impl<'a> Locked<'a> {
+    pub fn new(guard: MutexGuard<'a, State>, events: &'a Events) -> Self {
+        Self { guard, _call: CallEventLoop(events) }
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.guard
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.guard
+    }
+}
+
 impl AsFd for VirtioPci {
     /// The descriptor to poll for input; when it is readable, call [`VirtioPci::on_event`]. The same for the device's whole life.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.0.as_fd()
+        self.events.outer.0.as_fd()
     }
 }
 
 impl VirtioPci {
-    /// Handles what is there to handle, a bounded amount; does not wait for the guest, and for the back end only up to its deadlines.
+    /// Handles what is there to handle, a bounded amount. Does not wait for a vCPU that uses the device; waits for the
+    /// back end only when that has something to say, and up to the deadlines.
     pub fn on_event(&self) {
-        let mut state = self.state();
+        // Takes the one shot: quiet from here to `arm`.
+        let _ = self.events.outer.wait(&mut [EpollEvent::empty()], EpollTimeout::ZERO);
+        let state = self.try_state().or_else(|| {
+            self.events.missed.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            self.try_state()
+        });
+        if let Some(mut state) = state {
+            self.handle_events(&mut state);
+            drop(state);
+            self.events.arm();
+        }
+    }
+
+    fn handle_events(&self, state: &mut State) {
         // Under the lock: what is reported is still registered when it is handled.
         let mut events = [EpollEvent::empty(); 16];
-        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        let count = self.epoll().wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         for event in events.iter().take(count) {
             match Token::from_data(event.data()) {
                 Some(Token::Queue(queue)) => state.interrupts.queue_polled(queue),
-                Some(Token::Socket) => self.fail(&mut state, VirtioError::HungUp),
-                Some(Token::Requests) => self.backend_request(&mut state),
-                Some(Token::RingError) if self.ring_error.take() => self.fail(&mut state, VirtioError::Ring),
+                Some(Token::Socket) => self.fail(state, VirtioError::HungUp),
+                Some(Token::Requests) => self.backend_request(state),
+                Some(Token::RingError) if self.ring_error.take() => self.fail(state, VirtioError::Ring),
                 Some(Token::RingError) | None => {}
             }
         }
     }
 
     fn backend_request(&self, state: &mut State) {
-        let Some(requests) = state.link.as_mut().and_then(|link| link.requests.as_mut()) else { return };
+        let Some(link) = state.link.as_mut() else { return };
+        let Some(requests) = link.requests.as_mut() else { return };
+        if !link.budget.spend() {
+            return self.fail(state, VirtioError::Flood(REQUESTS_PER_SECOND));
+        }
         match requests.receive() {
             Ok(BackendRequest::ConfigChange) => {
                 if let Err(error) = self.refresh_config(state, true) {

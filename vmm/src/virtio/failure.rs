@@ -26,6 +26,9 @@ pub enum VirtioError {
     /// The back-end channel carried something that is no message.
     #[error("back-end channel: {0}")]
     Requests(ConnectionError),
+    /// The back end keeps the core busy with requests.
+    #[error("the device process sends more than {0} requests in a second")]
+    Flood(u32),
     /// The back end is for legacy drivers only.
     #[error("the device process does not offer VIRTIO_F_VERSION_1")]
     Legacy,

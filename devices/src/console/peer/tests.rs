@@ -34,13 +34,16 @@ fn a_peer_that_does_not_read_delays_the_guest_and_then_loses_output() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     peer.attach(duplex(ours), &epoll);
     let mut said = 0usize;
-    while peer.room() > 0 {
+    // A socket that refused a long piece may still take a short one.
+    while {
+        peer.flush(&epoll);
+        peer.room() > 0
+    } {
         let piece = peer.room().min(4096);
         peer.say(&vec![b'a'; piece], &epoll);
         said += piece;
         assert!(said < 64 << 20, "a peer that reads nothing has unbounded room");
     }
-    peer.flush(&epoll);
     assert!(peer.patience().is_some_and(|left| left <= PATIENCE));
     peer.stalled = Instant::now().checked_sub(PATIENCE);
     peer.flush(&epoll);
@@ -51,7 +54,7 @@ fn a_peer_that_does_not_read_delays_the_guest_and_then_loses_output() {
     let mut sink = vec![0; 1 << 20];
     assert!(theirs.read(&mut sink).unwrap() > 0);
     peer.flush(&epoll);
-    assert!(peer.room() < KEPT && !peer.given_up, "a peer that reads again is waited for again");
+    assert!(!peer.given_up && peer.dropped == 0, "a peer that reads again is waited for again");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::wire::*;
-use super::super::{MAX_DATA, capabilities, shadow::ShadowState};
+use super::super::{capabilities, shadow::ShadowState};
 
 proptest! {
     #[test]
@@ -19,8 +19,8 @@ proptest! {
     }
 
     #[test]
-    fn headers_survive_the_wire(id: u16, command: u16, size in 16_u32..4000, kind in 0..4, errno: u32) {
-        let kind = [Kind::Command, Kind::Posted, Kind::Reply, Kind::ErrorReply(errno)][kind as usize];
+    fn headers_survive_the_wire(id: u16, command: u16, size in 16_u32..4000, kind in 0_usize..4, errno: u32) {
+        let kind = [Kind::Command, Kind::Posted, Kind::Reply, Kind::ErrorReply(errno)][kind];
         let header = Header { id, command, size, kind };
         prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
     }
@@ -35,7 +35,7 @@ proptest! {
         prop_assert_eq!(IrqInfo::decode(&irq.encode()), Ok(irq));
         let set = IrqSet { argsz: a, flags: b, index: c, start: d, count: a ^ b };
         prop_assert_eq!(IrqSet::decode(&set.encode()), Ok(set));
-        let access = RegionAccess { offset: e, region: a, count: b % MAX_DATA as u32 };
+        let access = RegionAccess { offset: e, region: a, count: b % 4097 };
         let bytes = access.encode();
         prop_assert_eq!(RegionAccess::decode(&bytes), Ok((access, &[][..])));
         prop_assert_eq!(ShadowState::unpack(e).pack(), e);

@@ -187,12 +187,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn random_messages_never_panic_or_hang(
-        messages in proptest::collection::vec((0_u16..16, 0..2, proptest::collection::vec(any::<u8>(), 0..48)), 0..8)
+        messages in proptest::collection::vec((0_u16..16, 0_usize..2, proptest::collection::vec(any::<u8>(), 0..48)), 0..8)
     ) {
         let bytes: Vec<u8> = messages
             .iter()
             .flat_map(|(command, kind, payload)| {
-                message(*command, [Kind::Command, Kind::Posted][*kind as usize], payload)
+                message(*command, [Kind::Command, Kind::Posted][*kind], payload)
             })
             .collect();
         let _ = outcome(true, &bytes, 0);

@@ -28,13 +28,12 @@ pub(super) const RING_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_F_VERSION_1.
 const VERSION_1: u64 = 1 << 32;
 
-/// Protocol features served for every device.
+/// Protocol features served for every device; INFLIGHT_SHMFD comes to them for some.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIG)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::STATUS);
@@ -269,7 +268,7 @@ impl Daemon {
         match request {
             FrontendReq::GET_FEATURES => Ok(Answer::u64(self.offered())),
             FrontendReq::SET_FEATURES => self.set_features(number(payload)?),
-            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::u64(PROTOCOL_FEATURES.bits())),
+            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::u64(self.protocol_offered())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(payload)?),
             FrontendReq::SET_OWNER | FrontendReq::RESET_OWNER => Ok(Answer::Done),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::u64(u64::from(self.device.queues()))),
@@ -318,8 +317,14 @@ impl Daemon {
             | VHOST_F_LOG_ALL
     }
 
+    fn protocol_offered(&self) -> u64 {
+        let mut offered = PROTOCOL_FEATURES;
+        offered.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.device.tracks_inflight());
+        offered.bits()
+    }
+
     fn set_protocol_features(&mut self, wanted: u64) -> Result<Answer, Refusal> {
-        if wanted & !PROTOCOL_FEATURES.bits() != 0 {
+        if wanted & !self.protocol_offered() != 0 {
             return Err(Refusal::Value { what: "protocol features", value: wanted });
         }
         self.protocol_features = wanted;

@@ -22,6 +22,12 @@ pub trait VirtioDevice: Send {
         1024
     }
 
+    /// Whether requests may be finished in another order than taken, so that a successor needs the in-flight memory to know
+    /// which to repeat. A device that finishes in order needs none: what is not in the used ring was not done.
+    fn tracks_inflight(&self) -> bool {
+        false
+    }
+
     /// Index, in what [`Self::workers`] returns, of the worker that serves `queue`.
     fn worker_of(&self, queue: u16) -> usize;
 

@@ -29,6 +29,3 @@ pub use device::{QueueWorker, VirtioDevice};
 pub use poll_worker::{Next, PollWorker, QueueHandler};
 pub use vring::{Vring, VringError};
 pub use worker::{EnterThread, WorkerError};
-
-#[cfg(test)]
-mod tests;

@@ -104,6 +104,9 @@ impl Daemon {
     }
 
     pub(super) fn get_inflight(&mut self, payload: &[u8]) -> Result<Answer, Refusal> {
+        if !self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            return Err(Refusal::State("INFLIGHT_SHMFD was not negotiated"));
+        }
         let (_, _, queues, queue_size) = inflight(payload)?;
         if queues == 0 || queues > self.device.queues() {
             return Err(Refusal::Value { what: "number of queues", value: u64::from(queues) });
@@ -126,6 +129,9 @@ impl Daemon {
         payload: &[u8],
         descriptors: Vec<OwnedFd>,
     ) -> Result<Answer, Refusal> {
+        if !self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            return Err(Refusal::State("INFLIGHT_SHMFD was not negotiated"));
+        }
         let (size, offset, queues, queue_size) = inflight(payload)?;
         let area = InflightArea::attach(only(descriptors)?, offset, size, queues, queue_size)?;
         self.with_rings_stopped(|daemon| {

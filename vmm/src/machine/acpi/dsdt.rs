@@ -106,7 +106,6 @@ fn pci_root(platform: &Platform) -> Raw {
         &[
             named("_HID", &EISAName::new("PNP0A03")),
             named("_UID", &Zero {}),
-            named("_ADR", &Zero {}),
             root_resources(platform),
             interrupt_routing(),
             isa_bridge(platform),
@@ -233,7 +232,7 @@ fn link_device(uid: u8, name: &str, register: &str) -> Raw {
     let tell = Store::new(&number, &pirqrc);
     let if_on = If::new(&is_on, vec![&tell]);
     let answer = Return::new(&buffer);
-    let current = Method::new(Path::new("_CRS"), 0, true, vec![&template, &field, &if_on, &answer]);
+    let current = Method::new(Path::new("_CRS"), 0, true, vec![&field, &if_on, &answer]);
 
     let chosen = CreateDWordField::new(&number, &Arg(0), &INTERRUPT_NUMBER_OFFSET);
     let route = Store::new(&pirqrc, &number);
@@ -245,6 +244,7 @@ fn link_device(uid: u8, name: &str, register: &str) -> Raw {
             named("_HID", &EISAName::new("PNP0C0F")),
             named("_UID", &uid),
             possible,
+            template,
             Raw(bytes(&status)),
             Raw(bytes(&disable)),
             Raw(bytes(&current)),

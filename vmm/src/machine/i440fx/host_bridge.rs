@@ -13,7 +13,7 @@ const SMRAM_D_OPEN: u8 = 0x40;
 const SMRAM_D_LCK: u8 = 0x10;
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(super) const REGISTERS: [Register; 27] = [
+pub(in super::super) const REGISTERS: [Register; 27] = [
     // 3.2.11 PMCCFG low byte: bus frequency strap, EPTE.
     Register { offset: 0x50, reset: 0x00, writable: 0x40 },
     // 3.2.12 DETURBO

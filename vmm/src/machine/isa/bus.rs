@@ -1,8 +1,12 @@
 //! The ISA bus: what the PIIX3 forwards reaches the device that decodes the port.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use super::super::address::CycleKind;
+use super::super::config::AttachError;
 use super::super::irq::InterruptRouter;
+use super::super::sync::lock;
+use super::super::tree::{Claim, Decoded, Endpoint, Node, Topology};
 
 /// A range of I/O ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,5 +67,103 @@ impl IrqLine {
     /// Drives the line high or low. The input is high while any source is.
     pub fn set(&self, level: bool) {
         self.router.set_line(self.index, level);
+    }
+}
+
+/// Ports that the host's in-kernel interrupt controllers and timer answer before the machine sees them.
+const HOST_PORTS: [PortRange; 6] = [
+    PortRange { first: 0x20, count: 2 },
+    PortRange { first: 0x40, count: 4 },
+    PortRange { first: 0x61, count: 1 },
+    PortRange { first: 0xA0, count: 2 },
+    PortRange { first: 0x4D0, count: 2 },
+    PortRange { first: 0xCF8, count: 8 },
+];
+
+impl PortRange {
+    /// The last port.
+    fn last(self) -> Option<u16> {
+        self.first.checked_add(self.count.checked_sub(1)?)
+    }
+
+    fn overlaps(self, other: Self) -> bool {
+        match (self.last(), other.last()) {
+            (Some(last), Some(other_last)) => self.first <= other_last && other.first <= last,
+            _ => false,
+        }
+    }
+}
+
+struct Attached {
+    device: Arc<dyn IsaDevice>,
+    ports: Vec<PortRange>,
+}
+
+/// The bus.
+pub(in super::super) struct IsaBus {
+    devices: Mutex<Vec<Attached>>,
+    topology: Arc<Topology>,
+}
+
+impl IsaBus {
+    pub(in super::super) fn new(topology: Arc<Topology>) -> Self {
+        Self { devices: Mutex::new(Vec::new()), topology }
+    }
+
+    /// Puts a device on the bus. Refused when it wants ports that are taken.
+    pub(in super::super) fn attach(&self, device: Arc<dyn IsaDevice>) -> Result<(), AttachError> {
+        let ports = device.ports();
+        let mut devices = lock(&self.devices);
+        for (index, range) in ports.iter().enumerate() {
+            let taken = devices.iter().flat_map(|attached| &attached.ports);
+            let mut taken = taken.chain(&HOST_PORTS).chain(ports.iter().take(index));
+            if range.last().is_none() || taken.any(|other| other.overlaps(*range)) {
+                let name = device.name().to_owned();
+                return Err(AttachError::PortsTaken { name, port: range.first });
+            }
+        }
+        devices.push(Attached { device, ports });
+        drop(devices);
+        self.topology.changed();
+        Ok(())
+    }
+
+    /// RESETDRV to every device.
+    pub(in super::super) fn reset(&self) {
+        let devices: Vec<_> = lock(&self.devices).iter().map(|attached| attached.device.clone()).collect();
+        for device in devices {
+            device.reset();
+        }
+    }
+
+    /// Whether a device decodes `port`.
+    pub(in super::super) fn decodes(&self, port: u16) -> bool {
+        let one = PortRange { first: port, count: 1 };
+        lock(&self.devices).iter().flat_map(|attached| &attached.ports).any(|ports| ports.overlaps(one))
+    }
+
+    fn ranges(&self, kind: CycleKind) -> Vec<Decoded> {
+        if kind == CycleKind::Memory {
+            return Vec::new();
+        }
+        let devices = lock(&self.devices);
+        let range = |device: &Arc<dyn IsaDevice>, ports: &PortRange| {
+            let (first, last) = (u64::from(ports.first), u64::from(ports.last()?));
+            Some(Decoded { first, last, endpoint: Endpoint::Isa(device.clone()), offset: first })
+        };
+        let all = devices.iter().flat_map(|attached| {
+            attached.ports.iter().filter_map(move |ports| range(&attached.device, ports))
+        });
+        all.collect()
+    }
+}
+
+impl Node for IsaBus {
+    fn claim(&self, kind: CycleKind, address: u64) -> Option<Claim> {
+        self.ranges(kind).iter().find_map(|range| range.claim(address))
+    }
+
+    fn decoded(&self, kind: CycleKind, ranges: &mut Vec<Decoded>) {
+        ranges.extend(self.ranges(kind));
     }
 }

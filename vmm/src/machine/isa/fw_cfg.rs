@@ -42,7 +42,7 @@ const CONTROL_SKIP: u32 = 1 << 2;
 const CONTROL_SELECT: u32 = 1 << 3;
 const CONTROL_WRITE: u32 = 1 << 4;
 /// The length of a DMA request in guest memory: control, length, address, all big-endian.
-const REQUEST: u64 = 16;
+const REQUEST: usize = 16;
 
 /// A range of memory as told to firmware in `etc/e820`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,8 +130,8 @@ impl FwCfg {
 
     /// Carries out the DMA request at a guest-physical address and stores its outcome there.
     fn dma(&self, state: &mut State, address: u64) {
-        let Ok(request) = self.ram.view(address, REQUEST, Direction::ReadWrite) else { return };
-        let mut bytes = [0; REQUEST as usize];
+        let Ok(request) = self.ram.view(address, REQUEST as u64, Direction::ReadWrite) else { return };
+        let mut bytes = [0; REQUEST];
         if request.read_bytes(0, &mut bytes).is_err() {
             return;
         }
@@ -237,7 +237,7 @@ mod tests {
     }
 
     fn dma(device: &FwCfg, ram: &GuestRam, control: u32, length: u32, target: u64) -> u32 {
-        let view = ram.view(0x1000, REQUEST, Direction::ReadWrite).unwrap();
+        let view = ram.view(0x1000, REQUEST as u64, Direction::ReadWrite).unwrap();
         view.write(0, control.to_be()).unwrap();
         view.write(4, length.to_be()).unwrap();
         view.write(8, target.to_be()).unwrap();

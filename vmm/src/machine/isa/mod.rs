@@ -1,5 +1,17 @@
 //! The ISA bus below the PIIX3 and the devices on it.
 
 mod bus;
+mod calendar;
+mod debug_port;
+mod fw_cfg;
+mod i8042;
+mod port92;
+mod rtc;
 
+pub(super) use bus::IsaBus;
 pub use bus::{IrqLine, IsaDevice, PortRange};
+pub(super) use debug_port::{DebugPort, PostPort};
+pub(super) use fw_cfg::{FwCfg, MemoryRange};
+pub(super) use i8042::I8042;
+pub(super) use port92::Port92;
+pub(super) use rtc::{CENTURY_REGISTER, Rtc};

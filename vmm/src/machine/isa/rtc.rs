@@ -113,9 +113,9 @@ impl State {
         let hours = if self.get(register::B) & B_24_HOURS != 0 {
             self.encode(time.hour)
         } else {
-            let twelve = match time.hour.checked_rem(12) {
-                Some(hour @ 1..) => hour,
-                _ => 12,
+            let twelve = match time.hour % 12 {
+                0 => 12,
+                hour => hour,
             };
             self.encode(twelve) | if time.hour >= 12 { PM } else { 0 }
         };

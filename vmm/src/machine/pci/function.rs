@@ -79,6 +79,7 @@ pub trait PciFunction: Send + Sync {
     /// The guest writes to a window.
     fn window_write(&self, _window: u8, _offset: u64, _data: &[u8]) {}
 
-    /// RST#. Shared code has restored the configuration space to its reset values before.
+    /// RST#. Shared code has restored the configuration space to its reset values before;
+    /// [`command_changed`](Self::command_changed) is not called for that.
     fn reset(&self);
 }

@@ -37,17 +37,20 @@ pub struct InterruptPin {
     router: Arc<InterruptRouter>,
     slot: u8,
     function: u8,
+    /// How often a function was unplugged here before this one came.
+    unplugged: u32,
     pin: Pin,
 }
 
 impl InterruptPin {
     pub(in super::super) fn new(router: Arc<InterruptRouter>, slot: u8, function: u8, pin: Pin) -> Self {
-        Self { router, slot, function, pin }
+        let unplugged = router.unplugged(slot, function);
+        Self { router, slot, function, unplugged, pin }
     }
 
     /// Asserts or releases the pin. While the command register disables INTx#, nothing is driven but the level is kept
-    /// and shows in the interrupt status bit.
+    /// and shows in the interrupt status bit. Nothing happens once the function is unplugged.
     pub fn set(&self, asserted: bool) {
-        self.router.set_pin(self.slot, self.function, self.pin, asserted);
+        self.router.set_pin((self.slot, self.function, self.unplugged), self.pin, asserted);
     }
 }

@@ -7,8 +7,11 @@ mod function;
 mod intx;
 
 pub use bar::{Bar, BarKind};
+pub(super) use bus::PciBus;
+pub use bus::SlotFunction;
 pub use config_space::{
-    CONFIG_SPACE_SIZE, Command, ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, Written, header,
+    CONFIG_SPACE_SIZE, Command, ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, Register, Written,
+    header,
 };
 pub use function::{Doorbell, DoorbellId, PciFunction, Window};
 pub use intx::{InterruptPin, Pin};

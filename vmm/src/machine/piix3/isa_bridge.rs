@@ -21,7 +21,7 @@ const XBCS_KEYBOARD: u8 = 1 << 1;
 pub(in super::super) const PIRQRC: u16 = 0x60;
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(super) const REGISTERS: [Register; 22] = [
+pub(in super::super) const REGISTERS: [Register; 22] = [
     // IORT: ISA I/O recovery timer.
     Register { offset: 0x4C, reset: 0x4D, writable: 0xFF },
     // XBCS

@@ -131,13 +131,10 @@ impl Piix4Pm {
         }
     }
 
-    fn write_byte(&self, state: &mut State, window: u8, offset: u64, value: u8) {
+    /// Writes a byte; says whether that powers the machine off.
+    fn write_byte(state: &mut State, window: u8, offset: u64, value: u8) -> bool {
         match (window, offset) {
-            (WINDOW_PM, _) => {
-                if state.pm.write(offset, value) == Some(S5_SLEEP_TYPE) {
-                    self.host.power(PowerEvent::PowerOff);
-                }
-            }
+            (WINDOW_PM, _) => return state.pm.write(offset, value) == Some(S5_SLEEP_TYPE),
             (WINDOW_GPE0, 0) => state.gpe_status &= !u16::from(value),
             (WINDOW_GPE0, 1) => state.gpe_status &= !(u16::from(value) << 8),
             (WINDOW_GPE0, 2) => state.gpe_enable = state.gpe_enable & 0xFF00 | u16::from(value),
@@ -158,6 +155,7 @@ impl Piix4Pm {
             }
             _ => {}
         }
+        false
     }
 }
 
@@ -196,10 +194,15 @@ impl PciFunction for Piix4Pm {
     fn window_write(&self, window: u8, offset: u64, data: &[u8]) {
         let mut state = lock(&self.state);
         state.pm.set_time(self.host.monotonic());
+        let mut off = false;
         for (offset, byte) in (offset..).zip(data) {
-            self.write_byte(&mut state, window, offset, *byte);
+            off |= Self::write_byte(&mut state, window, offset, *byte);
         }
         self.update_sci(&state);
+        drop(state);
+        if off {
+            self.host.power(PowerEvent::PowerOff);
+        }
     }
 
     fn reset(&self) {

@@ -117,7 +117,8 @@ impl Connection {
         let Address { uid, name } = address;
         let no_machine = || ClientError::NoMachine { name: name.clone(), running: String::new() };
         let socket = packet::connect_to(&socket_name(*uid, name)).map_err(|error| match error.kind() {
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::InvalidInput => no_machine(),
+            io::ErrorKind::ConnectionRefused => no_machine(),
+            _ if error.raw_os_error() == Some(libc::ENAMETOOLONG) => no_machine(),
             _ => ClientError::Io(error),
         })?;
         let peer = packet::peer_uid(socket.as_fd())?;

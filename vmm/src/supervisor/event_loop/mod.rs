@@ -256,10 +256,7 @@ impl<'a> EventLoop<'a> {
                 continue;
             }
             let number = u8::try_from(number).unwrap_or_default();
-            if self.end.is_none() {
-                self.end = Some(End::Signal(number));
-            }
-            self.kill_all();
+            self.interrupt(End::Signal(number));
         }
     }
 
@@ -306,9 +303,14 @@ impl<'a> EventLoop<'a> {
     }
 
     fn force(&mut self, why: &str) {
-        if self.end.is_none() {
-            self.end = Some(End::Forced);
-            self.say(LogLevel::Info, why);
+        self.say(LogLevel::Info, why);
+        self.interrupt(End::Forced);
+    }
+
+    /// Ends the machine because somebody outside wants it. It must not start again then, whatever the guest did before.
+    fn interrupt(&mut self, end: End) {
+        if matches!(self.end, None | Some(End::Reset | End::Panicked)) {
+            self.end = Some(end);
         }
         self.kill_all();
     }

@@ -1,0 +1,20 @@
+//! The device program at work: driven by our own front end and a small virtio driver, by hostile drivers, and by QEMU.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss
+)]
+
+mod blk;
+mod console;
+mod driver;
+mod hostile;
+mod inflight;
+mod measure;
+mod messages;
+mod qemu;
+mod rng;
+mod supervised;

@@ -1,0 +1,265 @@
+//! The device program as its supervisor starts it: in a jail, sealed, under its policies.
+
+use std::fs::File;
+use std::io::{Read, Write, pipe};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::channel::message::{
+    BlkConfig, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, RngConfig, ToDevice,
+};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits, PolicyName};
+use bulkhead_ipc::log::LogLevel;
+use bulkhead_ipc::vhost_user::frontend::{BackendRequest, InflightMemory};
+
+use crate::blk::header;
+use crate::driver::{BUFFERS, Driver, PROGRAM, SIZE};
+
+const LIMIT: Duration = Duration::from_secs(10);
+const HEADER: u64 = 0xf0_0000;
+
+struct Supervised {
+    process: JailedProcess,
+    channel: Channel,
+    stream: Option<UnixStream>,
+    log: std::io::PipeReader,
+    listeners: Vec<OwnedFd>,
+}
+
+impl Supervised {
+    fn start(kind: &str, config: DeviceConfig, resources: &[&OwnedFd], enforcement: Enforcement) -> Self {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let (log, log_end) = pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let program = File::open(PROGRAM).unwrap();
+        let spec = JailSpec {
+            program: program.as_fd(),
+            arguments: &["bulkhead-device".to_owned(), kind.to_owned()],
+            channel: theirs.into_fd(),
+            log: log_end.as_fd(),
+            null: null.as_fd(),
+            // As the supervisor does it: io_uring's rings count as locked memory.
+            limits: Limits { file_size: None, locked: 8 << 20, ..Limits::default() },
+            identity: Identity::default(),
+        };
+        let mut process = jail::spawn(spec).unwrap();
+        drop(log_end);
+        process.confirm(LIMIT).unwrap();
+        let (stream, socket) = UnixStream::pair().unwrap();
+        let start = DeviceStart {
+            id: "id".into(),
+            machine: "machine".into(),
+            log: LogLevel::Info,
+            enforcement,
+            socket: FdIndex(0),
+            config,
+        };
+        let mut fds = vec![socket.as_fd()];
+        fds.extend(resources.iter().map(|fd| fd.as_fd()));
+        ours.send(&ToDevice::Start(start), &fds).unwrap();
+        drop(socket);
+        let mut this = Self { process, channel: ours, stream: Some(stream), log, listeners: Vec::new() };
+        match this.channel.recv::<FromDevice>(Some(LIMIT)) {
+            Ok((FromDevice::Ready { .. }, listeners)) => this.listeners = listeners,
+            other => panic!("{other:?}\n{}", this.ending()),
+        }
+        this
+    }
+
+    fn driver(&mut self, queues: u16) -> Driver {
+        Driver::new(self.stream.take().unwrap(), queues)
+    }
+
+    /// Ends the process; returns its exit and its log.
+    fn ending(&mut self) -> String {
+        let exit = self.process.wait();
+        let mut log = String::new();
+        self.log.read_to_string(&mut log).unwrap();
+        format!("{exit:?}: {log}")
+    }
+
+    fn stop(mut self) {
+        self.channel.send(&ToDevice::Stop, &[]).unwrap();
+        assert!(self.ending().starts_with("Ok(Code(0))"));
+    }
+
+    /// Private dirty memory, KiB.
+    fn private_dirty(&self) -> u64 {
+        let path = format!("/proc/{}/smaps_rollup", self.process.pid());
+        let rollup = std::fs::read_to_string(path).unwrap();
+        let line = rollup.lines().find(|line| line.starts_with("Private_Dirty")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+fn disk(size: u64) -> OwnedFd {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(size).unwrap();
+    file.into()
+}
+
+fn blk(queues: u16) -> DeviceConfig {
+    DeviceConfig::Blk(BlkConfig {
+        disk: FdIndex(1),
+        read_only: false,
+        serial: "1".into(),
+        queues,
+        logical_block_size: 512,
+    })
+}
+
+fn disk_requests(driver: &mut Driver, queues: u16) {
+    for queue in 0..usize::from(queues) {
+        for (kind, data) in
+            [(0, vec![(BUFFERS, 65536, true)]), (1, vec![(BUFFERS, 4096, false)]), (4, vec![])]
+        {
+            driver.put(HEADER, &header(kind, 0));
+            let buffers = [vec![(HEADER, 16, false)], data, vec![(BUFFERS + 0x10_0000, 1, true)]].concat();
+            driver.run(queue, &buffers);
+            assert_eq!(driver.get(BUFFERS + 0x10_0000, 1), [0]);
+        }
+        for kind in [11, 13] {
+            driver.put(
+                HEADER,
+                &[header(kind, 0), 0u64.to_le_bytes().to_vec(), 8u64.to_le_bytes().to_vec()].concat(),
+            );
+            driver.run(queue, &[(HEADER, 32, false), (BUFFERS + 0x10_0000, 1, true)]);
+            assert_eq!(driver.get(BUFFERS + 0x10_0000, 1), [0]);
+        }
+    }
+}
+
+#[test]
+fn a_jailed_disk_serves_everything_its_policy_allows() {
+    for enforcement in [Enforcement::Supervised, Enforcement::Standalone] {
+        let image = disk(16 << 20);
+        let mut process = Supervised::start("blk", blk(2), &[&image], enforcement);
+        if enforcement == Enforcement::Supervised {
+            assert_eq!(process.listeners.len(), 3, "main thread and two queues");
+        }
+        let mut driver = Driver::unstarted(process.stream.take().unwrap(), 2);
+        driver.set_up(1 << 29, u64::MAX);
+        let memory: InflightMemory = driver.frontend.get_inflight(2, SIZE).unwrap().unwrap();
+        driver.start(Some(&memory));
+        disk_requests(&mut driver, 2);
+        driver.frontend.get_vring_base(0).unwrap();
+        driver.frontend.get_vring_base(1).unwrap();
+        driver.frontend.set_memory(&[]).unwrap();
+        process.stop();
+    }
+}
+
+#[test]
+fn a_jailed_entropy_device_serves() {
+    let source = File::open("/dev/urandom").unwrap().into();
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let mut process = Supervised::start("rng", config, &[&source], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    assert_eq!(driver.run(0, &[(BUFFERS, 64, true)]), 64);
+    assert_ne!(driver.get(BUFFERS, 64), vec![0; 64]);
+    process.stop();
+}
+
+#[test]
+fn a_jailed_console_changes_its_peer_and_its_size() {
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: Some((100, 30)) });
+    let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
+    let mut driver = process.driver(2);
+    driver.put(BUFFERS, b"before");
+    driver.run(1, &[(BUFFERS, 6, false)]);
+
+    for round in 0..2 {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        process.channel.send(&ToDevice::Attach, &[theirs.as_fd()]).unwrap();
+        drop(theirs);
+        if round == 0 {
+            let mut seen = [0; 6];
+            ours.read_exact(&mut seen).unwrap();
+            assert_eq!(&seen, b"before", "what was said to nobody waits for the first peer");
+        }
+        ours.write_all(b"typed").unwrap();
+        assert_eq!(driver.run(0, &[(BUFFERS, 64, true)]), 5);
+        assert_eq!(driver.get(BUFFERS, 5), b"typed");
+        driver.put(BUFFERS, b"shown");
+        driver.run(1, &[(BUFFERS, 5, false)]);
+        let mut seen = [0; 5];
+        ours.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"shown");
+    }
+
+    let mut size = [0; 4];
+    driver.frontend.get_config(0, &mut size).unwrap();
+    assert_eq!(size, [100, 0, 30, 0]);
+    let mut requests = driver.frontend.open_backend_requests().unwrap();
+    process.channel.send(&ToDevice::Resize { columns: 132, rows: 50 }, &[]).unwrap();
+    assert!(matches!(requests.receive().unwrap(), BackendRequest::ConfigChange));
+    driver.frontend.get_config(0, &mut size).unwrap();
+    assert_eq!(size, [132, 0, 50, 0]);
+    process.stop();
+}
+
+#[test]
+fn a_device_ends_with_its_front_end_and_with_its_supervisor() {
+    let image = disk(1 << 20);
+    let mut process = Supervised::start("blk", blk(1), &[&image], Enforcement::Supervised);
+    drop(process.stream.take());
+    let ending = process.ending();
+    assert!(ending.starts_with("Ok(Code(0))") && ending.contains("front end has closed"), "{ending}");
+
+    let Supervised { mut process, channel, stream, .. } =
+        Supervised::start("blk", blk(1), &[&image], Enforcement::Supervised);
+    drop(channel);
+    assert_eq!(process.wait().unwrap(), jail::Exit::Code(0));
+    drop(stream);
+}
+
+#[test]
+fn a_start_that_cannot_be_served_says_why() {
+    let image = disk(1 << 20);
+    let (ours, theirs) = Channel::pair().unwrap();
+    let (mut log, log_end) = pipe().unwrap();
+    let null = File::open("/dev/null").unwrap();
+    let program = File::open(PROGRAM).unwrap();
+    let spec = JailSpec {
+        program: program.as_fd(),
+        arguments: &["bulkhead-device".to_owned(), "rng".to_owned()],
+        channel: theirs.into_fd(),
+        log: log_end.as_fd(),
+        null: null.as_fd(),
+        limits: Limits::default(),
+        identity: Identity::default(),
+    };
+    let mut process = jail::spawn(spec).unwrap();
+    drop(log_end);
+    process.confirm(LIMIT).unwrap();
+    let (_stream, socket) = UnixStream::pair().unwrap();
+    let start = DeviceStart {
+        id: "id".into(),
+        machine: "machine".into(),
+        log: LogLevel::Info,
+        enforcement: Enforcement::Supervised,
+        socket: FdIndex(0),
+        config: blk(1),
+    };
+    ours.send(&ToDevice::Start(start), &[socket.as_fd(), image.as_fd()]).unwrap();
+    assert_eq!(process.wait().unwrap(), jail::Exit::Code(1));
+    let mut lines = String::new();
+    log.read_to_string(&mut lines).unwrap();
+    assert!(lines.contains("started as rng"), "{lines}");
+}
+
+#[test]
+fn an_idle_device_has_little_memory_of_its_own() {
+    let image = disk(1 << 20);
+    let mut process = Supervised::start("blk", blk(1), &[&image], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    disk_requests(&mut driver, 1);
+    let kib = process.private_dirty();
+    println!("private dirty memory of a disk's process: {kib} KiB");
+    // The debug program's relocations alone are more than the release program's whole.
+    let most = if cfg!(debug_assertions) { 2000 } else { 400 };
+    assert!(kib < most, "{kib} KiB");
+    let _ = PolicyName::BlkMain;
+}

@@ -1,0 +1,98 @@
+//! A guest that does anything at all.
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Clone, Debug)]
+enum Access {
+    Read(Space, u64, usize),
+    Write(Space, u64, Vec<u8>),
+    Config((u64, u64), u64, Vec<u8>),
+    Reset,
+}
+
+fn space() -> impl Strategy<Value = Space> {
+    prop_oneof![Just(Space::Port), Just(Space::Memory)]
+}
+
+fn address() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        any::<u64>(),
+        0_u64..0x1_0010,
+        0xAFE0_u64..0xAFF0,
+        0x600_u64..0x650,
+        Just(u64::MAX),
+        u64::MAX - 9..=u64::MAX,
+        RAM - 8..RAM + 8,
+        0xE000_0000_u64..0xE001_0000,
+        prop_oneof![Just(0x510), Just(0x511), Just(0x514), Just(0x518), Just(0x70), Just(0x71), Just(0x64)],
+    ]
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    prop_oneof![
+        4 => (space(), address(), 0_usize..17).prop_map(|(space, address, size)| Access::Read(space, address, size)),
+        4 => (space(), address(), proptest::collection::vec(any::<u8>(), 0..17))
+            .prop_map(|(space, address, data)| Access::Write(space, address, data)),
+        4 => ((0_u64..32, 0_u64..8), 0_u64..256, proptest::collection::vec(any::<u8>(), 1..5))
+            .prop_map(|(at, register, data)| Access::Config(at, register, data)),
+        1 => Just(Access::Reset),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn no_sequence_of_accesses_panics(accesses in proptest::collection::vec(access(), 1..200)) {
+        let (_, machine) = machine(2);
+        for slot in 2..5 {
+            machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
+        }
+        machine.assign_resources();
+        for access in accesses {
+            match access {
+                Access::Read(space, address, size) => machine.read(space, address, &mut vec![0; size]),
+                Access::Write(space, address, data) => machine.write(space, address, &data),
+                Access::Config(at, register, data) => {
+                    select(&machine, at.0, at.1, register);
+                    machine.write(Space::Port, 0xCFC + (register & 3), &data);
+                }
+                Access::Reset => machine.reset(),
+            }
+        }
+    }
+
+    #[test]
+    fn what_nobody_claims_reads_all_ones(address in 0x0010_0000_0000_u64..u64::MAX, size in 0_usize..17) {
+        let (_, machine) = machine(1);
+        let mut data = vec![0; size];
+        machine.read(Space::Memory, address, &mut data);
+        prop_assert_eq!(data, vec![0xFF; size]);
+    }
+}
+
+#[test]
+fn several_vcpus_move_bars_at_once() {
+    let (host, machine) = machine(4);
+    for slot in 2..6 {
+        machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        for slot in 2..6_u64 {
+            let machine = &machine;
+            scope.spawn(move || {
+                for round in 0..200 {
+                    // The latch is shared, as on hardware: these may hit each other's function.
+                    config_write(machine, (slot, 0), 0x10, 4, 0xE000_0000 + slot * 0x1000 + round % 3);
+                    config_write(machine, (slot, 0), 4, 2, round & 7);
+                    read(machine, Space::Memory, 0xE000_0000 + slot * 0x1000, 4);
+                }
+            });
+        }
+    });
+    // Whatever came last, what the host was told is what the tree says.
+    assert_eq!(host.recorded().doorbells, machine.view.load().doorbells);
+    assert_eq!(machine.view.load().generation, machine.topology.generation());
+}

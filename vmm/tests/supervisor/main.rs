@@ -1,0 +1,29 @@
+//! The supervisor on real processes: this program plays the core and the devices behind the real `bulkhead`.
+//!
+//! `cargo test -p bulkhead-vmm --test supervisor -- [WORD]…` runs the cases whose name contains one of the words.
+//! It contains unsafe code: stand-ins that do what a process must not.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod api;
+mod harness;
+mod hosts;
+mod launch;
+mod stand_in;
+mod streams;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.first() {
+        Some(title) if title.starts_with("bulkhead-vmm[") => return stand_in::core(),
+        Some(title) if title.starts_with("bulkhead-device[") => return stand_in::device(),
+        _ => {}
+    }
+    let words: Vec<&String> =
+        arguments.iter().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    for (name, case) in [launch::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
+        if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
+            case();
+            println!("{name} ... ok");
+        }
+    }
+}

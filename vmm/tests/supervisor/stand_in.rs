@@ -1,0 +1,179 @@
+//! A core and devices that behave as their command line or id says.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::exit;
+use std::time::Duration;
+
+use bulkhead_ipc::channel::message::{
+    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, MachineEnd, ToCore, ToDevice,
+};
+use bulkhead_ipc::channel::{Channel, ChannelError};
+use bulkhead_ipc::jail::{self, PolicyName};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use serde::de::DeserializeOwned;
+
+struct Control {
+    channel: Channel,
+    epoll: Epoll,
+}
+
+impl Control {
+    fn new() -> Self {
+        let channel = Channel::from_fd(jail::enter().unwrap());
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        epoll.add(&channel, EpollEvent::new(EpollFlags::EPOLLIN, 0)).unwrap();
+        Self { channel, epoll }
+    }
+
+    /// Waits only with what every policy allows.
+    fn recv<M: DeserializeOwned>(&self) -> (M, Vec<OwnedFd>) {
+        loop {
+            let mut events = [EpollEvent::empty()];
+            self.epoll.wait(&mut events, EpollTimeout::NONE).unwrap();
+            match self.channel.recv(Some(Duration::ZERO)) {
+                Ok(message) => return message,
+                Err(ChannelError::Deadline) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    fn ready<M: serde::Serialize>(
+        &self,
+        main: PolicyName,
+        fds: &[OwnedFd],
+        ready: impl Fn(Vec<PolicyName>) -> M,
+    ) {
+        let mut expected: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        expected.extend([self.channel.as_fd(), self.epoll.0.as_fd()]);
+        let sealed = jail::seal(main, &expected).unwrap();
+        self.channel.send(&ready(sealed.policies()), &sealed.descriptors()).unwrap();
+    }
+}
+
+/// Does what `word` says; false when it is no such word.
+fn misbehave(word: &str) -> bool {
+    match word {
+        "crash" => {
+            let nowhere = std::hint::black_box(std::ptr::null_mut::<u8>());
+            // SAFETY: none; this is the crash.
+            unsafe { nowhere.write_volatile(1) }
+        }
+        "panic" => panic!("as told"),
+        "exit" => exit(9),
+        "violate" => {
+            // SAFETY: the call has no effect; the policy does not allow it.
+            unsafe { libc::syscall(libc::SYS_sethostname, c"x".as_ptr(), 1) };
+        }
+        "flood" => {
+            for number in 0..20_000 {
+                let _full = writeln!(io::stderr(), "INFO stand-in: line {number} \u{1b}[31m");
+            }
+        }
+        _ => return false,
+    }
+    true
+}
+
+pub fn core() {
+    let control = Control::new();
+    let (message, fds) = control.recv::<ToCore>();
+    let ToCore::Start(start) = message else { panic!("{message:?}") };
+    let CoreStart { cmdline, devices, .. } = start;
+    jail::set_enforcement(start.enforcement);
+    let words: Vec<&str> = cmdline.split_whitespace().collect();
+    let at_stop = if words.contains(&"reset-at-stop") { MachineEnd::Reset } else { MachineEnd::PowerOff };
+    if words.contains(&"silent") {
+        loop {
+            drop(control.recv::<ToCore>());
+        }
+    }
+    control.ready(PolicyName::CoreMain, &fds, |policies| FromCore::Ready { policies });
+    // The others become ready meanwhile; sleeping is not allowed.
+    control.epoll.wait(&mut [EpollEvent::empty()], 150u8).unwrap();
+    for word in words {
+        let say = |message: FromCore| control.channel.send(&message, &[]).unwrap();
+        match word {
+            "poweroff" => say(FromCore::Ended(MachineEnd::PowerOff)),
+            "reset" => say(FromCore::Ended(MachineEnd::Reset)),
+            "panicked" => say(FromCore::Ended(MachineEnd::Panicked)),
+            "failed" => say(FromCore::Ended(MachineEnd::Failed("KVM_RUN\u{1b}[2J".to_owned()))),
+            "device-failed" => {
+                let id = devices.first().unwrap().id.clone();
+                say(FromCore::DeviceFailed { id, reason: "no answer".to_owned() });
+            }
+            word => drop(misbehave(word)),
+        }
+    }
+    loop {
+        if control.recv::<ToCore>().0 == ToCore::Stop {
+            control.channel.send(&FromCore::Ended(at_stop.clone()), &[]).unwrap();
+        }
+    }
+}
+
+pub fn device() {
+    let control = Control::new();
+    let (message, fds) = control.recv::<ToDevice>();
+    let ToDevice::Start(start) = message else { panic!("{message:?}") };
+    let DeviceStart { id, enforcement, config, socket, .. } = start;
+    jail::set_enforcement(enforcement);
+    let mut fds = Descriptors::from(fds);
+    let mut kept = vec![fds.take(socket).unwrap()];
+    let policy = match config {
+        DeviceConfig::Blk(blk) => {
+            kept.push(fds.take(blk.disk).unwrap());
+            PolicyName::BlkMain
+        }
+        DeviceConfig::Rng(rng) => {
+            kept.push(fds.take(rng.source).unwrap());
+            PolicyName::RngMain
+        }
+        DeviceConfig::Console(console) => {
+            kept.extend(
+                [console.input, console.output].into_iter().flatten().map(|fd| fds.take(fd).unwrap()),
+            );
+            PolicyName::ConsoleMain
+        }
+        DeviceConfig::Uart(uart) => {
+            if let Some(output) = uart.output {
+                let mut output = File::from(fds.take(output).unwrap());
+                output.write_all(b"hello from the serial port\r\n").unwrap();
+                kept.push(output.into());
+            }
+            kept.extend(uart.input.map(|input| fds.take(input).unwrap()));
+            PolicyName::UartMain
+        }
+    };
+    fds.finish().unwrap();
+    if id == "early" {
+        exit(5);
+    }
+    if id == "refuses" {
+        control.channel.send(&FromDevice::Failed("bad disk".to_owned()), &[]).unwrap();
+        exit(1);
+    }
+    control.ready(policy, &kept, |policies| FromDevice::Ready { policies });
+    misbehave(&id);
+    let mut peers = Vec::new();
+    loop {
+        match control.recv::<ToDevice>() {
+            (ToDevice::Stop, _) if id == "stubborn" => {}
+            (ToDevice::Stop, _) => exit(0),
+            (ToDevice::Attach, fds) => {
+                let mut peer = UnixStream::from(fds.into_iter().next().unwrap());
+                peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();
+                peers.push(peer);
+            }
+            (ToDevice::Resize { columns, rows }, _) => {
+                for peer in &mut peers {
+                    let _gone = peer.write_all(format!("size {columns}x{rows}\r\n").as_bytes());
+                }
+            }
+            (ToDevice::Start(_), _) => panic!("twice"),
+        }
+    }
+}
