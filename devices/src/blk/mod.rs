@@ -1,10 +1,10 @@
 //! virtio-blk over a raw image or a block device (virtio 1.2, 5.2).
 //!
-//! - [`config`]: features and configuration space;
-//! - [`request`]: what a request says;
-//! - [`queue`]: a queue on its thread, driven by io_uring;
-//! - [`engine`]: io_uring, restricted to a disk's operations;
-//! - [`errors`]: what the log hears of failed requests.
+//! - `config`: features and configuration space;
+//! - `request`: what a request says;
+//! - `queue`: a queue on its thread, driven by io_uring;
+//! - `engine`: io_uring, restricted to a disk's operations;
+//! - `errors`: what the log hears of failed requests.
 
 mod config;
 mod engine;

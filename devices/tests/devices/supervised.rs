@@ -10,7 +10,7 @@ use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::channel::message::{
     BlkConfig, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, RngConfig, ToDevice,
 };
-use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits, PolicyName};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits};
 use bulkhead_ipc::log::LogLevel;
 use bulkhead_ipc::vhost_user::frontend::{BackendRequest, InflightMemory};
 
@@ -261,5 +261,4 @@ fn an_idle_device_has_little_memory_of_its_own() {
     // The debug program's relocations alone are more than the release program's whole.
     let most = if cfg!(debug_assertions) { 2000 } else { 400 };
     assert!(kib < most, "{kib} KiB");
-    let _ = PolicyName::BlkMain;
 }

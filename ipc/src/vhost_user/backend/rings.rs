@@ -29,7 +29,7 @@ pub(super) struct QueueState {
     addresses: Option<[u64; 3]>,
     kick: Option<SharedFd>,
     call: CallSlot,
-    error: Option<SharedFd>,
+    error: CallSlot,
     enabled: bool,
     running: bool,
 }
@@ -149,7 +149,7 @@ impl Daemon {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Answer, Refusal> {
         let (index, descriptor) = vring_fd(payload, descriptors)?;
-        self.queue(index)?.1.error = descriptor.map(Arc::new);
+        self.queue(index)?.1.error.store(descriptor.map(Arc::new));
         Ok(Answer::Done)
     }
 
@@ -265,8 +265,8 @@ impl Daemon {
         for number in ran {
             if let Err(refusal) = self.start_if_ready(number) {
                 warn!(queue = number, %refusal, "a ring cannot go on after a change of the set-up");
-                let error = self.queues.get(usize::from(number)).and_then(|queue| queue.error.clone());
-                if let Some(error) = error {
+                let error = self.queues.get(usize::from(number)).map(|queue| queue.error.clone());
+                if let Some(error) = error.and_then(|slot| slot.load_full()) {
                     let _ = write(&error, &1u64.to_ne_bytes());
                 }
             }

@@ -57,7 +57,7 @@ pub enum VringError {
 /// Largest split ring there can be, entries (virtio 1.2, 2.7).
 const MAX_SIZE: u16 = 32768;
 
-/// The call descriptor of a ring, shared between its worker and the control thread.
+/// The call or error descriptor of a ring, shared between its worker and the control thread.
 pub type CallSlot = Arc<ArcSwapOption<OwnedFd>>;
 
 /// What a ring needs to run. Addresses are guest-physical.
@@ -84,7 +84,7 @@ pub struct VringSetup {
     /// The driver is interrupted through this; without it it polls. The control thread may change it at any time.
     pub call: CallSlot,
     /// The front end learns here that the ring is broken.
-    pub error: Option<Arc<OwnedFd>>,
+    pub error: CallSlot,
 }
 
 /// A running ring.
@@ -315,7 +315,7 @@ impl Vring {
         }
         self.broken = true;
         warn!(queue = self.setup.index, %error, "the guest broke a ring; it stays stopped until it is set up anew");
-        if let Some(descriptor) = &self.setup.error {
+        if let Some(descriptor) = self.setup.error.load().as_deref() {
             let _ = write(descriptor, &1u64.to_ne_bytes());
         }
     }
