@@ -14,6 +14,7 @@ use bulkhead_ipc::channel::message::{
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
+use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::pipe2;
@@ -129,6 +130,8 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if disk.readonly => Some(0),
             Self::Blk(disk) => Some(disk.size),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
+            // The shadow page of its readable registers.
+            Self::Uart(_) => Some(SHADOW_SIZE as u64),
             _ => Some(0),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.

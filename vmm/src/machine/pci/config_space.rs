@@ -435,3 +435,97 @@ fn get<const N: usize>(bytes: &[u8], offset: u16) -> [u8; N] {
     }
     data
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn builder() -> ConfigSpaceBuilder {
+        ConfigSpaceBuilder::new(Identity { vendor: 0x1AF4, device: 0x1042, ..Identity::default() })
+    }
+
+    #[test]
+    fn capabilities_are_a_list_from_offset_40() {
+        let mut builder = builder();
+        assert_eq!(builder.capability(0x09, &[0; 14], &[]), Ok(0x40));
+        assert_eq!(builder.capability(0x11, &[3, 0, 0, 0, 0], &[0, 0xC0]), Ok(0x50));
+        let config = builder.build();
+        assert_eq!(config.get_u16(header::STATUS) & 0x10, 0x10);
+        assert_eq!(config.get_u8(header::CAPABILITIES), 0x40);
+        assert_eq!((config.get_u16(0x40), config.get_u16(0x50)), (0x5009, 0x0011));
+        config.write(0x52, &[0xFF, 0xFF]);
+        assert_eq!(config.get_u16(0x52), 0xC003);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let mut builder = builder();
+        assert!(builder.register(0xFF, &[0, 0], &[]).is_err());
+        assert!(builder.capability(0x09, &[0; 200], &[]).is_err());
+        assert_eq!(
+            builder.bar(5, BarKind::Memory64 { prefetchable: false }, 16).err(),
+            Some(ConfigError::BadBar(5))
+        );
+        builder.bar(1, BarKind::Memory64 { prefetchable: false }, 16).unwrap();
+        for taken in [1, 2] {
+            assert_eq!(builder.bar(taken, BarKind::Io, 16).err(), Some(ConfigError::BadBar(taken)));
+        }
+        assert_eq!(
+            builder.bar(0, BarKind::Memory64 { prefetchable: false }, 16).err(),
+            Some(ConfigError::BadBar(0))
+        );
+        for (kind, size) in
+            [(BarKind::Io, 512), (BarKind::Io, 2), (BarKind::Memory32, 24), (BarKind::Memory32, 8)]
+        {
+            assert_eq!(builder.bar(0, kind, size).err(), Some(ConfigError::BadBarSize { kind, size }));
+        }
+    }
+
+    #[test]
+    fn status_bits_are_cleared_by_ones() {
+        let config = builder().build();
+        config.set(header::STATUS, &[0x10, 0xF9]);
+        config.write(header::STATUS, &[0xFF, 0x81]);
+        assert_eq!(config.get_u16(header::STATUS), 0x7810);
+    }
+
+    #[test]
+    fn writes_say_what_they_changed() {
+        let mut builder = builder();
+        builder.bar(0, BarKind::Memory32, 0x1000).unwrap();
+        let config = builder.build();
+        let written = |command, decode| Written { command, decode };
+        assert_eq!(config.write(header::COMMAND, &[0x04]), written(true, false));
+        assert_eq!(config.write(header::COMMAND, &[0x06]), written(true, true));
+        assert_eq!(config.write(header::COMMAND, &[0x06]), written(false, false));
+        assert_eq!(config.write(header::BAR0, &[0xFF, 0x0F]), written(false, false));
+        assert_eq!(config.write(header::BAR0, &[0xFF, 0x1F]), written(false, true));
+        assert_eq!(config.bars().first().map(|bar| bar.address), Some(0x1000));
+    }
+
+    proptest! {
+        #[test]
+        fn guests_change_writable_bits_only(
+            writes in proptest::collection::vec((0_u16..300, proptest::collection::vec(any::<u8>(), 0..9)), 0..50)
+        ) {
+            let mut builder = builder();
+            builder.bar(0, BarKind::Memory64 { prefetchable: true }, 1 << 20).unwrap();
+            builder.bar(4, BarKind::Io, 32).unwrap();
+            let (config, fresh) = (builder.build(), builder.build());
+            for (offset, data) in &writes {
+                config.write(*offset, data);
+            }
+            for offset in 0..256 {
+                let (writable, _) = config.writable(offset);
+                prop_assert_eq!((config.get_u8(offset) ^ fresh.get_u8(offset)) & !writable, 0);
+            }
+            prop_assert_eq!(config.command().0, config.get_u16(header::COMMAND));
+            config.reset();
+            for offset in 0..256 {
+                prop_assert_eq!(config.get_u8(offset), fresh.get_u8(offset));
+            }
+        }
+    }
+}

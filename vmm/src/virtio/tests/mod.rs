@@ -3,6 +3,7 @@
 mod driver;
 mod interrupts;
 mod lifecycle;
+mod on_the_bus;
 mod own_daemon;
 mod peer;
 mod random;

@@ -1,0 +1,100 @@
+//! The function in a machine: reached through configuration mechanism #1 and the memory map, interrupting through the PIIX3.
+
+use crate::machine::pci::DoorbellId;
+use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, PowerEvent, Space};
+
+use super::*;
+
+const SLOT: u8 = 3;
+
+#[derive(Default)]
+struct Recorder {
+    irqs: Mutex<BTreeMap<u8, bool>>,
+    doorbells: Mutex<Vec<MappedDoorbell>>,
+}
+
+impl Host for Recorder {
+    fn set_irq(&self, gsi: u8, level: bool) {
+        self.irqs.lock().unwrap().insert(gsi, level);
+    }
+
+    fn power(&self, event: PowerEvent) {
+        panic!("{event:?}");
+    }
+
+    fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
+        *self.doorbells.lock().unwrap() = doorbells.to_vec();
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn wall_clock(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+fn select(machine: &Machine, offset: u16) {
+    let address = 0x8000_0000 | u32::from(SLOT) << 11 | u32::from(offset & 0xFC);
+    machine.write(Space::Port, 0xCF8, &address.to_le_bytes());
+}
+
+fn config_read(machine: &Machine, offset: u16) -> u32 {
+    select(machine, offset);
+    let mut data = [0; 4];
+    machine.read(Space::Port, 0xCFC, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn config_write(machine: &Machine, offset: u16, data: &[u8]) {
+    select(machine, offset);
+    machine.write(Space::Port, 0xCFC + u64::from(offset & 3), data);
+}
+
+#[test]
+fn the_guest_reaches_it_through_the_chipset() {
+    let (scaffold, peer) = scaffold();
+    let host = Arc::new(Recorder::default());
+    let config = MachineConfig { cpus: 1, address_bits: 40 };
+    let machine = Machine::new(config, scaffold.ram.clone(), Arc::clone(&host) as Arc<dyn Host>).unwrap();
+    let pin = machine.attach_pci(SLOT, Arc::clone(&scaffold.device) as _).unwrap();
+    scaffold.device.connect_pin(Arc::new(pin));
+    machine.assign_resources();
+
+    assert_eq!(config_read(&machine, 0), 0x1042_1AF4);
+    let bar = u64::from(config_read(&machine, 0x10) & !0xF);
+    assert_ne!(bar, 0);
+    let seen: Vec<_> = host.doorbells.lock().unwrap().iter().map(|bell| (bell.id, bell.address)).collect();
+    assert_eq!(seen, [(DoorbellId(0), bar + 0x3000), (DoorbellId(1), bar + 0x3004)]);
+
+    let mut queues = [0; 2];
+    machine.read(Space::Memory, bar + 0x12, &mut queues);
+    assert_eq!(queues, [2, 0]);
+    // A 64-bit access to a 64-bit field.
+    machine.write(Space::Memory, bar + 0x20, &0x0000_0001_2345_6780u64.to_le_bytes());
+    let mut ring = [0; 8];
+    machine.read(Space::Memory, bar + 0x20, &mut ring);
+    assert_eq!(ring, 0x0000_0001_2345_6780u64.to_le_bytes());
+    // The same through the window.
+    let window = scaffold.driver.window;
+    config_write(&machine, window + 4, &[0]);
+    config_write(&machine, window + 8, &0x20u32.to_le_bytes());
+    config_write(&machine, window + 12, &4u32.to_le_bytes());
+    assert_eq!(config_read(&machine, window + 16), 0x2345_6780);
+
+    // Bus master starts the queues, the pin arrives at an IRQ, reading the ISR status releases it.
+    config_write(&machine, 4, &6u16.to_le_bytes());
+    scaffold.driver.start();
+    peer.call(0);
+    let irq = u8::try_from(config_read(&machine, 0x3C) & 0xFF).unwrap();
+    let level = || host.irqs.lock().unwrap().get(&irq).copied().unwrap_or(false);
+    wait_until(&scaffold.device, level);
+    assert_ne!(config_read(&machine, 4) & 1 << 19, 0, "interrupt status");
+    let mut isr = [0];
+    machine.read(Space::Memory, bar + 0x1000, &mut isr);
+    assert_eq!(isr, [1]);
+    assert!(!level());
+    machine.reset();
+    assert_eq!(scaffold.driver.status(), 0);
+}
