@@ -60,6 +60,7 @@ fn core_failed() {
     let run = Bench::new().run("", "failed");
     assert_eq!(run.code, 4);
     assert!(run.err.contains("core: KVM_RUN\\u{1b}[2J"), "{}", run.err);
+    assert_eq!(run.err.matches("error: ").count(), 1, "{}", run.err);
     let run = Bench::new().run("--disk path=a.img", "device-failed");
     assert_eq!(run.code, 4);
     assert!(run.err.contains("device disk0 failed: no answer"), "{}", run.err);

@@ -92,7 +92,13 @@ impl EventLoop<'_> {
         let id = self.processes.get(index).map(|process| process.id.clone()).unwrap_or_default();
         match message {
             Message::Ready(policies, listeners) => self.ready(index, &id, &policies, listeners),
-            Message::Ended(end) => self.ended(end),
+            Message::Ended(MachineEnd::Failed(reason)) => {
+                if let Some(process) = self.processes.get_mut(index) {
+                    process.explained = true;
+                }
+                self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
+            }
+            Message::Ended(end) => self.ended(&end),
             Message::DeviceFailed { id: device, reason } => {
                 let (device, reason) = (harmless(&device), harmless(&reason));
                 self.fail(ExitCode::Process, &format!("device {device} failed: {reason}"));
@@ -150,15 +156,13 @@ impl EventLoop<'_> {
     }
 
     /// The core says that the machine ended.
-    fn ended(&mut self, end: MachineEnd) {
+    fn ended(&mut self, end: &MachineEnd) {
         let (end, level, text) = match end {
             MachineEnd::PowerOff => (End::PowerOff, LogLevel::Info, "the guest powered off".to_owned()),
             MachineEnd::Reset => (End::Reset, LogLevel::Info, "the guest reset the machine".to_owned()),
             MachineEnd::Panicked => (End::Panicked, LogLevel::Error, "the guest panicked".to_owned()),
-            MachineEnd::Failed(reason) => {
-                self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
-                return;
-            }
+            // Reported by the caller.
+            MachineEnd::Failed(_) => return,
         };
         if self.end.is_some() {
             return;
