@@ -8,6 +8,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -19,6 +21,9 @@ use super::doctor::kvm::{self, KvmError};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
+/// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why the host's side is not as the configuration says.
 #[derive(Debug, Error)]
@@ -326,7 +331,15 @@ fn lock(file: &File, readonly: bool) -> Result<(), Errno> {
         l_len: 0,
         l_pid: 0,
     };
-    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+    // A disk process that was killed a moment ago may still have its image open: the kernel takes io_uring's files
+    // down after the process itself.
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => thread::sleep(LOCK_INTERVAL),
+            other => return other.map(drop),
+        }
+    }
 }
 
 fn open_device(path: &str, write: bool) -> Result<File, ResourceError> {
