@@ -103,7 +103,7 @@ fn descriptors(context: &Context, process: &Process, title: &str) -> Outcome {
         } else if target == "/dev/null" {
             *number == 0
         } else if target == "/dev/kvm" || target.starts_with("anon_inode:kvm") {
-            is("core")
+            is("bulkhead-vmm")
         } else if target.starts_with("anon_inode:") {
             true
         } else if target.starts_with("/memfd:") {
