@@ -71,7 +71,7 @@ const REFUSALS: &[Refusal] = &[
         "disk twice",
         &["--kernel", "%", "--disk", "path=@/disk", "--disk", "path=@/disk"],
         exit::USAGE,
-        &["lock"],
+        &["already"],
     ),
     refusal(
         "two devices with one id",
