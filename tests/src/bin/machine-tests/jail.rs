@@ -103,12 +103,14 @@ fn descriptors(context: &Context, process: &Process, title: &str) -> Outcome {
         } else if target == "/dev/null" {
             *number == 0
         } else if target == "/dev/kvm" || target.starts_with("anon_inode:kvm") {
-            is("core")
+            is("bulkhead-vmm")
         } else if target.starts_with("anon_inode:") {
             true
-        } else if target.starts_with("/memfd:") {
+        } else if target.starts_with("/memfd:guest-ram") {
             // The UART is reached register by register and holds no guest memory.
             !is("serial")
+        } else if target.starts_with("/memfd:inflight") || target.starts_with("/memfd:shadow") {
+            true
         } else if target == "/dev/urandom" {
             is("rng")
         } else if target.contains("data.ext4") {
