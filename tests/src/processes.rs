@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use crate::harness::Outcome;
 
+/// Names of the shared memory objects that hold guest RAM: ours, and QEMU's.
+const RAM: [&str; 2] = ["/memfd:guest-ram", "/memfd:memory-backend-memfd"];
+
 /// A process, told apart from a later one with the same number by its start time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
@@ -78,8 +81,8 @@ impl Process {
         Ok(link.display().to_string())
     }
 
-    /// Proportional and private dirty memory in KiB (`/proc/PID/smaps_rollup`), without shared memory objects: guest RAM
-    /// is a memfd and counts apart.
+    /// Proportional and private dirty memory in KiB (`/proc/PID/smaps_rollup`), without guest RAM,
+    /// which is a memfd of its own and counts apart.
     pub fn memory_without_ram(&self) -> Outcome<(u64, u64)> {
         let path = self.file("smaps");
         let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -89,7 +92,7 @@ impl Process {
             match first {
                 "Pss:" if counted => proportional += kib(line),
                 "Private_Dirty:" if counted => dirty += kib(line),
-                _ if !first.ends_with(':') => counted = !line.contains("/memfd:"),
+                _ if !first.ends_with(':') => counted = !RAM.iter().any(|name| line.contains(name)),
                 _ => {}
             }
         }

@@ -1,8 +1,10 @@
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use crate::driver::{
-    BUFFERS, Driver, EVENT_IDX, INDIRECT, INDIRECT_DESC, PROGRAM, SIZE, Service, put_descriptor,
+    BUFFERS, Driver, EVENT_IDX, INDIRECT, INDIRECT_DESC, PROGRAM, Random, SIZE, Service, header,
+    put_descriptor,
 };
 
 const READ: u32 = 0;
@@ -16,22 +18,6 @@ const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 const STATUS: u64 = 0xe0_0000;
 const HEADER: u64 = 0xf0_0000;
-
-/// A small generator of numbers; the same each run.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-}
-
-pub fn header(kind: u32, sector: u64) -> Vec<u8> {
-    [&kind.to_le_bytes()[..], &0u32.to_le_bytes(), &sector.to_le_bytes()].concat()
-}
 
 /// Runs a request with its data in one buffer; returns the status.
 fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> u8 {
@@ -192,8 +178,10 @@ fn a_read_only_disk_refuses_writes() {
 #[test]
 fn discard_gives_space_back_and_write_zeroes_writes_zero() {
     let service = Service::disk(4 << 20, &[]);
-    std::fs::write(service.disk_path(), vec![0x55; 4 << 20]).unwrap();
     let mut driver = Driver::new(service.connect(), 1);
+    // Not truncated: the device has the image open and knows its size.
+    let mut disk = std::fs::File::options().write(true).open(service.disk_path()).unwrap();
+    disk.write_all(&vec![0x55; 4 << 20]).unwrap();
     let blocks = || std::fs::metadata(service.disk_path()).unwrap().blocks();
     let before = blocks();
 

@@ -289,3 +289,19 @@ impl Driver {
         len
     }
 }
+
+/// A small generator of numbers; the same each run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit
+    }
+}
+
+pub fn header(kind: u32, sector: u64) -> Vec<u8> {
+    [&kind.to_le_bytes()[..], &0u32.to_le_bytes(), &sector.to_le_bytes()].concat()
+}

@@ -1,7 +1,7 @@
 //! Drivers that break their rings. The process must survive, say so, and serve the next front end.
 
-use crate::blk::{Random, header};
 use crate::driver::{BUFFERS, Driver, INDIRECT, NEXT, RAM, SIZE, Service, WRITE, put_descriptor};
+use crate::driver::{Random, header};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};

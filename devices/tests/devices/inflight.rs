@@ -1,6 +1,6 @@
 //! Requests survive the process that worked on them.
 
-use crate::blk::header;
+use crate::driver::header;
 use crate::driver::{BUFFERS, Driver, SIZE, Service};
 
 const HEADER: u64 = 0xf0_0000;

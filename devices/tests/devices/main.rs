@@ -13,7 +13,6 @@ mod console;
 mod driver;
 mod hostile;
 mod inflight;
-mod measure;
 mod messages;
 mod qemu;
 mod rng;

@@ -8,7 +8,7 @@ use bulkhead_ipc::vhost_user::deadline::Deadline;
 use bulkhead_ipc::vhost_user::message::{FrontendReq, VHOST_F_LOG_ALL};
 use memfd::MemfdOptions;
 
-use crate::blk::header;
+use crate::driver::header;
 use crate::driver::{BUFFERS, Driver, RAM, Service};
 
 fn soon() -> Deadline {

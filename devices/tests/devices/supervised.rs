@@ -14,7 +14,7 @@ use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, L
 use bulkhead_ipc::log::LogLevel;
 use bulkhead_ipc::vhost_user::frontend::{BackendRequest, InflightMemory};
 
-use crate::blk::header;
+use crate::driver::header;
 use crate::driver::{BUFFERS, Driver, PROGRAM, SIZE};
 
 const LIMIT: Duration = Duration::from_secs(10);

@@ -1,4 +1,6 @@
 //! What the jailed side does.
+//!
+//! Contains unsafe code: limits are read as the kernel has them.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -36,10 +36,40 @@ struct Row {
     no_new_privs: Option<bool>,
     descriptors: Option<usize>,
     threads: Option<usize>,
-    /// Proportional share of memory in KiB.
-    pss_kib: Option<u64>,
-    /// Memory that only this process has and has written, in KiB.
-    private_dirty_kib: Option<u64>,
+    #[serde(flatten)]
+    memory: Option<Memory>,
+}
+
+/// What a process uses, in KiB. Guest RAM, which several processes map, counts apart.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Memory {
+    /// Proportional share, without guest RAM.
+    pss_kib: u64,
+    /// What only this process has and has written, without guest RAM.
+    private_dirty_kib: u64,
+    /// Guest RAM that is mapped and present.
+    guest_ram_kib: u64,
+}
+
+impl Memory {
+    /// From the text of `/proc/PID/smaps` (proc(5)): for each mapping a line with its address range and name, then its fields.
+    fn parse(smaps: &str) -> Self {
+        let mut memory = Self::default();
+        let mut guest_ram = false;
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            let (Some(first), Some(second)) = (words.next(), words.next()) else { continue };
+            let kib = second.parse().unwrap_or(0);
+            match first {
+                "Rss:" if guest_ram => memory.guest_ram_kib += kib,
+                "Pss:" if !guest_ram => memory.pss_kib += kib,
+                "Private_Dirty:" if !guest_ram => memory.private_dirty_kib += kib,
+                range if !range.ends_with(':') => guest_ram = line.contains("/memfd:guest-ram"),
+                _ => {}
+            }
+        }
+        memory
+    }
 }
 
 impl Row {
@@ -47,8 +77,8 @@ impl Row {
         let folder = PathBuf::from(format!("/proc/{}", process.pid));
         let status = fs::read_to_string(folder.join("status")).ok();
         let status = status.as_deref();
-        let rollup = fs::read_to_string(folder.join("smaps_rollup")).ok();
-        let kib = |key| rollup.as_deref().and_then(|text| field(text, key))?.parse().ok();
+        // Empty where it may be opened but not read.
+        let smaps = fs::read_to_string(folder.join("smaps")).ok().filter(|text| !text.is_empty());
         Self {
             user: status.and_then(|text| field(text, "Uid")).and_then(|text| text.parse().ok()),
             namespaces: own_namespaces(&folder),
@@ -60,13 +90,12 @@ impl Row {
             no_new_privs: status.and_then(|text| field(text, "NoNewPrivs")).map(|text| text == "1"),
             descriptors: fs::read_dir(folder.join("fd")).ok().map(Iterator::count),
             threads: fs::read_dir(folder.join("task")).ok().map(Iterator::count),
-            pss_kib: kib("Pss"),
-            private_dirty_kib: kib("Private_Dirty"),
+            memory: smaps.map(|text| Memory::parse(&text)),
             process,
         }
     }
 
-    fn cells(&self) -> [String; 12] {
+    fn cells(&self) -> [String; 13] {
         let namespaces = self.namespaces.as_ref().map(|own| match own.len() {
             0 => "shared".to_owned(),
             count if count == NAMESPACES.len() => "own".to_owned(),
@@ -89,13 +118,14 @@ impl Row {
             or_unknown(self.no_new_privs.map(|on| if on { "yes" } else { "no" })),
             or_unknown(self.descriptors),
             or_unknown(self.threads),
-            or_unknown(self.pss_kib),
-            or_unknown(self.private_dirty_kib),
+            or_unknown(self.memory.as_ref().map(|memory| memory.pss_kib)),
+            or_unknown(self.memory.as_ref().map(|memory| memory.private_dirty_kib)),
+            or_unknown(self.memory.as_ref().map(|memory| memory.guest_ram_kib)),
         ]
     }
 }
 
-const TITLES: [&str; 12] = [
+const TITLES: [&str; 13] = [
     "PROCESS",
     "ROLE",
     "PID",
@@ -108,6 +138,7 @@ const TITLES: [&str; 12] = [
     "THREADS",
     "PSS_KIB",
     "DIRTY_KIB",
+    "GUEST_RAM_KIB",
 ];
 
 fn or_unknown(value: Option<impl ToString>) -> String {
@@ -247,7 +278,7 @@ mod tests {
         assert_eq!(row.namespaces, Some(vec![]));
         assert!(row.descriptors.unwrap() >= 3);
         assert!(row.threads.unwrap() >= 1);
-        assert!(row.pss_kib.unwrap() > 0);
+        assert!(row.memory.unwrap().pss_kib > 0);
         assert!(row.seccomp.is_some());
     }
 
@@ -263,6 +294,14 @@ mod tests {
         assert_eq!(field("Pss_Dirty:  5 kB\nPss:   12 kB\n", "Pss"), Some("12"));
         assert_eq!(shorten("0000000000000000"), "0");
         assert_eq!(shorten("000001ffffffffff"), "1ffffffffff");
+    }
+
+    #[test]
+    fn guest_ram_counts_apart() {
+        let smaps = "7f00-7f10 rw-s 0 0:1 5 /memfd:guest-ram (deleted)\nRss: 100 kB\nPss: 50 kB\nPrivate_Dirty: 40 kB\n\
+                     5500-5510 rw-p 0 0:1 5 /bin/x\nRss: 9 kB\nPss: 7 kB\nPrivate_Dirty: 3 kB\n";
+        let expected = Memory { pss_kib: 7, private_dirty_kib: 3, guest_ram_kib: 100 };
+        assert_eq!(Memory::parse(smaps), expected);
     }
 
     #[test]

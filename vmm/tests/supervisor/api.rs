@@ -1,4 +1,6 @@
 //! `bulkhead ps`, `stop` and `console`.
+//!
+//! Contains unsafe code: a child gets a controlling terminal before it executes.
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -1,4 +1,6 @@
 //! Hosts that lack something, and ordinary users. These cases need root to make such hosts, and are skipped without.
+//!
+//! Contains unsafe code: a child changes its own view of the host before it executes.
 
 use std::fs;
 use std::io;

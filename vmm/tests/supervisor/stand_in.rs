@@ -1,4 +1,6 @@
 //! A core and devices that behave as their command line or id says.
+//!
+//! Contains unsafe code: one of the ways to misbehave is a crash.
 
 use std::fs::File;
 use std::io::{self, Write};

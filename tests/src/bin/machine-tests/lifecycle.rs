@@ -104,8 +104,8 @@ fn signalled(context: &Context, signal: Signal, code: i32) -> Outcome {
     running.expect_exit(code)
 }
 
-/// Kills the process whose title contains `title`; the machine ends, and the message says which one it was and how.
-fn killed(context: &Context, title: &str) -> Outcome {
+/// Kills the process whose title contains `title`; the machine ends, and the message calls it `name` and says how.
+fn killed(context: &Context, title: &str, name: &str) -> Outcome {
     let mut running = idle(context)?;
     let processes = running.processes();
     let titles: Vec<_> = processes.iter().map(bulkhead_tests::processes::Process::title).collect();
@@ -119,17 +119,17 @@ fn killed(context: &Context, title: &str) -> Outcome {
     ensure!(status.is_ok_and(|status| status.success()), "kill failed");
     running.expect_exit(exit::PROCESS)?;
     let messages = running.messages().join("\n");
-    ensure!(messages.contains(title), "no message names {title}");
+    ensure!(messages.contains(name), "no message names {name}");
     ensure!(messages.contains("SIGKILL") || messages.contains("signal 9"), "no message names the signal");
     expect_gone(&processes, GONE)
 }
 
 fn killed_device(context: &Context) -> Outcome {
-    killed(context, "data")
+    killed(context, "data", "data")
 }
 
 fn killed_core(context: &Context) -> Outcome {
-    killed(context, "core")
+    killed(context, "bulkhead-vmm", "core")
 }
 
 fn ps(context: &Context) -> Outcome {

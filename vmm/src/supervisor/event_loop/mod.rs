@@ -28,7 +28,9 @@ use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
 
 /// From the start of the first process until all have reported READY.
-const READY_DEADLINE: Duration = Duration::from_secs(10);
+const READY_DEADLINE: Duration = Duration::from_secs(30);
+/// For the core to say why it left a device alone.
+const WORD_DEADLINE: Duration = Duration::from_secs(1);
 /// For the devices to finish what is in flight after the guest powered off.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 /// For the kernel to end what was killed.
@@ -58,6 +60,8 @@ enum Phase {
     Starting(Instant),
     /// All are.
     Running,
+    /// A device ended in order because the core closed its connection; the core is about to say why.
+    Abandoned(Instant),
     /// The devices were told to stop.
     Stopping(Instant),
     /// Every process was killed.
@@ -168,9 +172,10 @@ impl<'a> EventLoop<'a> {
 
     const fn deadline(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Starting(deadline) | Phase::Stopping(deadline) | Phase::Killing(deadline) => {
-                Some(deadline)
-            }
+            Phase::Starting(deadline)
+            | Phase::Abandoned(deadline)
+            | Phase::Stopping(deadline)
+            | Phase::Killing(deadline) => Some(deadline),
             Phase::Running => None,
         }
     }
@@ -207,6 +212,11 @@ impl<'a> EventLoop<'a> {
                 let late = self.names(State::Starting);
                 let text = format!("{late} did not report READY within {} s", READY_DEADLINE.as_secs());
                 self.fail(ExitCode::Process, &text);
+                true
+            }
+            Phase::Abandoned(_) => {
+                let ended = self.names(State::Ended);
+                self.fail(ExitCode::Process, &format!("{ended} ended although the machine runs"));
                 true
             }
             Phase::Stopping(_) => {

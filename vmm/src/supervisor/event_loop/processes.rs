@@ -9,7 +9,7 @@ use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::channel::message::{FromCore, FromDevice, MachineEnd, ToDevice};
 use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
 
-use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE};
+use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::heap;
@@ -247,6 +247,16 @@ impl EventLoop<'_> {
             return;
         }
         let (id, pid) = (process.id.clone(), process.jailed.pid());
+        let in_order = process.role != Role::Core && exit == Exit::Code(0);
+        if in_order
+            && self.processes.iter().any(|other| other.role == Role::Core && other.state != State::Ended)
+        {
+            // Its pidfd may be seen before the core's last message is.
+            if !matches!(self.phase, Phase::Abandoned(_)) {
+                self.phase = Phase::Abandoned(Instant::now() + WORD_DEADLINE);
+            }
+            return;
+        }
         match jail_error {
             Some(error) => {
                 let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };

@@ -47,7 +47,7 @@ impl EventLoop<'_> {
         let state = match self.phase {
             Phase::Starting(_) => "starting",
             Phase::Running => "running",
-            Phase::Stopping(_) | Phase::Killing(_) => "ending",
+            Phase::Abandoned(_) | Phase::Stopping(_) | Phase::Killing(_) => "ending",
         };
         MachineEntry {
             name: self.config.name.clone(),

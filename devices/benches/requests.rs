@@ -1,9 +1,20 @@
-//! How fast a disk is: `TMPDIR=/dev/shm cargo test --release -p bulkhead-devices --test devices measure -- --ignored --nocapture`.
+//! How fast a disk is: `TMPDIR=/dev/shm cargo bench -p bulkhead-devices`. Figures count beside a peer's from the same run alone.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss
+)]
+
+#[path = "../tests/devices/driver.rs"]
+#[allow(dead_code)]
+mod driver;
 
 use std::time::{Duration, Instant};
 
-use crate::blk::{Random, header};
-use crate::driver::{BUFFERS, Driver, Service};
+use crate::driver::{BUFFERS, Driver, Random, Service, header};
 
 const HEADER: u64 = 0xf0_0000;
 const DISK: u64 = 1 << 30;
@@ -54,9 +65,7 @@ fn measure(service: &Service, depth: u64, len: u32) {
     println!("{len} bytes, depth {depth}: {rate:.0} a second, {each:.1} us of CPU each");
 }
 
-#[test]
-#[ignore = "a measurement"]
-fn requests_a_second() {
+fn main() {
     let service = Service::disk(DISK, &[]);
     std::fs::write(service.disk_path(), vec![1; usize::try_from(DISK).unwrap()]).unwrap();
     for (depth, len) in [(1, 4096), (32, 4096), (8, 131_072)] {
