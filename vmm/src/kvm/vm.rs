@@ -39,14 +39,16 @@ impl Vm {
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         check_host(&kvm, cpus)?;
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        fd.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus };
+        // RAM first: a memory slot takes effect after an SRCU grace period, which lasts some µs here and up to two timer
+        // ticks (8 ms) once the interrupt controllers have queued their own, slower one.
+        vm.map_ram()?;
+        vm.fd.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         // The speaker's port 61 is answered inside KVM too, as its gate belongs to the timer.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
-        let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus };
-        vm.map_ram()?;
+        vm.fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
         Ok(vm)
     }
 

@@ -34,6 +34,10 @@ Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
 
+Environment:
+  NOTIFY_SOCKET    set by a service manager (systemd: Type=notify): it is told READY=1 when every
+                   process of the machine is ready, and STOPPING=1 when the machine begins to end.
+
 Configuration file (--config FILE, TOML): the options by the same names, for example
   kernel = \"vmlinuz\"            # relative paths start at the folder of this file
   memory = \"512M\"

@@ -14,6 +14,7 @@ pub mod exit_code;
 pub mod heap;
 pub mod launch;
 pub mod logs;
+pub mod notify;
 pub mod poller;
 pub mod process;
 pub mod ps;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use thiserror::Error;
 
 use super::api::server::{Server, ServerError};
-use super::cli::{EndAction, LogLevel, RunArgs};
+use super::cli::{LogLevel, RunArgs};
 use super::config::{self, ConfigError, MachineConfig};
 use super::doctor::kvm::KvmError;
 use super::event_loop::{End, Environment, EventLoop, signals};
@@ -69,14 +69,16 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
     announce(&config, &resources, &mut environment.log);
     loop {
         let end = EventLoop::launch(&config, &resources, &mut environment, started)?.run()?;
-        match (end, config.on_reboot, config.on_panic) {
-            (End::Reset, EndAction::Restart, _) | (End::Panicked, _, EndAction::Restart) => {}
-            (End::PowerOff | End::Reset, ..) => return Ok(ExitCode::Success),
-            (End::Panicked, ..) => return Ok(ExitCode::GuestPanic),
-            (End::Failed(code), ..) => return Ok(code),
-            (End::Signal(number), ..) => return Ok(ExitCode::Signal(number)),
-            (End::Forced, ..) => return Ok(ExitCode::Forced),
+        if end.restarts(&config) {
+            continue;
         }
+        return Ok(match end {
+            End::PowerOff | End::Reset => ExitCode::Success,
+            End::Panicked => ExitCode::GuestPanic,
+            End::Failed(code) => code,
+            End::Signal(number) => ExitCode::Signal(number),
+            End::Forced => ExitCode::Forced,
+        });
     }
 }
 

@@ -1,6 +1,7 @@
 //! Launch, end, and what is said about it.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("a_name_in_use_is_refused", name_in_use),
     ("refusals_have_code_2", refusals),
     ("ready_is_quick", ready_is_quick),
+    ("a_service_manager_hears_of_start_and_end", service_manager),
 ];
 
 const ALL: &str = "--disk path=a.img --rng --console --serial attach --log-level debug";
@@ -239,4 +241,31 @@ fn ready_is_quick() {
     let millis: f64 = line.split_whitespace().rev().nth(1).unwrap().parse().unwrap();
     println!("{line}");
     assert!(millis < 1000.0, "{line}");
+}
+
+fn service_manager() {
+    let bench = Bench::new();
+    let manager = UnixDatagram::bind(bench.path("notify")).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let heard = || {
+        let mut buffer = [0; 64];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    let mut command = bench.machine("--on-reboot restart", "reset");
+    let child = command.env("NOTIFY_SOCKET", bench.path("notify")).spawn().unwrap();
+    assert_eq!(heard(), "READY=1\n");
+    // The guest resets the machine over and over, which is no end.
+    manager.set_nonblocking(true).unwrap();
+    sleep(Duration::from_millis(200));
+    assert!(manager.recv(&mut [0; 1]).is_err());
+    manager.set_nonblocking(false).unwrap();
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(heard(), "STOPPING=1\n");
+    assert_eq!(finish(child).code, 143);
+
+    let mut deaf = bench.machine("", "poweroff");
+    let run = finish(deaf.env("NOTIFY_SOCKET", bench.path("none")).spawn().unwrap());
+    assert_eq!(run.code, 0, "{}", run.err);
+    assert!(run.err.contains("the service manager does not listen"), "{}", run.err);
 }

@@ -17,11 +17,12 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::api::server::Server;
-use super::cli::LogLevel;
+use super::cli::{EndAction, LogLevel};
 use super::config::{CONSOLE, MachineConfig, SERIAL};
 use super::exit_code::ExitCode;
 use super::launch::{LaunchError, launch};
 use super::logs::Log;
+use super::notify::Notifier;
 use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
 use super::resources::{Listener, Resources, Stream};
@@ -53,6 +54,17 @@ pub enum End {
     Forced,
 }
 
+impl End {
+    /// Whether the configuration says to start the machine anew after this.
+    pub fn restarts(self, config: &MachineConfig) -> bool {
+        match self {
+            Self::Reset => config.on_reboot == EndAction::Restart,
+            Self::Panicked => config.on_panic == EndAction::Restart,
+            Self::PowerOff | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
+        }
+    }
+}
+
 /// Where the machine is between launch and end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -81,6 +93,8 @@ pub struct Environment {
     pub terminal: Option<RawTerminal>,
     /// Messages.
     pub log: Log,
+    /// The service manager.
+    pub notifier: Notifier,
 }
 
 /// The signals that are read as events; they must be blocked before anything is opened.
@@ -90,14 +104,18 @@ pub fn signals() -> SigSet {
 
 impl Environment {
     /// Blocks the signals and watches what does not belong to a single run of the machine.
-    pub fn new(server: Server, log: Log) -> io::Result<Self> {
+    pub fn new(server: Server, mut log: Log) -> io::Result<Self> {
         let mask = signals();
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let poller = Poller::new()?;
         poller.add(&signals, Source::Signals)?;
         server.register(&poller)?;
-        Ok(Self { poller, server, signals, terminal: None, log })
+        let notifier = Notifier::from_environment().unwrap_or_else(|error| {
+            log.say(LogLevel::Warn, &format!("the service manager is told nothing: {error}"));
+            Notifier::default()
+        });
+        Ok(Self { poller, server, signals, terminal: None, log, notifier })
     }
 
     /// Watches the sockets of serial port and console.
@@ -182,6 +200,20 @@ impl<'a> EventLoop<'a> {
 
     fn say(&mut self, level: LogLevel, message: &str) {
         self.environment.log.say(level, message);
+    }
+
+    /// Tells the service manager; one that does not listen changes nothing for the machine.
+    fn notify(&mut self, tell: fn(&mut Notifier) -> io::Result<()>) {
+        if let Err(error) = tell(&mut self.environment.notifier) {
+            self.say(LogLevel::Warn, &format!("the service manager does not listen: {error}"));
+        }
+    }
+
+    /// Processes are about to be ended: says so, unless new ones take their places.
+    fn notify_end(&mut self) {
+        if !self.end.is_some_and(|end| end.restarts(self.config)) {
+            self.notify(Notifier::stopping);
+        }
     }
 
     fn timing(&self, what: &str) -> String {

@@ -15,6 +15,7 @@ use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::heap;
 use crate::supervisor::launch::advice;
 use crate::supervisor::logs::lines::escape;
+use crate::supervisor::notify::Notifier;
 use crate::supervisor::poller::{Event, Source};
 use crate::supervisor::process::{Process, Role, State, describe};
 
@@ -169,6 +170,7 @@ impl EventLoop<'_> {
         if matches!(self.phase, Phase::Starting(_)) && self.processes.iter().all(|p| p.state == State::Ready)
         {
             self.phase = Phase::Running;
+            self.notify(Notifier::ready);
             let text = self.timing(&format!("all {} processes are ready", self.processes.len()));
             self.say(LogLevel::Info, &text);
             self.take_terminal();
@@ -195,6 +197,7 @@ impl EventLoop<'_> {
 
     /// Lets the devices finish what is in flight. The core has nothing left to do.
     fn stop_devices(&mut self) {
+        self.notify_end();
         self.phase = Phase::Stopping(Instant::now() + STOP_DEADLINE);
         for process in self.processes.iter().filter(|process| process.state != State::Ended) {
             if process.role == Role::Core {
@@ -220,6 +223,7 @@ impl EventLoop<'_> {
             return;
         }
         self.phase = Phase::Killing(Instant::now() + KILL_DEADLINE);
+        self.notify_end();
         for index in 0..self.processes.len() {
             self.reap(index, false);
             if let Some(Err(text)) = self.processes.get(index).map(Process::kill) {
