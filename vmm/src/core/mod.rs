@@ -97,9 +97,7 @@ impl CoreError {
     fn input(&self) -> Option<Input> {
         match self {
             Self::Boot(error) => error.input(),
-            Self::Kvm(KvmError::TooManyCpus { .. }) | Self::Build(BuildError::Cpus(_)) => {
-                Some(Input::Setting)
-            }
+            Self::Build(BuildError::Cpus(_)) => Some(Input::Setting),
             _ => None,
         }
     }
@@ -192,8 +190,9 @@ mod tests {
             input(BootError::CommandLineTooLong { length: 3000, limit: 2047 }.into()).0,
             Input::Setting
         );
-        let (what, reason) = input(KvmError::TooManyCpus { wanted: 200, limit: 100 }.into());
-        assert_eq!((what, &*reason), (Input::Setting, "cpus = 200, but this KVM allows at most 100"));
+        let (what, reason) = input(BuildError::Cpus(255).into());
+        assert_eq!(what, Input::Setting);
+        assert!(reason.contains("255"), "{reason}");
         assert!(matches!(end(CoreError::NotStarted), MachineEnd::Failed(_)));
         let ours = BootError::MapTooLong { entries: 200, limit: 128 };
         assert!(matches!(end(ours.into()), MachineEnd::Failed(_)));
