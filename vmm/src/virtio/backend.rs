@@ -15,7 +15,7 @@ use bulkhead_ipc::vhost_user::message::{
 };
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
-use super::device::{State, VirtioPci};
+use super::device::{Settings, State, VirtioPci};
 use super::events::{RequestBudget, Token};
 use super::failure::VirtioError;
 use super::features::{VERSION_1, visible};
@@ -28,6 +28,23 @@ pub(super) struct Link {
     pub frontend: Frontend,
     pub requests: Option<BackendRequests>,
     pub budget: RequestBudget,
+}
+
+/// A back end with which the session is open: the first part of connecting a device, which needs nothing of the machine yet.
+#[derive(Debug)]
+pub struct Backend {
+    pub(super) link: Link,
+}
+
+impl Backend {
+    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to an exchange.
+    ///
+    /// # Errors
+    /// The back end does not answer as it should, or no modern driver can use it.
+    pub fn open(settings: &Settings, stream: UnixStream) -> Result<Self, VirtioError> {
+        let limits = settings.limits;
+        Ok(Self { link: Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)? })
+    }
 }
 
 /// Who owns the memory in which requests in flight are noted.

@@ -272,15 +272,13 @@ fn a_back_end_with_status_is_told_and_asked() {
 fn a_back_end_that_does_not_suit_is_refused_at_once() {
     let open = |script: Script, kind: DeviceType| {
         let (stream, _peer) = Peer::start(script);
-        VirtioPci::new(
-            Settings { kind, ..settings() },
-            stream,
-            GuestRam::create(RAM).unwrap(),
-            Arc::new(Messages::default()),
-            Arc::new(Failures::default()),
-        )
-        .err()
-        .map(|error| error.to_string())
+        let settings = Settings { kind, ..settings() };
+        let device = Backend::open(&settings, stream).and_then(|backend| {
+            let ram = GuestRam::create(RAM).unwrap();
+            let (messages, failures) = (Arc::new(Messages::default()), Arc::new(Failures::default()));
+            VirtioPci::new(settings, backend, ram, messages, failures)
+        });
+        device.err().map(|error| error.to_string())
     };
     let legacy = Script { features: 1 << 30, ..Script::default() };
     assert!(open(legacy, DeviceType::BLOCK).unwrap().contains("VERSION_1"));
