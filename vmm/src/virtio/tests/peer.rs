@@ -29,6 +29,8 @@ pub struct Script {
     pub closes_on: Option<FrontendReq>,
     /// Answers this request with an error code.
     pub refuses: Option<FrontendReq>,
+    /// Takes this long to answer this request.
+    pub dawdles_on: Option<(FrontendReq, Duration)>,
     /// Has no memory for requests in flight to give: size 0.
     pub no_inflight: bool,
 }
@@ -49,6 +51,7 @@ impl Default for Script {
             silent_on: None,
             closes_on: None,
             refuses: None,
+            dawdles_on: None,
             no_inflight: false,
         }
     }
@@ -202,6 +205,9 @@ fn serve(connection: &Connection, seen: &Mutex<Seen>, script: &Mutex<Script>) {
                 _ => {}
             }
             seen.requests.push((request, message.payload));
+        }
+        if let Some((_, time)) = script.dawdles_on.filter(|(dawdles_on, _)| *dawdles_on == request) {
+            std::thread::sleep(time);
         }
         if let Some(answer) = answer.filter(|_| script.silent_on != Some(request)) {
             let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
