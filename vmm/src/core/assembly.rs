@@ -1,30 +1,29 @@
 //! Builds the machine from the supervisor's start message.
 //!
-//! The order is that of least waiting: KVM and the kernel image first, while the device processes are still starting; then the
-//! connections to them, whose answers are ready by then.
+//! Two things take time and wait on others: KVM, and the device processes, which are still starting. They go on side by
+//! side, each on a thread; what needs both comes after.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
+use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
-use bulkhead_ipc::vfio_user::ClientError;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::CoreError;
-use super::host::CoreHost;
-use super::register_device::{RegisterDevice, RegisterDeviceConfig};
+use super::devices::{self, Attached, Greeted};
+use super::platform::Platform;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Doorbells, FunctionMessages, Interrupts, Vcpu, VcpuStop, VcpuThreads, Vm, address_bits};
-use crate::machine::{Machine, MachineConfig};
-use crate::virtio::{DeviceType, Settings, VirtioPci};
+use crate::kvm::{Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::machine::Machine;
+use crate::virtio::VirtioPci;
 
-/// The first slot that the chipset leaves to other functions.
-const FIRST_SLOT: u8 = 2;
+/// The stack of the thread that opens the sessions with the device processes.
+const GREETER_STACK: usize = 256 * 1024;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
@@ -46,35 +45,13 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let resources = Resources::take(&start, descriptors)?;
+        let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
-        let vm = Vm::create(kvm, &ram, start.cpus)?;
-        let interrupts = Arc::new(Interrupts::new(&vm)?);
-        let doorbells = Arc::new(Doorbells::new(&vm));
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let supported = vm.supported_cpuid()?;
-        let config = MachineConfig { cpus: start.cpus, address_bits: address_bits(&supported) };
-        let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
-        let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
-        let mut vcpus = Vec::with_capacity(start.cpus.into());
-        for id in 0..start.cpus {
-            vcpus.push(Vcpu::create(&vm, &supported, id, machine.clone())?);
-        }
-        let mut devices = Devices {
-            machine: &machine,
-            ram: &ram,
-            interrupts: &interrupts,
-            doorbells: &doorbells,
-            reports: &reports,
-            virtio: Vec::new(),
-            registers: Vec::new(),
-            next_slot: FIRST_SLOT,
-        };
-        for (link, stream) in resources.devices {
-            devices.connect(&link, stream)?;
-        }
-        let Devices { virtio, registers, .. } = devices;
-        boot(&machine, &ram, &vcpus, &start.cmdline, &resources.kernel, resources.initrd.as_ref())?;
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
+        let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
+        let Platform { vm, machine, .. } = platform;
+        boot(&machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
         held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
@@ -84,6 +61,28 @@ impl Core {
         let vcpus = spawn(vcpus, &reports)?;
         Ok(Self { machine, vcpus, virtio, reports, descriptors: held, _vm: vm })
     }
+}
+
+/// Creates the machine without devices, and opens the sessions with the device processes meanwhile.
+fn side_by_side(
+    kvm: OwnedFd,
+    ram: &GuestRam,
+    cpus: u8,
+    links: Vec<(DeviceLink, UnixStream)>,
+    reports: &Arc<Reports>,
+) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
+    thread::scope(|scope| {
+        let greeter = thread::Builder::new()
+            .name("greeter".to_owned())
+            .stack_size(GREETER_STACK)
+            .spawn_scoped(scope, || devices::greet(links, reports))
+            .map_err(CoreError::system("clone3"))?;
+        let platform = Platform::create(kvm, ram, cpus, reports);
+        // A panic ends the process, so there is none to pass on.
+        let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (platform, vcpus) = platform?;
+        Ok((platform, vcpus, greeted?))
+    })
 }
 
 /// What the start message brought, descriptors in place of their indices.
@@ -103,59 +102,6 @@ impl Resources {
         }
         descriptors.finish()?;
         Ok(Self { kernel, initrd, devices })
-    }
-}
-
-/// The devices as they are connected, one after the other.
-struct Devices<'a> {
-    machine: &'a Arc<Machine>,
-    ram: &'a GuestRam,
-    interrupts: &'a Arc<Interrupts>,
-    doorbells: &'a Arc<Doorbells>,
-    reports: &'a Arc<Reports>,
-    virtio: Vec<Arc<VirtioPci>>,
-    registers: Vec<Arc<RegisterDevice>>,
-    next_slot: u8,
-}
-
-impl Devices<'_> {
-    fn connect(&mut self, link: &DeviceLink, stream: UnixStream) -> Result<(), CoreError> {
-        match link.kind {
-            LinkKind::VirtioVhostUser { virtio_id } => self.connect_virtio(&link.id, virtio_id, stream),
-            LinkKind::Registers => self.connect_registers(&link.id, stream),
-        }
-    }
-
-    fn connect_virtio(&mut self, id: &str, virtio_id: u16, stream: UnixStream) -> Result<(), CoreError> {
-        let failed = |source| CoreError::Virtio { id: id.to_owned(), source };
-        let settings = Settings::new(id, DeviceType::from_id(virtio_id));
-        let messages = Arc::new(FunctionMessages::new(self.interrupts.clone()));
-        let device = VirtioPci::new(settings, stream, self.ram.clone(), messages, self.reports.clone())
-            .map_err(failed)?;
-        let slot = self.next_slot;
-        self.doorbells.register(slot, device.clone());
-        let pin = self.machine.attach_pci(slot, device.clone())?;
-        device.connect_pin(Arc::new(pin));
-        self.virtio.push(device);
-        self.next_slot = self.next_slot.saturating_add(1);
-        Ok(())
-    }
-
-    fn connect_registers(&mut self, id: &str, stream: UnixStream) -> Result<(), CoreError> {
-        let config = RegisterDeviceConfig::com1(id);
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        let interrupt = EventFd::from_flags(flags).map_err(CoreError::system("eventfd2"))?;
-        self.interrupts.connect_line(interrupt.as_fd(), config.irq)?;
-        let reports = self.reports.clone();
-        let device_id = id.to_owned();
-        let on_failure =
-            Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
-        let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure)
-            .map_err(|source| CoreError::Register { id: id.to_owned(), source })?;
-        let device = Arc::new(device);
-        self.machine.attach_isa(device.clone())?;
-        self.registers.push(device);
-        Ok(())
     }
 }
 

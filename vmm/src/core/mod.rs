@@ -1,13 +1,16 @@
 //! The core process: owns KVM and the bus tree, and forwards what the guest does to the device processes.
 //!
 //! - `assembly`: builds the machine from the supervisor's start message;
+//! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
 //! - `event_loop`: the main thread while the machine runs.
 
 mod assembly;
+mod devices;
 mod event_loop;
 mod host;
+mod platform;
 pub mod register_device;
 mod reports;
 

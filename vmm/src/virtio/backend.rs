@@ -15,7 +15,7 @@ use bulkhead_ipc::vhost_user::message::{
 };
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
-use super::device::{State, VirtioPci};
+use super::device::{Settings, State, VirtioPci};
 use super::events::{RequestBudget, Token};
 use super::failure::VirtioError;
 use super::features::{VERSION_1, visible};
@@ -28,6 +28,23 @@ pub(super) struct Link {
     pub frontend: Frontend,
     pub requests: Option<BackendRequests>,
     pub budget: RequestBudget,
+}
+
+/// A back end with which the session is open: the first part of connecting a device, which needs nothing of the machine yet.
+#[derive(Debug)]
+pub struct Backend {
+    pub(super) link: Link,
+}
+
+impl Backend {
+    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to an exchange.
+    ///
+    /// # Errors
+    /// The back end does not answer as it should, or no modern driver can use it.
+    pub fn open(settings: &Settings, stream: UnixStream) -> Result<Self, VirtioError> {
+        let limits = settings.limits;
+        Ok(Self { link: Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)? })
+    }
 }
 
 /// Who owns the memory in which requests in flight are noted.
@@ -180,16 +197,29 @@ impl VirtioPci {
             .collect();
         frontend.set_memory(&regions)?;
         if frontend.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            if state.inflight.is_none() {
-                let queues = u16::try_from(state.queues.len()).unwrap_or(u16::MAX);
-                let size = self.settings.queue_size;
-                state.inflight = self.settings.inflight.allocate(frontend, queues, size)?;
-            }
-            if let Some(memory) = &state.inflight {
-                frontend.set_inflight(memory)?;
-            }
+            self.prepare_inflight(state, frontend)?;
         }
         Ok(())
+    }
+
+    /// Gives the back end the memory for requests in flight. One that cannot set up fresh memory is served without; one that
+    /// refuses the memory of its predecessor would lose what is in flight, and is not.
+    fn prepare_inflight(&self, state: &mut State, frontend: &mut Frontend) -> Result<(), FrontendError> {
+        let fresh = state.inflight.is_none();
+        if fresh {
+            let queues = u16::try_from(state.queues.len()).unwrap_or(u16::MAX);
+            let size = self.settings.queue_size;
+            state.inflight = self.settings.inflight.allocate(frontend, queues, size)?;
+        }
+        let Some(memory) = &state.inflight else { return Ok(()) };
+        match frontend.set_inflight(memory) {
+            Err(error) if fresh && matches!(error.problem, Problem::Refused(_)) => {
+                state.inflight = None;
+                self.complain(state, &error);
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     fn start_queue(

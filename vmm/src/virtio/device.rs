@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use bulkhead_ipc::memory::GuestRam;
@@ -10,7 +9,7 @@ use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
 use bulkhead_ipc::vhost_user::message::VhostUserProtocolFeatures;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
-use super::backend::{FromBackend, InflightSource, Link};
+use super::backend::{Backend, FromBackend, InflightSource, Link};
 use super::capabilities::{
     COMMON, DEVICE, ISR, Layout, MAX_QUEUES, MSIX_BAR, NOTIFY, NOTIFY_MULTIPLIER, VIRTIO_BAR, build,
 };
@@ -109,19 +108,18 @@ fn queue_count(settings: &Settings, frontend: &Frontend) -> Result<u16, VirtioEr
 }
 
 impl VirtioPci {
-    /// Opens the session with the back end behind `stream` and builds the function that it is to the guest.
+    /// Builds the function that `backend` is to the guest. `settings` are those with which it was opened.
     ///
     /// # Errors
     /// The back end does not answer as it should, or descriptors ran out.
     pub fn new(
         settings: Settings,
-        stream: UnixStream,
+        backend: Backend,
         ram: GuestRam,
         msi: Arc<dyn MsiHost>,
         observer: Arc<dyn Observer>,
     ) -> Result<Arc<Self>, VirtioError> {
-        let limits = settings.limits;
-        let link = Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)?;
+        let Backend { link } = backend;
         let queues = queue_count(&settings, &link.frontend)?;
         let events = Events::new().map_err(io::Error::from)?;
         let device: Arc<str> = settings.id.as_str().into();

@@ -29,7 +29,7 @@ mod pci_cfg;
 mod queues;
 mod status;
 
-pub use backend::{FromBackend, InflightSource};
+pub use backend::{Backend, FromBackend, InflightSource};
 pub use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
 pub use device::{Settings, VirtioPci};
 pub use device_type::DeviceType;

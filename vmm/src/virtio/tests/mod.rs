@@ -112,9 +112,10 @@ fn scaffold_with(settings: Settings, stream: UnixStream) -> Scaffold {
     let failures = Arc::new(Failures::default());
     let pin = Arc::new(Pin::default());
     let ram = GuestRam::create(RAM).unwrap();
+    let backend = Backend::open(&settings, stream).unwrap();
     let device = VirtioPci::new(
         settings,
-        stream,
+        backend,
         ram.clone(),
         Arc::clone(&messages) as Arc<dyn MsiHost>,
         Arc::clone(&failures) as Arc<dyn Observer>,
