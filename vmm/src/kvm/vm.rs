@@ -68,6 +68,7 @@ impl Vm {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
     }
 
+    #[expect(clippy::disallowed_methods, reason = "what the host's addresses are for")]
     fn map_ram(&self) -> Result<(), KvmError> {
         for (slot, mapping) in (0..).zip(self.ram.host_mappings()) {
             let region = kvm_userspace_memory_region {
