@@ -22,12 +22,17 @@ pub struct FdIndex(pub u8);
 pub enum ToCore {
     /// Build the machine and run it once every device answered.
     Start(CoreStart),
-    /// The device process behind `id` was replaced; `socket` is the stream to the new one.
+    /// The device process behind `id` has ended and was replaced; `socket` is the stream to the new one, which is ready.
     DeviceReplaced {
         /// Which device, as named in [`DeviceLink::id`].
         id: String,
         /// The new vhost-user or vfio-user stream.
         socket: FdIndex,
+    },
+    /// No process will serve this device any more.
+    DeviceGivenUp {
+        /// Which device.
+        id: String,
     },
     /// Press the ACPI power button.
     Stop,
@@ -101,6 +106,11 @@ pub enum FromCore {
         id: String,
         /// What it did, for a person.
         reason: String,
+    },
+    /// [`ToCore::DeviceReplaced`] was received: what is said about the device from here on concerns the new process.
+    DeviceReplaced {
+        /// Which device.
+        id: String,
     },
 }
 

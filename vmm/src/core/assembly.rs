@@ -16,10 +16,11 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
 use super::platform::Platform;
+use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
 use crate::kvm::{Vcpu, VcpuStop, VcpuThreads, Vm};
-use crate::machine::Machine;
+use crate::machine::{IsaDevice, Machine};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
@@ -30,6 +31,7 @@ pub(super) struct Core {
     pub machine: Arc<Machine>,
     pub vcpus: VcpuThreads,
     pub virtio: Vec<Arc<VirtioPci>>,
+    pub registers: Vec<Arc<RegisterDevice>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
@@ -59,7 +61,19 @@ impl Core {
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         let vcpus = spawn(vcpus, &reports)?;
-        Ok(Self { machine, vcpus, virtio, reports, descriptors: held, _vm: vm })
+        Ok(Self { machine, vcpus, virtio, registers, reports, descriptors: held, _vm: vm })
+    }
+}
+
+impl Core {
+    /// The virtio device of this name.
+    pub(super) fn virtio(&self, id: &str) -> Option<&VirtioPci> {
+        self.virtio.iter().find(|device| device.id() == id).map(|device| &**device)
+    }
+
+    /// The register device of this name.
+    pub(super) fn registers(&self, id: &str) -> Option<&RegisterDevice> {
+        self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
     }
 }
 

@@ -42,7 +42,8 @@ pub(super) fn greet(
 }
 
 fn greet_virtio(id: &str, virtio_id: u16, stream: UnixStream) -> Result<Greeted, CoreError> {
-    let settings = Settings::new(id, DeviceType::from_id(virtio_id));
+    // The supervisor replaces the process, or says that it will not.
+    let settings = Settings { hold_on_failure: true, ..Settings::new(id, DeviceType::from_id(virtio_id)) };
     match Backend::open(&settings, stream) {
         Ok(backend) => Ok(Greeted::Virtio(settings, backend)),
         Err(source) => Err(CoreError::Virtio { id: id.to_owned(), source }),

@@ -1,11 +1,12 @@
-//! The core's main thread: control messages, the machine's end, and what device processes say outside their data path.
+//! The core's main thread: control messages, successors of device processes, the machine's end, and what device processes
+//! say outside their data path.
 //!
 //! While a machine is at work this thread sleeps: notifications and interrupts pass it by (ioeventfd, irqfd).
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{FromCore, MachineEnd, ToCore};
+use bulkhead_ipc::channel::message::{Descriptors, FromCore, MachineEnd, ToCore};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -87,13 +88,39 @@ fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
         Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
         Ok((ToCore::Pause, _)) => core.vcpus.pause(),
         Ok((ToCore::Resume, _)) => core.vcpus.resume(),
-        Ok((message @ (ToCore::Start(_) | ToCore::DeviceReplaced { .. }), _)) => {
-            tracing::warn!(?message, "control message out of place");
+        Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
+            let socket = Descriptors::from(descriptors).take(socket)?;
+            device_replaced(core, &id, socket);
         }
+        Ok((ToCore::DeviceGivenUp { id }, _)) => {
+            core.virtio(&id).inspect(|device| {
+                device.disconnect_backend();
+                device.give_up();
+            });
+            core.registers(&id).inspect(|device| device.give_up());
+        }
+        Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
         Err(ChannelError::Deadline) => {}
         Err(error) => return Err(error.into()),
     }
     Ok(())
+}
+
+/// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
+fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
+    let (virtio, registers) = (core.virtio(id), core.registers(id));
+    // First the predecessor's connection is closed: what fails from here on is the successor's failure.
+    virtio.inspect(|device| device.disconnect_backend());
+    registers.inspect(|device| device.disconnect());
+    core.reports.device_replaced(id);
+    let result = match (virtio, registers) {
+        (Some(device), _) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
+        (_, Some(device)) => device.replace(socket).map_err(|error| error.to_string()),
+        (None, None) => Err("there is no such device".to_owned()),
+    };
+    if let Err(reason) = result {
+        core.reports.device_failed(id, reason);
+    }
 }
 
 impl AsFd for EventLoop {

@@ -1,13 +1,14 @@
 //! A serial port whose registers live in another process: the core's proxy for an [`IsaDevice`] behind vfio-user.
 //!
 //! Writes are posted. A read is answered from the device's shadow page where that is exact (see
-//! [`bulkhead_ipc::vfio_user::shadow`]), else by a round trip with a deadline. After the first failure the port reads all
-//! ones and drops writes, as an empty slot does, until [`RegisterDevice::replace`] brings a new process; the guest's
-//! settings are written to it again from a journal of the registers that only change by writing.
+//! [`bulkhead_ipc::vfio_user::shadow`]), else by a round trip with a deadline. After a failure accesses wait for
+//! [`RegisterDevice::replace`] to bring a new process, and are repeated there; the guest's settings are written to it before
+//! that, from a journal of the registers that only change by writing. When none has come within the deadline of an access,
+//! the port reads all ones and drops writes, as an empty slot does, and no access waits until there is a successor.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::vfio_user::shadow::ShadowView;
 use bulkhead_ipc::vfio_user::{Client, ClientError, Command, Fault};
@@ -35,7 +36,7 @@ pub struct RegisterDeviceConfig {
     pub first_port: u16,
     /// The ISA interrupt that the caller has connected the eventfd to: 4 for the first serial port.
     pub irq: u8,
-    /// How long an access may take before the device counts as failed.
+    /// How long an access may take before the device counts as failed, and how long accesses then wait for a successor.
     pub deadline: Duration,
 }
 
@@ -55,10 +56,14 @@ pub struct RegisterDevice {
     interrupt: OwnedFd,
     on_failure: OnFailure,
     state: Mutex<State>,
+    /// A successor is connected, or none will come.
+    settled: Condvar,
 }
 
 struct State {
     link: Option<Link>,
+    /// Without a link: until then accesses wait for a successor.
+    patience: Option<Instant>,
     journal: Journal,
 }
 
@@ -196,8 +201,8 @@ impl RegisterDevice {
         on_failure: OnFailure,
     ) -> Result<Self, ClientError> {
         let link = Link::connect(&config, socket, &interrupt)?;
-        let state = State { link: Some(link), journal: Journal::default() };
-        Ok(Self { config, interrupt, on_failure, state: Mutex::new(state) })
+        let state = State { link: Some(link), patience: None, journal: Journal::default() };
+        Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
     }
 
     /// Takes a new process in place of one that failed (or still runs), and writes the guest's settings to it. Accesses
@@ -212,7 +217,26 @@ impl RegisterDevice {
             link.post(offset, value, false)?;
         }
         state.link = Some(link);
+        self.settled.notify_all();
         Ok(())
+    }
+
+    /// Lets the process go, as after a failure but without a word about it; accesses wait for [`Self::replace`].
+    pub fn disconnect(&self) {
+        self.forget(&mut self.lock());
+    }
+
+    /// No successor will come: from here on the port is an empty slot.
+    pub fn give_up(&self) {
+        let mut state = self.lock();
+        (state.link, state.patience) = (None, None);
+        self.settled.notify_all();
+    }
+
+    fn forget(&self, state: &mut State) {
+        if state.link.take().is_some() {
+            state.patience = Instant::now().checked_add(self.config.deadline);
+        }
     }
 
     /// Numbers of the descriptors that the device holds now, for the check before the process is sealed.
@@ -231,20 +255,24 @@ impl RegisterDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs an access; a failure ends the connection and is reported, once.
+    /// Runs an access; a failure ends the connection and is reported, once, and the access waits for a successor.
     fn access<T>(
         &self,
         mut state: MutexGuard<'_, State>,
-        access: impl FnOnce(&mut Link) -> Result<T, ClientError>,
+        mut access: impl FnMut(&mut Link) -> Result<T, ClientError>,
     ) -> Option<T> {
-        let result = access(state.link.as_mut()?);
-        match result {
-            Ok(value) => Some(value),
-            Err(error) => {
-                state.link = None;
-                drop(state);
-                (self.on_failure)(&error);
-                None
+        loop {
+            match state.link.as_mut().map(&mut access) {
+                Some(Ok(value)) => return Some(value),
+                Some(Err(error)) => {
+                    self.forget(&mut state);
+                    (self.on_failure)(&error);
+                }
+                None => {
+                    let left = state.patience?.checked_duration_since(Instant::now())?;
+                    let waited = self.settled.wait_timeout(state, left);
+                    (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                }
             }
         }
     }

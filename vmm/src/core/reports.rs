@@ -48,6 +48,12 @@ impl Reports {
         self.wake();
     }
 
+    /// A successor's connection is about to be made.
+    pub(super) fn device_replaced(&self, id: &str) {
+        self.lock().reports.push_back(FromCore::DeviceReplaced { id: id.to_owned() });
+        self.wake();
+    }
+
     /// The next report, if any. The machine's end comes before all others: none of them could still matter.
     pub(super) fn next(&self) -> Option<FromCore> {
         // Taken back before the queue is looked at, so that a report that comes meanwhile wakes again.

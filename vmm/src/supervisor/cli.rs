@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
-use super::config::{DiskSpec, Size, StreamTarget};
+use super::config::{DiskSpec, RestartPolicy, Size, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -30,6 +30,12 @@ Kernel command line:
   Where --cmdline names no console=, the console that the guest has is added: console=ttyS0 for
   the serial port, or console=hvc0 when there is only --console.
 
+Devices that die:
+  A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
+  at once the first time, then after 10 ms, 100 ms and 1 s. The guest sees a pause. A device that
+  dies more often than --restart allows is given up: the guest finds it broken and runs on. With
+  --restart never the machine ends instead (exit code 4). restart= of a --disk is for that disk.
+
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
@@ -45,6 +51,7 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   rng = true
   serial = \"file=boot.log\"
   on-panic = \"restart\"
+  restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
   [[disk]]
   path = \"root.img\"
   id = \"root\"
@@ -107,7 +114,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME]; repeat for more disks"
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
@@ -125,6 +132,9 @@ pub struct RunArgs {
     /// Name for ps, stop and console [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+    /// When a device process dies: always, never (the machine ends), or at most MAX times within SECONDS [default: 5/10]
+    #[arg(long, value_name = "always|never|MAX/SECONDS")]
+    pub restart: Option<RestartPolicy>,
     /// When the guest reboots: start it anew, or end [default: restart]
     #[arg(long, value_name = "ACTION")]
     pub on_reboot: Option<EndAction>,
@@ -264,6 +274,7 @@ mod tests {
             "--serial",
             "file=s",
             "--name=n",
+            "--restart=3/60",
             "--on-reboot=exit",
             "--on-panic=restart",
             "--log-level=debug",
@@ -276,6 +287,7 @@ mod tests {
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
+        assert_eq!(run.restart, "3/60".parse().ok());
         assert_eq!(run.on_reboot, Some(EndAction::Exit));
         assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
     }
@@ -292,6 +304,8 @@ mod tests {
     fn a_bad_value_names_the_option() {
         let error = run(&["--memory=lots"]).unwrap_err();
         assert!(error.contains("--memory") && error.contains("512M"), "{error}");
+        let error = run(&["--restart=sometimes"]).unwrap_err();
+        assert!(error.contains("--restart") && error.contains("5/10"), "{error}");
         let error = run(&["--cpus=-1"]).unwrap_err();
         assert!(error.contains("--cpus"), "{error}");
     }

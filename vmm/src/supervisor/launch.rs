@@ -186,25 +186,48 @@ pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Proce
     }
     processes.push(start_core(config, resources, &plans, &links)?);
     for (plan, (_, socket)) in plans.iter().zip(&links) {
-        let mut fds = Fds::default();
-        let start = ToDevice::Start(DeviceStart {
-            id: plan.id().to_owned(),
-            machine: config.name.clone(),
-            log: ipc_level(config.log.level),
-            enforcement: Enforcement::Supervised,
-            socket: fds.add(socket),
-            config: plan.config(config.cpus, &mut fds),
-        });
-        let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
-        let program = Program {
-            file: &resources.device_program,
-            null: &resources.null,
-            arguments: &[title, plan.role().name().to_owned()],
-            limits: plan.limits(),
-        };
-        processes.push(program.start(plan.id(), plan.role(), &start, &fds)?);
+        processes.push(start_device(config, resources, plan, socket)?);
     }
     Ok(processes)
+}
+
+/// Starts the process of one device anew, with the resources that its predecessor had. Returns it and the core's end of the
+/// stream between them.
+pub fn relaunch(
+    config: &MachineConfig,
+    resources: &Resources,
+    id: &str,
+) -> Result<(Process, UnixStream), LaunchError> {
+    let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
+    let plans = Plan::all(resources);
+    let plan = plans.iter().find(|plan| plan.id() == id).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
+    let (core, device) = UnixStream::pair().map_err(io)?;
+    Ok((start_device(config, resources, plan, &device)?, core))
+}
+
+fn start_device<'a>(
+    config: &MachineConfig,
+    resources: &'a Resources,
+    plan: &Plan<'a>,
+    socket: &'a UnixStream,
+) -> Result<Process, LaunchError> {
+    let mut fds = Fds::default();
+    let start = ToDevice::Start(DeviceStart {
+        id: plan.id().to_owned(),
+        machine: config.name.clone(),
+        log: ipc_level(config.log.level),
+        enforcement: Enforcement::Supervised,
+        socket: fds.add(socket),
+        config: plan.config(config.cpus, &mut fds),
+    });
+    let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
+    let program = Program {
+        file: &resources.device_program,
+        null: &resources.null,
+        arguments: &[title, plan.role().name().to_owned()],
+        limits: plan.limits(),
+    };
+    program.start(plan.id(), plan.role(), &start, &fds)
 }
 
 fn start_core(

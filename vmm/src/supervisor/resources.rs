@@ -268,7 +268,7 @@ fn open_regular(field: &str, path: &Path) -> Result<File, ResourceError> {
 }
 
 fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {
-    let DiskConfig { id, path, readonly } = disk.clone();
+    let DiskConfig { id, path, readonly, .. } = disk.clone();
     let field = format!("disk {id}");
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !readonly => {

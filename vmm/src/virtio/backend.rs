@@ -22,6 +22,9 @@ use super::features::{VERSION_1, visible};
 use super::queues::Queue;
 use super::status;
 
+/// How long a successor, which is ready, may take to open its session: other devices' events wait meanwhile.
+const SUCCESSION: Duration = Duration::from_secs(1);
+
 /// The connection to a back end.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -296,6 +299,13 @@ impl VirtioPci {
         }
     }
 
+    /// Lets the back end go, as after a failure but without a word about it. If it still works, it finishes first.
+    pub fn disconnect_backend(&self) {
+        let mut state = self.state();
+        let _ = self.stop(&mut state);
+        self.disconnect(&mut state);
+    }
+
     /// Puts another back end in the place of one that failed, or that still works: the driver's features, memory,
     /// rings and the requests in flight are replayed to it, and the guest notices nothing but a pause. A predecessor that
     /// failed must be dead by now: the core cannot keep it from serving rings that it has mapped.
@@ -304,13 +314,13 @@ impl VirtioPci {
     /// The new back end does not answer as it should or lacks something that the driver uses; then the device is
     /// without a back end, as after a failure.
     pub fn replace_backend(&self, stream: UnixStream) -> Result<(), VirtioError> {
+        self.disconnect_backend();
+        let limits = self.settings.limits;
+        // Without the lock: a vCPU that uses the device meanwhile does not wait.
+        let limit = SUCCESSION.min(limits.exchange);
+        let link = Link::open(Frontend::new(&self.device, stream, limits), limit)?;
         let mut state = self.state();
         let state = &mut *state;
-        // The predecessor, if it still lives, finishes what it works on.
-        let _ = self.stop(state);
-        self.disconnect(state);
-        let limits = self.settings.limits;
-        let link = Link::open(Frontend::new(&self.device, stream, limits), limits.exchange)?;
         let offered = link.frontend.offered_features();
         if state.status & status::FEATURES_OK != 0 {
             let lost = state.features.accepted() & !visible(offered);
@@ -324,7 +334,7 @@ impl VirtioPci {
         }
         state.features.set_offered(offered);
         self.adopt(state, link)?;
-        self.refresh_config(state, state.status & status::DRIVER_OK != 0)?;
+        self.refresh_config_within(state, state.status & status::DRIVER_OK != 0, limit)?;
         for queue in state.queues.iter_mut().filter(|queue| queue.enabled) {
             queue.base = used_index(&self.ram, queue);
         }

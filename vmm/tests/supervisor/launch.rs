@@ -71,7 +71,7 @@ fn core_failed() {
         run.err
     );
     assert_eq!(run.err.matches("error: ").count(), 1, "{}", run.err);
-    let run = Bench::new().run("--disk path=a.img", "device-failed");
+    let run = Bench::new().run("--disk path=a.img --restart never", "device-failed");
     assert_eq!(run.code, 4);
     assert!(run.err.contains("device disk0 failed: no answer"), "{}", run.err);
 }
@@ -86,13 +86,13 @@ fn deaths() {
         ("early", "ended by itself with exit code 5"),
         ("refuses", "device refuses failed: bad disk"),
     ] {
-        let run = Bench::new().run(&format!("--disk path=a.img,id={id} --rng"), "");
+        let run = Bench::new().run(&format!("--disk path=a.img,id={id} --rng --restart never"), "");
         assert_eq!(run.code, 4, "{}", run.err);
         assert!(run.err.contains(text), "{id}: {}", run.err);
         assert_eq!(run.err.matches("error: ").count(), if id == "panic" { 2 } else { 1 }, "{}", run.err);
     }
     let bench = Bench::new();
-    let child = bench.start("--disk path=a.img", "");
+    let child = bench.start("--disk path=a.img,restart=never", "");
     kill(Pid::from_raw(bench.pid("disk0")), Signal::SIGKILL).unwrap();
     let run = finish(child);
     assert_eq!(run.code, 4);
@@ -100,7 +100,7 @@ fn deaths() {
 }
 
 fn violation() {
-    let run = Bench::new().run("--disk path=a.img,id=violate", "");
+    let run = Bench::new().run("--disk path=a.img,id=violate --restart never", "");
     assert_eq!(run.code, 4, "{}", run.err);
     assert!(run.err.contains("violate was killed: thread "), "{}", run.err);
     assert!(run.err.contains("sethostname") && run.err.contains("blk-main.json"), "{}", run.err);

@@ -8,6 +8,7 @@ mod api;
 mod harness;
 mod hosts;
 mod launch;
+mod restart;
 mod stand_in;
 mod streams;
 
@@ -20,7 +21,7 @@ fn main() {
     }
     let words: Vec<&String> =
         arguments.iter().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    for (name, case) in [launch::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
+    for (name, case) in [launch::CASES, restart::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
         if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
             case();
             println!("{name} ... ok");

@@ -106,12 +106,19 @@ pub fn core() {
                 let id = devices.first().unwrap().id.clone();
                 say(FromCore::DeviceFailed { id, reason: "no answer".to_owned() });
             }
+            "wait" => drop(poll(&mut [], 1000u16)),
             word => drop(misbehave(word)),
         }
     }
     loop {
-        if control.recv::<ToCore>().0 == ToCore::Stop {
-            control.channel.send(&FromCore::Ended(at_stop.clone()), &[]).unwrap();
+        match control.recv::<ToCore>() {
+            (ToCore::Stop, _) => control.channel.send(&FromCore::Ended(at_stop.clone()), &[]).unwrap(),
+            (ToCore::DeviceReplaced { id, .. }, fds) => {
+                assert_eq!(fds.len(), 1);
+                control.channel.send(&FromCore::DeviceReplaced { id }, &[]).unwrap();
+            }
+            (ToCore::DeviceGivenUp { id }, _) => eprintln!("INFO stand-in: {id} has no process"),
+            _ => {}
         }
     }
 }
@@ -158,7 +165,14 @@ pub fn device() {
         exit(1);
     }
     control.ready(policy, &kept, |policies| FromDevice::Ready { policies });
-    misbehave(&id);
+    match id.strip_prefix("late-") {
+        Some(word) => {
+            // The machine runs by then.
+            poll(&mut [], 500u16).unwrap();
+            misbehave(word);
+        }
+        None => drop(misbehave(&id)),
+    }
     let mut peers = Vec::new();
     loop {
         match control.recv::<ToDevice>() {

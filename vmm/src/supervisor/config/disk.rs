@@ -1,4 +1,4 @@
-//! `--disk path=…[,readonly=on][,id=…]` and the table `[[disk]]`.
+//! `--disk path=…[,readonly=on][,id=…][,restart=…]` and the table `[[disk]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,6 +7,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::restart::{RestartError, RestartPolicy};
 
 /// A disk as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -19,15 +20,17 @@ pub struct DiskSpec {
     pub readonly: bool,
     /// The name in messages, in `bulkhead ps`, and the serial number that the guest reads. Default: disk0, disk1, …
     pub id: Option<String>,
+    /// What follows the death of its process; default: as for all devices.
+    pub restart: Option<RestartPolicy>,
 }
 
 /// Why a text is not a disk.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DiskSpecError {
     /// The `path` is missing.
-    #[error("a disk needs a path: path=FILE[,readonly=on][,id=NAME]")]
+    #[error("a disk needs a path: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]")]
     NoPath,
-    /// A key that is none of path, readonly, id.
+    /// A key that is none of path, readonly, id, restart.
     #[error("unknown key '{key}' of a disk: {hint}")]
     UnknownKey {
         /// What was written.
@@ -38,12 +41,15 @@ pub enum DiskSpecError {
     /// `readonly` with something other than on or off.
     #[error("readonly={0}: say readonly=on or readonly=off")]
     Readonly(String),
+    /// `restart` with something that is no policy.
+    #[error(transparent)]
+    Restart(#[from] RestartError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
     /// A piece without `=`.
     #[error(
-        "'{0}' is not KEY=VALUE; a disk is path=FILE[,readonly=on][,id=NAME]; a path with a comma can only be given in --config FILE"
+        "'{0}' is not KEY=VALUE; a disk is path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; a path with a comma can only be given in --config FILE"
     )]
     NotAPair(String),
 }
@@ -52,7 +58,7 @@ impl FromStr for DiskSpec {
     type Err = DiskSpecError;
 
     fn from_str(text: &str) -> Result<Self, DiskSpecError> {
-        let (mut path, mut readonly, mut id) = (None, None, None);
+        let (mut path, mut readonly, mut id, mut restart) = (None, None, None, None);
         for piece in text.split(',') {
             let (key, value) = match piece.split_once('=') {
                 Some(pair) => pair,
@@ -70,8 +76,9 @@ impl FromStr for DiskSpec {
                     readonly.replace(on).is_some()
                 }
                 "id" => id.replace(value.to_owned()).is_some(),
+                "restart" => restart.replace(value.parse()?).is_some(),
                 _ => {
-                    let hint = hint(key, &["path", "readonly", "id"]);
+                    let hint = hint(key, &["path", "readonly", "id", "restart"]);
                     return Err(DiskSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -80,7 +87,7 @@ impl FromStr for DiskSpec {
             }
         }
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(DiskSpecError::NoPath)?;
-        Ok(Self { path, readonly: readonly.unwrap_or(false), id })
+        Ok(Self { path, readonly: readonly.unwrap_or(false), id, restart })
     }
 }
 
@@ -94,10 +101,12 @@ mod tests {
 
     #[test]
     fn reads_all_keys() {
-        let disk: DiskSpec = "path=/a.img,readonly=on,id=root".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "/a.img".into(), readonly: true, id: Some("root".into()) });
+        let disk: DiskSpec = "path=/a.img,readonly=on,id=root,restart=never".parse().unwrap();
+        let restart = Some(RestartPolicy::Never);
+        let expected = DiskSpec { path: "/a.img".into(), readonly: true, id: Some("root".into()), restart };
+        assert_eq!(disk, expected);
         let disk: DiskSpec = "path=a=b.img".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "a=b.img".into(), readonly: false, id: None });
+        assert_eq!(disk, DiskSpec { path: "a=b.img".into(), readonly: false, id: None, restart: None });
         assert!("readonly,path=a".parse::<DiskSpec>().unwrap().readonly);
     }
 
@@ -108,6 +117,7 @@ mod tests {
         assert!(refusal("path=").contains("needs a path"));
         assert!(refusal("a.img").contains("'a.img' is not KEY=VALUE"));
         assert!(refusal("path=a,readonly=maybe").contains("readonly=maybe"));
+        assert!(refusal("path=a,restart=often").contains("'often' is not a restart policy"));
         assert!(refusal("path=a,path=b").contains("given twice"));
     }
 }

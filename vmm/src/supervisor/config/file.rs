@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::disk::DiskSpec;
 use super::nearest::hint;
+use super::restart::RestartPolicy;
 use super::size::Size;
 use super::stream::StreamTarget;
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
@@ -56,6 +57,7 @@ struct File {
     console: Option<StreamTarget>,
     serial: Option<StreamTarget>,
     name: Option<String>,
+    restart: Option<RestartPolicy>,
     on_reboot: Option<EndAction>,
     on_panic: Option<EndAction>,
     log_level: Option<LogLevel>,
@@ -101,6 +103,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         serial: file.serial.map(target),
         config: None,
         name: file.name,
+        restart: file.restart,
         on_reboot: file.on_reboot,
         on_panic: file.on_panic,
         log_level: file.log_level,
@@ -142,6 +145,7 @@ mod tests {
             console = "attach"
             serial = "file=out.log"
             name = "web"
+            restart = { max = 3 }
             on-reboot = "exit"
             on-panic = "restart"
             log-level = "debug"
@@ -151,6 +155,7 @@ mod tests {
             path = "root.img"
             readonly = true
             id = "root"
+            restart = "never"
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -159,6 +164,8 @@ mod tests {
         assert_eq!(run.serial, Some(StreamTarget::File("/etc/out.log".into())));
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
+        assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
+        assert_eq!(run.restart.unwrap().pause(3), None);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 pub mod disk;
 pub mod file;
 pub mod nearest;
+pub mod restart;
 pub mod size;
 pub mod stream;
 
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use std::process;
 
 pub use disk::DiskSpec;
+pub use restart::RestartPolicy;
 pub use size::Size;
 pub use stream::StreamTarget;
 use thiserror::Error;
@@ -66,6 +68,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// What follows the death of a device process, unless the device says otherwise.
+    pub restart: RestartPolicy,
     /// What follows a reboot.
     pub on_reboot: EndAction,
     /// What follows a panic.
@@ -83,6 +87,8 @@ pub struct DiskConfig {
     pub readonly: bool,
     /// Unique among the processes of the machine.
     pub id: String,
+    /// What follows the death of its process.
+    pub restart: RestartPolicy,
 }
 
 /// Where messages go and which of them.
@@ -166,6 +172,13 @@ fn unit_hint(bytes: u64) -> String {
     if (16..65536).contains(&bytes) { format!("; for megabytes write {bytes}M") } else { String::new() }
 }
 
+impl MachineConfig {
+    /// What follows the death of this device's process.
+    pub fn restart_of(&self, id: &str) -> RestartPolicy {
+        self.disks.iter().find(|disk| disk.id == id).map_or(self.restart, |disk| disk.restart)
+    }
+}
+
 /// Puts options and file together (options win) and checks the result.
 pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let file = match args.config.take() {
@@ -190,6 +203,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
+    let restart = args.restart.or(file.restart).unwrap_or_default();
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     Ok(MachineConfig {
         name: check_name("name", name)?,
@@ -199,10 +213,11 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cmdline_added,
         cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
-        disks: name_disks(disks)?,
+        disks: name_disks(disks, restart)?,
         rng,
         console,
         serial,
+        restart,
         on_reboot: args.on_reboot.or(file.on_reboot).unwrap_or(EndAction::Restart),
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         log,
@@ -273,7 +288,7 @@ pub fn check_name(field: &str, name: String) -> Result<String, ConfigError> {
     }
 }
 
-fn name_disks(disks: Vec<DiskSpec>) -> Result<Vec<DiskConfig>, ConfigError> {
+fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
@@ -285,7 +300,8 @@ fn name_disks(disks: Vec<DiskSpec>) -> Result<Vec<DiskConfig>, ConfigError> {
             return Err(ConfigError::DuplicateId { path: disk.path, id });
         }
         taken.push(id.clone());
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id });
+        let restart = disk.restart.unwrap_or(restart);
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
     }
     Ok(named)
 }

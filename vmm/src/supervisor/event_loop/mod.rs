@@ -6,10 +6,12 @@
 //! one is reaped the loop is left.
 
 mod processes;
+mod recovery;
 mod requests;
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::ToDevice;
@@ -27,6 +29,7 @@ use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
+use recovery::Recovery;
 
 /// From the start of the first process until all have reported READY.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -138,6 +141,10 @@ pub struct EventLoop<'a> {
     resources: &'a Resources,
     environment: &'a mut Environment,
     processes: Vec<Process>,
+    /// What is to be done for each of `processes` when it ends, by the same index.
+    recoveries: Vec<Recovery>,
+    /// Connections to the sockets of serial port and console, for the successors of these devices.
+    peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
     phase: Phase,
     end: Option<End>,
@@ -153,12 +160,16 @@ impl<'a> EventLoop<'a> {
         started: Instant,
     ) -> Result<Self, LaunchError> {
         let processes = launch(config, resources)?;
+        let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
+        let recoveries = processes.iter().map(recovery).collect();
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
         Ok(Self {
             config,
             resources,
             environment,
             processes,
+            recoveries,
+            peers: Vec::new(),
             started,
             phase,
             end: None,
@@ -172,14 +183,19 @@ impl<'a> EventLoop<'a> {
         for index in 0..self.processes.len() {
             self.watch_process(index)?;
         }
-        self.attach_again();
+        for device in [SERIAL, CONSOLE] {
+            self.attach_again(device);
+        }
         while self.processes.iter().any(|process| process.state != State::Ended) {
-            let deadline = [self.deadline(), self.environment.server.deadline()].into_iter().flatten().min();
+            let deadlines = [self.deadline(), self.recovery_deadline(), self.environment.server.deadline()];
+            let deadline = deadlines.into_iter().flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
             }
             let now = Instant::now();
             self.environment.server.expire(now, &self.environment.poller);
+            // Not while events are handled: those left of a batch may be about the process that is replaced.
+            self.recover(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
@@ -363,7 +379,10 @@ impl<'a> EventLoop<'a> {
         let listener = stream.as_ref().and_then(|stream| stream.listener.as_ref());
         if let Some(connection) = listener.and_then(Listener::accept) {
             self.environment.server.detach(device, &self.environment.poller);
-            if let Err(reason) = self.hand_over(device, connection.as_fd()) {
+            self.peers.retain(|(id, _)| *id != device);
+            let handed = self.hand_over(device, connection.as_fd());
+            self.peers.push((device, connection));
+            if let Err(reason) = handed {
                 self.say(LogLevel::Warn, &format!("{device}: cannot take the new connection: {reason}"));
             }
         }

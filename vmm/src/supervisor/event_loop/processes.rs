@@ -29,6 +29,7 @@ enum Message {
     Ready(Vec<PolicyName>, Vec<OwnedFd>),
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
+    DeviceReplaced { id: String },
     Failed(String),
 }
 
@@ -39,6 +40,7 @@ fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::Ready { policies }, fds) => Message::Ready(policies, fds),
             (FromCore::Ended(end), _) => Message::Ended(end),
             (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
+            (FromCore::DeviceReplaced { id }, _) => Message::DeviceReplaced { id },
         }
     } else {
         match process.channel.recv::<FromDevice>(now)? {
@@ -79,7 +81,7 @@ impl EventLoop<'_> {
                 }
                 Err(error) => {
                     let text = format!("{} sent nonsense on its control channel: {error}", process.id);
-                    self.fail(ExitCode::Process, &text);
+                    self.condemn(index, &text);
                     return;
                 }
             }
@@ -104,12 +106,17 @@ impl EventLoop<'_> {
             }
             Message::Ended(end) => self.ended(&end),
             Message::DeviceFailed { id: device, reason } => {
-                let (device, reason) = (harmless(&device), harmless(&reason));
-                self.fail(ExitCode::Process, &format!("device {device} failed: {reason}"));
+                self.device_failed(&harmless(&device), &harmless(&reason));
             }
+            Message::DeviceReplaced { id } => self.acknowledged(&id),
             Message::Failed(reason) => {
-                self.explained(index);
-                self.fail(ExitCode::Process, &format!("device {id} failed: {}", harmless(&reason)));
+                let text = format!("device {id} failed: {}", harmless(&reason));
+                if self.replaceable(index) {
+                    self.condemn(index, &text);
+                } else {
+                    self.explained(index);
+                    self.fail(ExitCode::Process, &text);
+                }
             }
         }
     }
@@ -143,7 +150,7 @@ impl EventLoop<'_> {
         }
         if process.state != State::Starting || policies.len() != listeners.len() {
             let text = format!("{id} sent a READY that makes no sense");
-            self.fail(ExitCode::Process, &text);
+            self.condemn(index, &text);
             return;
         }
         process.state = State::Ready;
@@ -159,10 +166,7 @@ impl EventLoop<'_> {
         }
         if let Some(error) = unwatched {
             // A descriptor that is no listener: the process must not run without its policies being watched.
-            self.fail(
-                ExitCode::Process,
-                &format!("{id} sent a seccomp listener that cannot be watched: {error}"),
-            );
+            self.condemn(index, &format!("{id} sent a seccomp listener that cannot be watched: {error}"));
             return;
         }
         let text = self.timing(&format!("{id} is ready"));
@@ -175,6 +179,8 @@ impl EventLoop<'_> {
             self.say(LogLevel::Info, &text);
             self.take_terminal();
             heap::trim();
+        } else {
+            self.hand_to_core(index, id);
         }
     }
 
@@ -266,6 +272,11 @@ impl EventLoop<'_> {
         poller.remove(&process.jailed);
         poller.remove(&process.log);
         process.listeners.iter().for_each(|listener| poller.remove(listener));
+        if self.replaceable(index) {
+            self.lost(index, exit, jail_error);
+            return;
+        }
+        let Some(process) = self.processes.get(index) else { return };
         let ours = killed_by_us && exit == Exit::Signal(libc::SIGKILL);
         let expected = self.end.is_some() && (ours || exit == Exit::Code(0));
         if expected || process.explained {
@@ -309,11 +320,13 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
-        process.explained = true;
         // Not later: nothing the process does from here on is wanted.
         let _gone = process.kill();
         let text = describe_violation(&process.id, &violation);
-        self.fail(ExitCode::Process, &text);
+        if !self.replaceable(index) {
+            self.explained(index);
+        }
+        self.condemn(index, &text);
     }
 
     /// Hands a new peer of a console or serial port to its device.
@@ -323,10 +336,13 @@ impl EventLoop<'_> {
         process.channel.send(&ToDevice::Attach, &[stream]).map_err(|error| error.to_string())
     }
 
-    /// After a restart the new devices get the peers that the old ones had.
-    pub(super) fn attach_again(&mut self) {
-        for attachment in self.environment.server.attachments() {
-            let _noticed_by_the_client = self.hand_over(&attachment.device, attachment.stream.as_fd());
+    /// A device that was started anew gets the peer that its predecessor had.
+    pub(super) fn attach_again(&self, device: &str) {
+        let attachments = self.environment.server.attachments();
+        let attached = attachments.filter(|it| it.device == device).map(|it| it.stream.as_fd());
+        let connected = self.peers.iter().filter(|(id, _)| *id == device).map(|(_, peer)| peer.as_fd());
+        for peer in attached.chain(connected) {
+            let _noticed_by_the_client = self.hand_over(device, peer);
         }
     }
 }

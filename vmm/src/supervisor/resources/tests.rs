@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use tempfile::TempDir;
 
 use super::*;
-use crate::supervisor::config::StreamTarget;
+use crate::supervisor::config::{RestartPolicy, StreamTarget};
 
 fn folder() -> TempDir {
     tempfile::tempdir().unwrap()
@@ -19,7 +19,7 @@ fn image(folder: &TempDir, name: &str, size: u64) -> PathBuf {
 }
 
 fn disk(path: &Path, readonly: bool) -> DiskConfig {
-    DiskConfig { path: path.to_owned(), readonly, id: "root".into() }
+    DiskConfig { path: path.to_owned(), readonly, id: "root".into(), restart: RestartPolicy::Never }
 }
 
 fn refusal<T>(result: Result<T, ResourceError>) -> String {
