@@ -40,14 +40,15 @@ impl UartDevice {
         self.shadow.iter().map(AsFd::as_fd).chain(self.output.descriptor())
     }
 
-    /// Characters that the receiver takes now.
+    /// Characters that the receiver takes now. None before the interrupt is connected: the core does that last, when the
+    /// settings that a predecessor had are written, and one of these clears the receiver.
     pub fn receive_room(&self) -> usize {
-        self.uart.receive_room()
+        if self.event.is_some() { self.uart.receive_room() } else { 0 }
     }
 
     /// Whether it is time to fetch more characters.
     pub fn receive_low(&self) -> bool {
-        self.uart.receive_low()
+        self.event.is_some() && self.uart.receive_low()
     }
 
     /// Characters arrive, no more than there is room for. `idle`: no more follow at once, so that what lies below the
@@ -82,8 +83,9 @@ impl UartDevice {
     /// Publishes what reads would bring, then signals an edge: whoever the interrupt wakes reads the new state.
     fn update(&mut self) {
         self.publish();
-        if self.uart.take_edge()
-            && let Some(event) = &self.event
+        // Without a descriptor the edge is kept for the one that comes.
+        if let Some(event) = &self.event
+            && self.uart.take_edge()
         {
             // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
             let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
@@ -163,6 +165,7 @@ impl RegisterDevice for UartDevice {
             fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
         }
         self.event = event;
+        self.update();
         Ok(())
     }
 

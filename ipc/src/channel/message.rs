@@ -159,6 +159,8 @@ pub enum ToDevice {
         /// Height.
         rows: u16,
     },
+    /// Answer [`FromDevice::Alive`]: a process that hangs does not.
+    Ping,
     /// Finish what is in flight and exit with code 0.
     Stop,
 }
@@ -243,6 +245,8 @@ pub enum FromDevice {
         /// Policies of the threads, in the order of the descriptors.
         policies: Vec<PolicyName>,
     },
+    /// The answer to [`ToDevice::Ping`].
+    Alive,
     /// The device cannot serve; a sentence for a person. The process exits after it.
     Failed(String),
 }

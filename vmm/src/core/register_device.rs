@@ -130,11 +130,8 @@ impl Journal {
 }
 
 impl Link {
-    fn connect(
-        config: &RegisterDeviceConfig,
-        socket: OwnedFd,
-        interrupt: &OwnedFd,
-    ) -> Result<Self, ClientError> {
+    /// The interrupt is left unconnected: a device takes no input before it is connected.
+    fn connect(config: &RegisterDeviceConfig, socket: OwnedFd) -> Result<Self, ClientError> {
         let mut client = Client::connect(socket, &config.name, config.deadline)?;
         let unexpected = |field, expected, received| ClientError {
             device: config.name.clone(),
@@ -146,7 +143,6 @@ impl Link {
             return Err(unexpected("size", u64::from(PORTS), ports.size));
         }
         let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
-        client.set_irq(0, Some(interrupt.as_fd()))?;
         Ok(Self { client, shadow, posted: 0, streamed: 0 })
     }
 
@@ -200,22 +196,24 @@ impl RegisterDevice {
         interrupt: OwnedFd,
         on_failure: OnFailure,
     ) -> Result<Self, ClientError> {
-        let link = Link::connect(&config, socket, &interrupt)?;
+        let mut link = Link::connect(&config, socket)?;
+        link.client.set_irq(0, Some(interrupt.as_fd()))?;
         let state = State { link: Some(link), patience: None, journal: Journal::default() };
         Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
     }
 
     /// Takes a new process in place of one that failed (or still runs), and writes the guest's settings to it. Accesses
-    /// wait only while these are posted, not while the connection is made.
+    /// wait until the device has carried these out, not while the connection is made.
     ///
     /// # Errors
     /// As for [`Self::connect`]; the port stays as it was.
     pub fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
-        let mut link = Link::connect(&self.config, socket, &self.interrupt)?;
+        let mut link = Link::connect(&self.config, socket)?;
         let mut state = self.lock();
         for (offset, value) in state.journal.replay() {
             link.post(offset, value, false)?;
         }
+        link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
         state.link = Some(link);
         self.settled.notify_all();
         Ok(())

@@ -17,6 +17,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("a_device_that_keeps_dying_is_given_up", given_up),
     ("a_device_that_the_core_gives_up_is_replaced", core_gives_up),
     ("a_hung_device_is_killed_and_replaced", hung),
+    ("a_device_that_hangs_unnoticed_is_found_by_its_heartbeat", hung_unnoticed),
     ("never_is_for_the_devices_it_is_said_of", never),
     ("peers_outlive_the_process_that_serves_them", peers),
     ("an_end_during_a_restart_leaves_nothing", end_meanwhile),
@@ -112,6 +113,23 @@ fn hung() {
     kill(Pid::from_raw(bench.pid("disk0")), Signal::SIGSTOP).unwrap();
     wait_for("the successor", || count(&bench, "disk0 was replaced within") == 1);
     assert_eq!(bench.left().len(), 3);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn hung_unnoticed() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --rng --console --log-file log", "");
+    for id in ["disk0", "rng", "console", "serial"] {
+        kill(Pid::from_raw(bench.pid(id)), Signal::SIGSTOP).unwrap();
+    }
+    for id in ["disk0", "rng", "console", "serial"] {
+        wait_for("the successor", || count(&bench, &format!("{id} was replaced within")) == 1);
+        assert_eq!(count(&bench, &format!("{id} hangs: it did not answer within 5 s")), 1);
+    }
+    sleep(Duration::from_secs(7));
+    assert_eq!(count(&bench, "hangs"), 4, "the successors answer");
+    assert_eq!(bench.left().len(), 5);
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

@@ -178,6 +178,7 @@ pub fn device() {
         match control.recv::<ToDevice>() {
             (ToDevice::Stop, _) if id == "stubborn" => {}
             (ToDevice::Stop, _) => exit(0),
+            (ToDevice::Ping, _) => control.channel.send(&FromDevice::Alive, &[]).unwrap(),
             (ToDevice::Attach, fds) => {
                 let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
-use bulkhead_tests::machine::{Kernel, Machine, exit};
+use bulkhead_tests::machine::{Kernel, Machine, Running, exit};
 use bulkhead_tests::pattern::Digest;
 
 pub fn cases() -> Vec<Case> {
@@ -30,10 +30,15 @@ fn iotest(context: &Context, mib: u64, words: &str) -> Outcome {
     let (machine, disk) = Machine::stock(context, Kernel::Elf, "iotest")?.words(&arguments).empty_disk(64)?;
     let mut running = machine.arguments(&["--cpus", "2", "--memory", "512M"]).start()?;
     running.expect_exit(exit::SUCCESS)?;
+    expect_digest(&running, &disk)
+}
+
+/// The guest found no error, and its disk holds what it wrote.
+pub fn expect_digest(running: &Running, disk: &Path) -> Outcome {
     let status = running.guest("iotest status").unwrap_or_default();
     ensure!(status == "0", "guest-io ended with '{status}'");
     let guest = running.guest("io digest").ok_or("no digest from the guest")?;
-    let host = format!("{:016x}", digest(&disk)?);
+    let host = format!("{:016x}", digest(disk)?);
     ensure!(guest == host, "the guest's digest of the disk is {guest}, the host's {host}");
     Ok(())
 }

@@ -26,7 +26,12 @@ pub fn cases() -> Vec<Case> {
             signalled(context, Signal::SIGTERM, 143)
         }),
         Case::new("stock", "SIGINT ends the machine", 120, |context| signalled(context, Signal::SIGINT, 130)),
-        Case::new("stock", "killed device is reported by name", 120, killed_device),
+        Case::new(
+            "stock",
+            "killed device ends the machine with --restart never, by name",
+            120,
+            killed_device,
+        ),
         Case::new("stock", "killed core is reported", 120, killed_core),
         Case::new("stock", "ps shows each process", 120, ps),
         Case::new("stock", "locked disk is refused to a second machine", 120, locked_disk),
@@ -46,8 +51,13 @@ pub fn cases() -> Vec<Case> {
 
 /// A machine that waits for its power button.
 fn idle(context: &Context) -> Outcome<Running> {
+    idle_with(context, &[])
+}
+
+fn idle_with(context: &Context, arguments: &[&str]) -> Outcome<Running> {
     let (machine, _) = Machine::stock(context, Kernel::Elf, "idle")?.data_disk()?;
-    let mut running = machine.arguments(&["--memory", "256M", "--rng", "--console"]).start()?;
+    let machine = machine.arguments(&["--memory", "256M", "--rng", "--console"]).arguments(arguments);
+    let mut running = machine.start()?;
     let line = running.wait_for("guest: idle", 1)?;
     ensure!(!line.contains("missing"), "the guest sees no power button");
     Ok(running)
@@ -106,7 +116,7 @@ fn signalled(context: &Context, signal: Signal, code: i32) -> Outcome {
 
 /// Kills the process whose title contains `title`; the machine ends, and the message calls it `name` and says how.
 fn killed(context: &Context, title: &str, name: &str) -> Outcome {
-    let mut running = idle(context)?;
+    let mut running = idle_with(context, &["--restart", "never"])?;
     let processes = running.processes();
     let titles: Vec<_> = processes.iter().map(bulkhead_tests::processes::Process::title).collect();
     context.log(&format!("{titles:?}"));

@@ -13,6 +13,7 @@ mod disk;
 mod jail;
 mod lifecycle;
 mod refusals;
+mod restart;
 mod serial;
 
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         bare::cases(),
         serial::cases(),
         refusals::cases(),
+        restart::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

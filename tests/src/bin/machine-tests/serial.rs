@@ -47,7 +47,7 @@ fn read(from: &mut impl Read, wanted: usize) -> Outcome<Vec<u8>> {
     Ok(all)
 }
 
-fn read_until(from: &mut impl Read, end: &str) -> Outcome<String> {
+pub fn read_until(from: &mut impl Read, end: &str) -> Outcome<String> {
     let mut all = String::new();
     while !all.contains(end) {
         let byte = read(from, 1)?;
@@ -57,7 +57,7 @@ fn read_until(from: &mut impl Read, end: &str) -> Outcome<String> {
     Ok(all)
 }
 
-fn connect(context: &Context, path: &Path) -> Outcome<UnixStream> {
+pub fn connect(context: &Context, path: &Path) -> Outcome<UnixStream> {
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => {

@@ -29,7 +29,7 @@ use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
-use recovery::Recovery;
+use recovery::{HEARTBEAT, Recovery};
 
 /// From the start of the first process until all have reported READY.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -143,6 +143,8 @@ pub struct EventLoop<'a> {
     processes: Vec<Process>,
     /// What is to be done for each of `processes` when it ends, by the same index.
     recoveries: Vec<Recovery>,
+    /// When the devices are asked again whether they are alive.
+    heartbeat: Instant,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
@@ -169,6 +171,7 @@ impl<'a> EventLoop<'a> {
             environment,
             processes,
             recoveries,
+            heartbeat: Instant::now() + HEARTBEAT,
             peers: Vec::new(),
             started,
             phase,

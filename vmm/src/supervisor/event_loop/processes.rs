@@ -30,6 +30,7 @@ enum Message {
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
     DeviceReplaced { id: String },
+    Alive,
     Failed(String),
 }
 
@@ -45,6 +46,7 @@ fn receive(process: &Process) -> Result<Message, ChannelError> {
     } else {
         match process.channel.recv::<FromDevice>(now)? {
             (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
+            (FromDevice::Alive, _) => Message::Alive,
             (FromDevice::Failed(reason), _) => Message::Failed(reason),
         }
     })
@@ -109,6 +111,7 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
+            Message::Alive => self.alive(index),
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {}", harmless(&reason));
                 if self.replaceable(index) {

@@ -4,13 +4,16 @@
 //! with the resources that the supervisor has kept, and only when that is READY the core gets the stream to it. What the core
 //! says about the predecessor may arrive late; it acknowledges each stream it takes, and what it says between the death and
 //! that acknowledgement is about a process that is gone.
+//!
+//! A process that hangs while the guest waits for it is found by the core's deadlines. One that hangs unnoticed, for its queues
+//! and its shadow page are read without it, is found by the heartbeat: it must answer on its control channel.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{FdIndex, ToCore};
+use bulkhead_ipc::channel::message::{FdIndex, ToCore, ToDevice};
 use bulkhead_ipc::jail::{Exit, JailError};
 
 use super::{EventLoop, Phase, WORD_DEADLINE};
@@ -24,6 +27,11 @@ use crate::supervisor::process::{Role, State, describe};
 const OWN_END: Duration = Duration::from_millis(20);
 /// For a successor to report READY.
 const SUCCESSOR_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How often the devices are asked whether they are alive, and how long they may take to answer. Generous: to drain a queue on a
+/// slow disk takes a while, and an overloaded host is no reason to kill anything.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(2);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Where a device is between the death of its process and the work of the next.
 #[derive(Debug)]
@@ -55,11 +63,20 @@ pub(super) struct Recovery {
     word: Option<String>,
     /// Streams that the core has not acknowledged yet.
     unacknowledged: u32,
+    /// Since when an answer to a ping is due.
+    asked: Option<Instant>,
 }
 
 impl Recovery {
     pub(super) fn new(policy: RestartPolicy) -> Self {
-        Self { policy, deaths: VecDeque::new(), stage: Stage::Serving, word: None, unacknowledged: 0 }
+        Self {
+            policy,
+            deaths: VecDeque::new(),
+            stage: Stage::Serving,
+            word: None,
+            unacknowledged: 0,
+            asked: None,
+        }
     }
 
     const fn deadline(&self) -> Option<Instant> {
@@ -74,6 +91,7 @@ impl Recovery {
         if let RestartPolicy::Restart { window, .. } = self.policy {
             self.deaths.retain(|death| now.duration_since(*death) < window);
         }
+        self.asked = None;
         let pause = self.policy.pause(self.deaths.len());
         self.deaths.push_back(now);
         pause
@@ -95,7 +113,9 @@ impl EventLoop<'_> {
         if self.phase != Phase::Running {
             return None;
         }
-        self.recoveries.iter().filter_map(Recovery::deadline).min()
+        let beats = (0..self.recoveries.len()).any(|index| self.replaceable(index));
+        let deadlines = self.recoveries.iter().filter_map(Recovery::deadline);
+        deadlines.chain(beats.then_some(self.heartbeat)).min()
     }
 
     fn enter(&mut self, index: usize, stage: Stage) {
@@ -194,8 +214,47 @@ impl EventLoop<'_> {
         }
     }
 
+    /// Asks the devices whether they are alive, and condemns those that did not answer.
+    fn beat(&mut self, now: Instant) {
+        self.heartbeat = now + HEARTBEAT;
+        for index in 0..self.recoveries.len() {
+            if !self.replaceable(index) {
+                continue;
+            }
+            let (Some(process), Some(recovery)) = (self.processes.get(index), self.recoveries.get_mut(index))
+            else {
+                continue;
+            };
+            if process.state != State::Ready {
+                continue;
+            }
+            match recovery.asked {
+                None => {
+                    recovery.asked = Some(now);
+                    let _full_or_gone = process.channel.send(&ToDevice::Ping, &[]);
+                }
+                Some(asked) if now.duration_since(asked) >= ANSWER_DEADLINE => {
+                    let seconds = ANSWER_DEADLINE.as_secs();
+                    let text = format!("{} hangs: it did not answer within {seconds} s", process.id);
+                    self.condemn(index, &text);
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// A device answered.
+    pub(super) fn alive(&mut self, index: usize) {
+        if let Some(recovery) = self.recoveries.get_mut(index) {
+            recovery.asked = None;
+        }
+    }
+
     /// Does what is due.
     pub(super) fn recover(&mut self, now: Instant) {
+        if self.heartbeat <= now {
+            self.beat(now);
+        }
         for index in 0..self.recoveries.len() {
             if !self.replaceable(index) {
                 continue;

@@ -1,0 +1,182 @@
+//! Device processes that die while the guest runs: the guest sees a pause and nothing else.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Kernel, Machine, Running, exit};
+use bulkhead_tests::pattern::Stream;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::disk::expect_digest;
+use crate::serial;
+
+/// Within this time the supervisor finds a process that hangs; the guest of these tests is answered without it.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// How often a process is killed.
+const KILLS: usize = 20;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new(
+            "bare",
+            "killed serial process: what is typed afterwards comes back whole",
+            60,
+            serial_killed,
+        ),
+        Case::new("bare", "hung serial process is found and replaced", 60, serial_hung),
+        Case::new("bare", "device that keeps dying is given up and the machine goes on", 60, given_up),
+        Case::new("stock", "disk holds random I/O while its process is killed", 400, disk_killed),
+    ]
+}
+
+/// A configuration file that allows any number of restarts, and all at once.
+fn often(context: &Context) -> Outcome<String> {
+    let path = context.folder.join("often.toml");
+    fs::write(&path, "restart = { max = 1000, window = 1, backoff = 0 }\n")
+        .map_err(|error| error.to_string())?;
+    Ok(path.display().to_string())
+}
+
+/// Sends a signal to the process of a device.
+fn signal(running: &Running, device: &str, signal: Signal) -> Outcome {
+    let title = format!("/{device}]");
+    let found = running.processes().into_iter().find(|process| process.title().contains(&title));
+    let process = found.ok_or_else(|| format!("no process of {device}"))?;
+    let pid = i32::try_from(process.pid).map_err(|error| error.to_string())?;
+    kill(Pid::from_raw(pid), signal).map_err(|error| format!("kill: {error}"))
+}
+
+/// Each time that a device was replaced: how long it took, ms.
+fn replaced(running: &Running, device: &str) -> Vec<f64> {
+    let text = format!("{device} was replaced within ");
+    let messages = running.messages();
+    let rest = messages.iter().filter_map(|line| line.split_once(&text).map(|(_, rest)| rest));
+    rest.filter_map(|rest| rest.split(' ').next()?.parse().ok()).collect()
+}
+
+fn wait_until(context: &Context, what: &str, condition: impl Fn() -> bool) -> Outcome {
+    while !condition() {
+        ensure!(!context.left().is_zero(), "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn report(context: &Context, what: &str, times: &[f64]) {
+    let longest = times.iter().copied().fold(0.0, f64::max);
+    let mean = times.iter().sum::<f64>() / f64::from(u32::try_from(times.len().max(1)).unwrap_or(1));
+    context.log(&format!("{what}: {} times, mean {mean:.1} ms, longest {longest:.1} ms", times.len()));
+}
+
+/// A guest that sends back in capitals what it receives, and a connection to its serial port.
+fn echo(context: &Context, arguments: &[&str]) -> Outcome<(Running, UnixStream)> {
+    let path: PathBuf = context.folder.join("serial.socket");
+    let target = format!("unix={}", path.display());
+    let machine = Machine::bare(context, &context.places.payloads.join("echo.elf"))?;
+    let running = machine
+        .arguments(&["--memory", "64M", "--rng", "--console", "--serial", &target])
+        .arguments(arguments)
+        .start()?;
+    let mut stream = serial::connect(context, &path)?;
+    serial::read_until(&mut stream, "echo begins\n")?;
+    wait_until(context, "the machine", || running.messages().iter().any(|line| line.contains("are ready")))?;
+    Ok((running, stream))
+}
+
+/// Types a text and reads until it has come back; returns what came before it.
+fn exchange(stream: &mut UnixStream, text: &str) -> Outcome<String> {
+    stream.write_all(text.as_bytes()).map_err(|error| error.to_string())?;
+    let wanted = text.to_ascii_uppercase();
+    let mut all = String::new();
+    while !all.ends_with(&wanted) {
+        let mut byte = [0];
+        match stream.read(&mut byte) {
+            Ok(1..) => all.push(char::from(byte[0])),
+            Ok(0) => return Err(format!("closed after '{all}'")),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(format!("'{all}' came back of '{text}': {error}")),
+        }
+    }
+    all.truncate(all.len().saturating_sub(wanted.len()));
+    Ok(all)
+}
+
+fn finish(mut running: Running, mut stream: UnixStream) -> Outcome {
+    stream.write_all(b"q").map_err(|error| error.to_string())?;
+    running.expect_exit(exit::SUCCESS)
+}
+
+fn serial_killed(context: &Context) -> Outcome {
+    let (running, mut stream) = echo(context, &["--config", &often(context)?])?;
+    let mut pauses = Vec::new();
+    for round in 0..KILLS {
+        signal(&running, "serial", Signal::SIGKILL)?;
+        let start = Instant::now();
+        let before = exchange(&mut stream, &format!("round {round} of the test;"))?;
+        pauses.push(start.elapsed().as_secs_f64() * 1e3);
+        ensure!(before.is_empty(), "round {round}: '{before}' came out of nowhere");
+        exchange(&mut stream, "and more;")?;
+    }
+    report(context, "pause that the user sees", &pauses);
+    report(context, "serial", &replaced(&running, "serial"));
+    ensure!(replaced(&running, "serial").len() == KILLS, "not replaced {KILLS} times");
+    finish(running, stream)
+}
+
+fn serial_hung(context: &Context) -> Outcome {
+    let (running, mut stream) = echo(context, &[])?;
+    signal(&running, "serial", Signal::SIGSTOP)?;
+    let start = Instant::now();
+    stream.set_read_timeout(Some(HEARTBEAT)).map_err(|error| error.to_string())?;
+    exchange(&mut stream, "after the deadline;")?;
+    let took = start.elapsed();
+    ensure!(took > Duration::from_millis(500), "it was not hung: {took:?}");
+    ensure!(took < HEARTBEAT, "it took {took:?}");
+    ensure!(replaced(&running, "serial").len() == 1, "it was not replaced");
+    finish(running, stream)
+}
+
+fn given_up(context: &Context) -> Outcome {
+    let (running, mut stream) = echo(context, &["--restart", "2/60"])?;
+    for round in 1..=2 {
+        signal(&running, "rng", Signal::SIGKILL)?;
+        wait_until(context, "the successor", || replaced(&running, "rng").len() == round)?;
+    }
+    signal(&running, "rng", Signal::SIGKILL)?;
+    let said = || running.messages().iter().filter(|line| line.contains("is given up")).count();
+    wait_until(context, "the end of all attempts", || said() == 1)?;
+    exchange(&mut stream, "the machine goes on;")?;
+    ensure!(signal(&running, "rng", Signal::SIGKILL).is_err(), "there is a third successor");
+    finish(running, stream)
+}
+
+fn disk_killed(context: &Context) -> Outcome {
+    let (machine, disk) = Machine::stock(context, Kernel::Elf, "iotest")?
+        .words("bulkhead.io=verify,--mib,256,--depth,32")
+        .empty_disk(64)?;
+    let often = often(context)?;
+    let mut running =
+        machine.arguments(&["--cpus", "2", "--memory", "512M", "--rng", "--config", &often]).start()?;
+    running.wait_for("guest: io filled", 1)?;
+    let mut random = Stream::new(1);
+    for round in 1..=KILLS {
+        thread::sleep(Duration::from_millis(50 + random.below(300)));
+        if running.serial().iter().any(|line| line.contains("guest: io moved")) {
+            break;
+        }
+        signal(&running, "data", Signal::SIGKILL)?;
+        wait_until(context, "the successor", || replaced(&running, "data").len() == round)?;
+    }
+    running.expect_exit(exit::SUCCESS)?;
+    let times = replaced(&running, "data");
+    report(context, "data", &times);
+    ensure!(times.len() >= KILLS / 2, "the I/O was over after {} kills", times.len());
+    expect_digest(&running, &disk)
+}
