@@ -16,4 +16,5 @@ mod inflight;
 mod messages;
 mod qemu;
 mod rng;
+mod storm;
 mod supervised;
