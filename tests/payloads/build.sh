@@ -6,7 +6,9 @@ out=$1
 mkdir -p "$out"
 flags="-m64 -O1 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none -mno-red-zone -mgeneral-regs-only -mcmodel=small -fno-asynchronous-unwind-tables"
 link="-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments -Wl,-T,$here/pvh.ld"
-gcc $flags $link -o "$out/first_byte.elf" "$here/first_byte.S"
-for payload in garbage; do
+for payload in first_byte bad_fetch; do
+    gcc $flags $link -o "$out/$payload.elf" "$here/$payload.S"
+done
+for payload in garbage memory echo; do
     gcc $flags $link -o "$out/$payload.elf" "$here/long_mode.S" "$here/$payload.c"
 done

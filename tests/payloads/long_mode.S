@@ -1,4 +1,4 @@
-/* Takes a payload written in C from the PVH entry (32-bit, no paging) to 64-bit mode with the first 4 GiB mapped one to one. */
+/* Takes a payload written in C from the PVH entry (32-bit, no paging) to 64-bit mode with the first 8 GiB mapped one to one. */
 #include "pvh_note.h"
         .text
         .code32
@@ -7,16 +7,18 @@ pvh_start:
         mov     $stack_top, %esp
         mov     $page_directories, %edi
         mov     $0x83, %eax             /* present, writable, 2 MiB page */
-        mov     $2048, %ecx
+        xor     %edx, %edx
+        mov     $4096, %ecx
 1:      mov     %eax, (%edi)
-        movl    $0, 4(%edi)
+        mov     %edx, 4(%edi)
         add     $0x200000, %eax
+        adc     $0, %edx
         add     $8, %edi
         dec     %ecx
         jnz     1b
         mov     $page_pointers, %edi
         mov     $(page_directories + 3), %eax
-        mov     $4, %ecx
+        mov     $8, %ecx
 2:      mov     %eax, (%edi)
         movl    $0, 4(%edi)
         add     $0x1000, %eax
@@ -59,6 +61,6 @@ gdt_pointer:
         .align  4096
 page_root:        .skip 4096
 page_pointers:    .skip 4096
-page_directories: .skip 4 * 4096
+page_directories: .skip 8 * 4096
         .skip   16384
 stack_top:

@@ -113,8 +113,26 @@ pub enum MachineEnd {
     Reset,
     /// The guest reported a panic.
     Panicked,
+    /// Nothing was started: what the user gave makes no machine.
+    BadInput {
+        /// What of it.
+        input: Input,
+        /// A sentence for a person.
+        reason: String,
+    },
     /// The core could not go on; a sentence for a person.
     Failed(String),
+}
+
+/// What the user gives and only the core can judge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Input {
+    /// The kernel image.
+    Kernel,
+    /// The initial RAM file system.
+    Initrd,
+    /// A number or text of the configuration, which the sentence names.
+    Setting,
 }
 
 /// From the supervisor to a device process.

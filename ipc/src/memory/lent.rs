@@ -34,6 +34,7 @@ fn pieces(
     let mut next = address;
     for slice in memory.get_slices(GuestAddress(address), length) {
         let slice = slice.map_err(|_| out_of_range())?;
+        #[expect(clippy::disallowed_methods, reason = "the guards below mark what the kernel writes")]
         let iovec = libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
         each(Piece { address: next, iovec });
         next = next.saturating_add(slice.len() as u64);

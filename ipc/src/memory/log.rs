@@ -87,8 +87,10 @@ impl DirtyLog {
         let Some(offset) = usize::try_from(byte).ok().and_then(|byte| byte.checked_add(self.skip)) else {
             return;
         };
+        #[expect(clippy::disallowed_methods, reason = "this is the dirty log itself, no guest memory")]
+        let bits = self.mapping.get_atomic_ref::<AtomicU8>(offset);
         // The front end may share a byte with us, so both sides use atomic operations on it.
-        if let Ok(bits) = self.mapping.get_atomic_ref::<AtomicU8>(offset)
+        if let Ok(bits) = bits
             && bits.load(Ordering::Relaxed) & mask != mask
         {
             bits.fetch_or(mask, Ordering::Release);

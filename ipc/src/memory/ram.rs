@@ -202,6 +202,10 @@ impl GuestRam {
         self.inner.memory.iter().map(|region| HostMapping {
             guest_address: region.start_addr().raw_value(),
             size: region.len(),
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "the address alone; KVM's own dirty log sees the guest's writes"
+            )]
             host_address: region.as_ptr().addr() as u64,
         })
     }
@@ -346,7 +350,9 @@ fn map(region: SharedRegion, log: &Arc<LogSlot>) -> Result<Region, MemoryError> 
         .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
         .build()
         .map_err(|error| map_error(WHAT, size, error))?;
-    if let Some(start) = NonNull::new(mapping.as_ptr()) {
+    #[expect(clippy::disallowed_methods, reason = "advice to the kernel writes nothing")]
+    let start = mapping.as_ptr();
+    if let Some(start) = NonNull::new(start) {
         // SAFETY: `start` and `length` are exactly the mapping made above, which `mapping` owns; the advice
         // only keeps it out of core dumps and changes neither its contents nor its life.
         unsafe { madvise(start.cast(), length, MmapAdvise::MADV_DONTDUMP) }

@@ -280,6 +280,11 @@ impl Client {
             let space = self.buffer.get_mut(filled..).unwrap_or_default();
             let count = if with_descriptors {
                 let (count, mut more) = self.socket.receive_with_descriptors(space)?;
+                // No reply has more than one; a peer that adds some to every byte must not exhaust ours.
+                if more.len().saturating_add(received.len()) > 1 {
+                    let count = more.len().saturating_add(received.len());
+                    return Err(Fault::Descriptors { expected: 1, received: count });
+                }
                 received.append(&mut more);
                 count
             } else {

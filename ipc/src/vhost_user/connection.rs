@@ -216,11 +216,7 @@ impl Connection {
         self.fill(&mut header, true, &mut descriptors, deadline)?;
         let (request, kind, size) = parse_header(&header)?;
         let mut payload = vec![0; size];
-        let mut late = Vec::new();
-        self.fill(&mut payload, false, &mut late, deadline)?;
-        if !late.is_empty() {
-            return Err(ConnectionError::MisplacedDescriptors);
-        }
+        self.fill(&mut payload, false, &mut descriptors, deadline)?;
         Ok(Message { request, kind, payload, descriptors })
     }
 
@@ -267,7 +263,14 @@ impl Connection {
     ) -> Result<(), ConnectionError> {
         let mut filled = 0;
         while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.receive_part(rest, descriptors)? {
+            let held = descriptors.len();
+            let received = self.receive_part(rest, descriptors)?;
+            // They come with the message's first byte. A peer that adds some to every byte must not get so far as to exhaust
+            // this process's descriptors, which other devices need too.
+            if descriptors.len() > held && !(first && filled == 0) {
+                return Err(ConnectionError::MisplacedDescriptors);
+            }
+            match received {
                 Ok(0) if first && filled == 0 => return Err(ConnectionError::Closed),
                 Ok(0) => return Err(ConnectionError::ClosedInside),
                 Ok(count) => {

@@ -38,6 +38,11 @@ const FORBIDDEN: &[(&str, i64, [u64; 6])] = &[
     ("mprotect", libc::SYS_mprotect, [0, 4096, 5, 0, 0, 0]),
     ("madvise", libc::SYS_madvise, [0, 0, 12, 0, 0, 0]),
     ("ioctl", libc::SYS_ioctl, [0, 0x5412, 0, 0, 0, 0]),
+    // Whoever shares an open file could be made to wait: F_SETFL without O_NONBLOCK, FIONBIO.
+    ("fcntl", libc::SYS_fcntl, [ALL_ONES, 4, 0, 0, 0, 0]),
+    ("ioctl", libc::SYS_ioctl, [ALL_ONES, 0x5421, 0, 0, 0, 0]),
+    // A read that might wait, where only one that does not is meant.
+    ("preadv2", libc::SYS_preadv2, [ALL_ONES, 0, 0, 0, 0, 0]),
     ("prctl", libc::SYS_prctl, [4, 1, 0, 0, 0, 0]),
     // x32: getpid of another table.
     ("unknown", 0x4000_0000 | libc::SYS_getpid, [0; 6]),

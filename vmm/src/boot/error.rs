@@ -2,6 +2,7 @@
 
 use std::io;
 
+use bulkhead_ipc::channel::message::Input;
 use bulkhead_ipc::memory::MemoryError;
 
 /// An error of direct kernel boot. Sizes are bytes.
@@ -122,4 +123,32 @@ pub enum BootError {
     /// Guest memory could not be written.
     #[error("cannot write to guest memory")]
     Memory(#[from] MemoryError),
+}
+
+impl BootError {
+    /// What the user gave that is to blame; `None` where it is not the user's doing.
+    #[must_use]
+    pub fn input(&self) -> Option<Input> {
+        match self {
+            Self::Read { what: "initrd", .. }
+            | Self::NotAFile("initrd")
+            | Self::EmptyInitrd
+            | Self::InitrdTooLarge { .. } => Some(Input::Initrd),
+            Self::Read { .. }
+            | Self::NotAFile(_)
+            | Self::NotAKernel { .. }
+            | Self::WrongArchitecture(_)
+            | Self::Truncated { .. }
+            | Self::OldProtocol { .. }
+            | Self::No64BitEntry
+            | Self::BadHeader { .. }
+            | Self::NoPvhNote
+            | Self::KernelTooLow(_)
+            | Self::KernelTooLarge { .. } => Some(Input::Kernel),
+            Self::RamTooSmall { .. } | Self::CommandLineTooLong { .. } | Self::CommandLineHasNul { .. } => {
+                Some(Input::Setting)
+            }
+            Self::MapTooLong { .. } | Self::Memory(_) => None,
+        }
+    }
 }

@@ -54,6 +54,8 @@ impl EventLoop {
                     CONTROL => control(channel, core)?,
                     REPORTS => {
                         if let Some(end) = send_reports(channel, core)? {
+                            // A machine that is off executes nothing more.
+                            core.vcpus.pause();
                             return Ok(end);
                         }
                     }

@@ -33,6 +33,7 @@ impl Host for CoreHost {
     fn power(&self, event: PowerEvent) {
         self.reports.end(match event {
             PowerEvent::PowerOff => MachineEnd::PowerOff,
+            PowerEvent::Panicked => MachineEnd::Panicked,
             PowerEvent::Reset(source) => {
                 tracing::debug!(?source, "the guest resets the machine");
                 MachineEnd::Reset

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{Descriptors, FromCore, MachineEnd, ToCore};
+use bulkhead_ipc::channel::message::{Descriptors, FromCore, Input, MachineEnd, ToCore};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
 use bulkhead_ipc::log::{self, LogLevel};
@@ -95,6 +95,39 @@ impl CoreError {
     fn system<E: Into<std::io::Error>>(call: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::System { call, source: source.into() }
     }
+
+    /// What the user gave that makes no machine, if that is the reason.
+    fn input(&self) -> Option<Input> {
+        match self {
+            Self::Boot(error) => error.input(),
+            Self::Build(BuildError::Cpus(_)) => Some(Input::Setting),
+            _ => None,
+        }
+    }
+
+    /// As the supervisor hears it.
+    fn end(&self) -> MachineEnd {
+        let reason = chain(self);
+        match self.input() {
+            Some(input) => MachineEnd::BadInput { input, reason },
+            None => MachineEnd::Failed(reason),
+        }
+    }
+}
+
+/// An error and its causes in one sentence; a cause that its error already tells is not repeated.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// The program `bulkhead-vmm`: runs one machine and reports its end on the control channel. Exit code 0 when the
@@ -109,8 +142,9 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let end = run(&channel).unwrap_or_else(|error| MachineEnd::Failed(error.to_string()));
-    let code = if matches!(end, MachineEnd::Failed(_)) { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    let end = run(&channel).unwrap_or_else(|error| error.end());
+    let failed = matches!(end, MachineEnd::BadInput { .. } | MachineEnd::Failed(_));
+    let code = if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     if let Err(error) = channel.send_within(&FromCore::Ended(end), &[], SEND_DEADLINE) {
         tracing::error!(%error, "the supervisor does not hear how the machine ended");
         return ExitCode::FAILURE;
@@ -137,4 +171,33 @@ fn seal(channel: &Channel, core: &Core, events: &EventLoop) -> Result<(), CoreEr
     let sealed = jail::seal(PolicyName::CoreMain, &held)?;
     let ready = FromCore::Ready { policies: sealed.policies() };
     Ok(channel.send_within(&ready, &sealed.descriptors(), SEND_DEADLINE)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_user_gave_is_told_from_what_failed() {
+        let end = |error: CoreError| error.end();
+        let input = |error| match end(error) {
+            MachineEnd::BadInput { input, reason } => (input, reason),
+            other => panic!("{other:?}"),
+        };
+        let eio = || std::io::Error::from_raw_os_error(libc::EIO);
+        let (what, reason) = input(BootError::Read { what: "initrd", source: eio() }.into());
+        assert_eq!(what, Input::Initrd);
+        assert!(reason.starts_with("cannot read the initrd: Input/output error"), "{reason}");
+        assert_eq!(input(BootError::NoPvhNote.into()).0, Input::Kernel);
+        assert_eq!(
+            input(BootError::CommandLineTooLong { length: 3000, limit: 2047 }.into()).0,
+            Input::Setting
+        );
+        let (what, reason) = input(BuildError::Cpus(255).into());
+        assert_eq!(what, Input::Setting);
+        assert!(reason.contains("255"), "{reason}");
+        assert!(matches!(end(CoreError::NotStarted), MachineEnd::Failed(_)));
+        let ours = BootError::MapTooLong { entries: 200, limit: 128 };
+        assert!(matches!(end(ours.into()), MachineEnd::Failed(_)));
+    }
 }

@@ -15,8 +15,15 @@ const MAX_WAITING: usize = 64;
 
 /// A queue with an eventfd that tells the main thread to look.
 pub(super) struct Reports {
-    waiting: Mutex<VecDeque<FromCore>>,
+    waiting: Mutex<Waiting>,
     event: EventFd,
+}
+
+#[derive(Default)]
+struct Waiting {
+    /// The first one counts: what a guest does after it has powered off changes nothing.
+    end: Option<MachineEnd>,
+    reports: VecDeque<FromCore>,
 }
 
 impl Reports {
@@ -27,26 +34,29 @@ impl Reports {
 
     /// Ends the machine. The event loop reports it and the process exits.
     pub(super) fn end(&self, reason: MachineEnd) {
-        // The end goes first: nothing that comes before it could still matter.
-        self.lock().push_front(FromCore::Ended(reason));
+        self.lock().end.get_or_insert(reason);
         self.wake();
     }
 
     /// A device process missed a deadline, died or sent nonsense.
     pub(super) fn device_failed(&self, id: &str, reason: String) {
         let mut waiting = self.lock();
-        if waiting.len() < MAX_WAITING {
-            waiting.push_back(FromCore::DeviceFailed { id: id.to_owned(), reason });
+        if waiting.reports.len() < MAX_WAITING {
+            waiting.reports.push_back(FromCore::DeviceFailed { id: id.to_owned(), reason });
         }
         drop(waiting);
         self.wake();
     }
 
-    /// The next report, if any.
+    /// The next report, if any. The machine's end comes before all others: none of them could still matter.
     pub(super) fn next(&self) -> Option<FromCore> {
         // Taken back before the queue is looked at, so that a report that comes meanwhile wakes again.
         let _ = self.event.read();
-        self.lock().pop_front()
+        let mut waiting = self.lock();
+        if let Some(end) = &waiting.end {
+            return Some(FromCore::Ended(end.clone()));
+        }
+        waiting.reports.pop_front()
     }
 
     fn wake(&self) {
@@ -54,7 +64,7 @@ impl Reports {
         let _ = self.event.write(1);
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<FromCore>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -68,5 +78,32 @@ impl AsFd for Reports {
 impl Observer for Reports {
     fn backend_failed(&self, device: &str, error: &VirtioError) {
         self.device_failed(device, error.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_end_counts_and_comes_first() {
+        let reports = Reports::new().unwrap();
+        reports.device_failed("disk0", "late".into());
+        reports.end(MachineEnd::PowerOff);
+        for _ in 0..100_000 {
+            reports.end(MachineEnd::Reset);
+        }
+        assert_eq!(reports.next(), Some(FromCore::Ended(MachineEnd::PowerOff)));
+        assert!(reports.lock().reports.len() == 1, "a guest that repeats itself fills no memory");
+    }
+
+    #[test]
+    fn devices_that_fail_over_and_over_fill_no_memory() {
+        let reports = Reports::new().unwrap();
+        for _ in 0..1000 {
+            reports.device_failed("disk0", "late".into());
+        }
+        let count = std::iter::from_fn(|| reports.next()).count();
+        assert_eq!(count, MAX_WAITING);
     }
 }

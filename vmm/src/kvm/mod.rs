@@ -2,7 +2,6 @@
 //!
 //! Only this module and those below it talk to KVM; `machine` and `virtio` see traits.
 
-pub mod capabilities;
 mod cpuid;
 mod doorbells;
 mod exit_report;
@@ -23,20 +22,6 @@ pub use vm::Vm;
 /// Why KVM refused something. The sentence names the call; the kernel's reason follows.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// `/dev/kvm` speaks an API other than the stable version 12.
-    #[error("this KVM speaks API version {0}, Bulkhead needs version 12")]
-    ApiVersion(i32),
-    /// A capability that the machine cannot do without.
-    #[error("this KVM lacks {0}; a newer host kernel is needed")]
-    MissingCapability(&'static str),
-    /// More vCPUs than KVM supports.
-    #[error("cpus = {wanted}, but this KVM allows at most {limit}")]
-    TooManyCpus {
-        /// Configured number of vCPUs.
-        wanted: u8,
-        /// KVM's own limit.
-        limit: usize,
-    },
     /// An ioctl failed.
     #[error("KVM refused {call}: {source}")]
     Call {

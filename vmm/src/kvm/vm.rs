@@ -7,12 +7,10 @@ use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::capabilities::REQUIRED;
 use super::{KvmError, call};
 
 /// Three pages that KVM uses on Intel hosts for real mode; below the firmware's place at the top of 4 GiB.
@@ -32,12 +30,11 @@ impl Vm {
     /// Creates the machine with interrupt controllers (PIC, IOAPIC, LAPICs), PIT and RAM in place.
     ///
     /// # Errors
-    /// A missing capability by name, more vCPUs than KVM allows, or the ioctl that failed.
+    /// The ioctl that failed. What KVM must offer, and for how many vCPUs, the supervisor has asked before.
     pub fn create(kvm: OwnedFd, ram: &GuestRam, cpus: u8) -> Result<Self, KvmError> {
-        // SAFETY: the descriptor is owned and open, and ownership moves into `Kvm`; what it refers to is
-        // checked by the first ioctl below, which fails on anything other than /dev/kvm.
+        // SAFETY: the descriptor is owned and open, and ownership moves into `Kvm`; the first ioctl below fails on
+        // anything other than /dev/kvm.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-        check_host(&kvm, cpus)?;
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
         let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus };
         // RAM first: a memory slot takes effect after an SRCU grace period, which lasts some µs here and up to two timer
@@ -71,6 +68,7 @@ impl Vm {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
     }
 
+    #[expect(clippy::disallowed_methods, reason = "what the host's addresses are for")]
     fn map_ram(&self) -> Result<(), KvmError> {
         for (slot, mapping) in (0..).zip(self.ram.host_mappings()) {
             let region = kvm_userspace_memory_region {
@@ -86,19 +84,4 @@ impl Vm {
         }
         Ok(())
     }
-}
-
-fn check_host(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {
-    let version = kvm.get_api_version();
-    if u32::try_from(version) != Ok(KVM_API_VERSION) {
-        return Err(KvmError::ApiVersion(version));
-    }
-    if let Some(missing) = REQUIRED.iter().find(|capability| !kvm.check_extension(capability.cap)) {
-        return Err(KvmError::MissingCapability(missing.name));
-    }
-    let limit = kvm.get_max_vcpus();
-    if usize::from(cpus) > limit {
-        return Err(KvmError::TooManyCpus { wanted: cpus, limit });
-    }
-    Ok(())
 }

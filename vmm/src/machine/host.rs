@@ -44,6 +44,8 @@ pub enum PowerEvent {
     PowerOff,
     /// The guest reset the machine. The host stops the vCPUs, calls [`super::Machine::reset`] and starts anew, or ends the machine.
     Reset(ResetSource),
+    /// The guest's kernel panicked, and says so through pvpanic.
+    Panicked,
 }
 
 /// A doorbell at the place where the guest sees it now: what an ioeventfd is registered with.

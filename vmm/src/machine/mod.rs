@@ -41,7 +41,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, Rtc};
+use isa::{DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use pci::{InterruptPin, PciFunction};
 use pci::{PciBus, Pin, SlotFunction};
@@ -340,13 +340,14 @@ fn attach_isa_devices(
         let regions = memory.iter().filter(|range| (range.address >= 1 << 32) == above);
         regions.map(|range| range.length).fold(0, u64::saturating_add)
     };
-    let devices: [Arc<dyn IsaDevice>; 6] = [
+    let devices: [Arc<dyn IsaDevice>; 7] = [
         Arc::new(Rtc::new(host.clone(), size(false), size(true), config.cpus)),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
         Arc::new(DebugPort::new()),
         Arc::new(PostPort::new()),
+        Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {
         isa.attach(device)?;

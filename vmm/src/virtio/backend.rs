@@ -197,16 +197,29 @@ impl VirtioPci {
             .collect();
         frontend.set_memory(&regions)?;
         if frontend.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            if state.inflight.is_none() {
-                let queues = u16::try_from(state.queues.len()).unwrap_or(u16::MAX);
-                let size = self.settings.queue_size;
-                state.inflight = self.settings.inflight.allocate(frontend, queues, size)?;
-            }
-            if let Some(memory) = &state.inflight {
-                frontend.set_inflight(memory)?;
-            }
+            self.prepare_inflight(state, frontend)?;
         }
         Ok(())
+    }
+
+    /// Gives the back end the memory for requests in flight. One that cannot set up fresh memory is served without; one that
+    /// refuses the memory of its predecessor would lose what is in flight, and is not.
+    fn prepare_inflight(&self, state: &mut State, frontend: &mut Frontend) -> Result<(), FrontendError> {
+        let fresh = state.inflight.is_none();
+        if fresh {
+            let queues = u16::try_from(state.queues.len()).unwrap_or(u16::MAX);
+            let size = self.settings.queue_size;
+            state.inflight = self.settings.inflight.allocate(frontend, queues, size)?;
+        }
+        let Some(memory) = &state.inflight else { return Ok(()) };
+        match frontend.set_inflight(memory) {
+            Err(error) if fresh && matches!(error.problem, Problem::Refused(_)) => {
+                state.inflight = None;
+                self.complain(state, &error);
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     fn start_queue(

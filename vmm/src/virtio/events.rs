@@ -61,31 +61,43 @@ impl Token {
     }
 }
 
-/// How much a back end may say of its own accord: the event loop serves other devices as well.
+/// How much a back end may say of its own accord, and how long the event loop may wait for it because of that: it serves
+/// other devices as well.
 #[derive(Debug)]
 pub(super) struct RequestBudget {
-    /// When the current second began.
+    /// When the current period began.
     since: Instant,
     spent: u32,
+    waited: Duration,
 }
 
-/// Requests in a second.
-const REQUESTS_PER_SECOND: u32 = 200;
+/// How long a budget has to last.
+const PERIOD: Duration = Duration::from_secs(10);
+/// Requests in a period.
+const MOST_REQUESTS: u32 = 2000;
+/// Waiting in a period, all requests together.
+const WAITING: Duration = Duration::from_secs(2);
 
 impl Default for RequestBudget {
     fn default() -> Self {
-        Self { since: Instant::now(), spent: 0 }
+        Self { since: Instant::now(), spent: 0, waited: Duration::ZERO }
     }
 }
 
 impl RequestBudget {
-    /// Takes one request; says whether there was one left.
-    fn spend(&mut self) -> bool {
-        if self.since.elapsed() >= Duration::from_secs(1) {
+    /// Takes one request; says how long the event loop may wait for what follows from it, if there was one left.
+    fn spend(&mut self) -> Option<Duration> {
+        if self.since.elapsed() >= PERIOD {
             *self = Self::default();
         }
         self.spent = self.spent.saturating_add(1);
-        self.spent <= REQUESTS_PER_SECOND
+        let left = WAITING.saturating_sub(self.waited);
+        (self.spent <= MOST_REQUESTS && !left.is_zero()).then_some(left)
+    }
+
+    /// The event loop waited that long.
+    fn waited(&mut self, time: Duration) {
+        self.waited = self.waited.saturating_add(time);
     }
 }
 
@@ -210,21 +222,30 @@ impl VirtioPci {
     fn backend_request(&self, state: &mut State) {
         let Some(link) = state.link.as_mut() else { return };
         let Some(requests) = link.requests.as_mut() else { return };
-        if !link.budget.spend() {
-            return self.fail(state, VirtioError::Flood(REQUESTS_PER_SECOND));
-        }
+        let Some(limit) = link.budget.spend() else {
+            return self.fail(state, VirtioError::Flood);
+        };
         match requests.receive() {
-            Ok(BackendRequest::ConfigChange) => {
-                if let Err(error) = self.refresh_config(state, true) {
-                    self.fail(state, error.into());
-                }
-            }
+            Ok(BackendRequest::ConfigChange) => self.config_changed(state, limit),
             Ok(BackendRequest::Refused { request }) => {
                 self.complain(state, &format_args!("the device process sent unexpected request {request}"));
             }
             // It has nothing more to say; whether it is gone the other socket tells.
             Err(ConnectionError::Closed) => self.close_requests(state),
             Err(error) => self.fail(state, VirtioError::Requests(error)),
+        }
+    }
+
+    /// Reads the changed configuration within `limit`.
+    fn config_changed(&self, state: &mut State, limit: Duration) {
+        let start = Instant::now();
+        match self.refresh_config_within(state, true, limit) {
+            Ok(()) => {
+                if let Some(link) = &mut state.link {
+                    link.budget.waited(start.elapsed());
+                }
+            }
+            Err(error) => self.fail(state, error.into()),
         }
     }
 }

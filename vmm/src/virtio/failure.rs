@@ -27,8 +27,8 @@ pub enum VirtioError {
     #[error("back-end channel: {0}")]
     Requests(ConnectionError),
     /// The back end keeps the core busy with requests.
-    #[error("the device process sends more than {0} requests in a second")]
-    Flood(u32),
+    #[error("the device process takes more of the core's time than it may, with requests of its own")]
+    Flood,
     /// The back end is for legacy drivers only.
     #[error("the device process does not offer VIRTIO_F_VERSION_1")]
     Legacy,

@@ -63,6 +63,14 @@ fn core_failed() {
     assert_eq!(run.code, 4);
     assert!(run.err.contains("core: KVM_RUN\\u{1b}[2J"), "{}", run.err);
     assert_eq!(run.err.matches("error: ").count(), 1, "{}", run.err);
+    let run = Bench::new().run("", "bad-kernel");
+    assert_eq!(run.code, 2);
+    assert!(
+        run.err.contains("error: kernel '") && run.err.contains("kernel': this is no kernel\n"),
+        "{}",
+        run.err
+    );
+    assert_eq!(run.err.matches("error: ").count(), 1, "{}", run.err);
     let run = Bench::new().run("--disk path=a.img", "device-failed");
     assert_eq!(run.code, 4);
     assert!(run.err.contains("device disk0 failed: no answer"), "{}", run.err);

@@ -5,36 +5,31 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::process::exit;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, MachineEnd, ToCore, ToDevice,
+    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, MachineEnd, ToCore,
+    ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 
 struct Control {
     channel: Channel,
-    epoll: Epoll,
 }
 
 impl Control {
     fn new() -> Self {
-        let channel = Channel::from_fd(jail::enter().unwrap());
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
-        epoll.add(&channel, EpollEvent::new(EpollFlags::EPOLLIN, 0)).unwrap();
-        Self { channel, epoll }
+        Self { channel: Channel::from_fd(jail::enter().unwrap()) }
     }
 
     /// Waits only with what every policy allows.
     fn recv<M: DeserializeOwned>(&self) -> (M, Vec<OwnedFd>) {
         loop {
-            let mut events = [EpollEvent::empty()];
-            self.epoll.wait(&mut events, EpollTimeout::NONE).unwrap();
+            poll(&mut [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
             match self.channel.recv(Some(Duration::ZERO)) {
                 Ok(message) => return message,
                 Err(ChannelError::Deadline) => {}
@@ -50,7 +45,7 @@ impl Control {
         ready: impl Fn(Vec<PolicyName>) -> M,
     ) {
         let mut expected: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-        expected.extend([self.channel.as_fd(), self.epoll.0.as_fd()]);
+        expected.push(self.channel.as_fd());
         let sealed = jail::seal(main, &expected).unwrap();
         self.channel.send(&ready(sealed.policies()), &sealed.descriptors()).unwrap();
     }
@@ -95,7 +90,7 @@ pub fn core() {
     }
     control.ready(PolicyName::CoreMain, &fds, |policies| FromCore::Ready { policies });
     // The others become ready meanwhile; sleeping is not allowed.
-    control.epoll.wait(&mut [EpollEvent::empty()], 150u8).unwrap();
+    poll(&mut [], 150u8).unwrap();
     for word in words {
         let say = |message: FromCore| control.channel.send(&message, &[]).unwrap();
         match word {
@@ -103,6 +98,10 @@ pub fn core() {
             "reset" => say(FromCore::Ended(MachineEnd::Reset)),
             "panicked" => say(FromCore::Ended(MachineEnd::Panicked)),
             "failed" => say(FromCore::Ended(MachineEnd::Failed("KVM_RUN\u{1b}[2J".to_owned()))),
+            "bad-kernel" => {
+                let reason = "this is no kernel".to_owned();
+                say(FromCore::Ended(MachineEnd::BadInput { input: Input::Kernel, reason }));
+            }
             "device-failed" => {
                 let id = devices.first().unwrap().id.clone();
                 say(FromCore::DeviceFailed { id, reason: "no answer".to_owned() });
@@ -166,7 +165,7 @@ pub fn device() {
             (ToDevice::Stop, _) if id == "stubborn" => {}
             (ToDevice::Stop, _) => exit(0),
             (ToDevice::Attach, fds) => {
-                let mut peer = UnixStream::from(fds.into_iter().next().unwrap());
+                let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();
                 peers.push(peer);
             }

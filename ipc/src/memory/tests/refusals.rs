@@ -51,6 +51,7 @@ fn what_one_process_writes_another_reads() {
 #[test]
 fn ram_is_kept_out_of_core_dumps() {
     let ram = GuestRam::create(8 * PAGE_SIZE).unwrap();
+    #[expect(clippy::disallowed_methods, reason = "tested here")]
     let start = format!("{:x}-", ram.host_mappings().next().unwrap().host_address);
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let flags = maps.split(&start).nth(1).unwrap().lines().find(|line| line.starts_with("VmFlags")).unwrap();

@@ -178,3 +178,26 @@ proptest! {
         while b.receive(Deadline::after(LONG)).is_ok() {}
     }
 }
+
+#[test]
+fn descriptors_with_every_byte_are_refused_at_the_second() {
+    for (bytes, header_only) in [(header(1, 1, 0), true), (header(1, 1, 4000), false)] {
+        let (a, b) = raw_pair();
+        let a = Connection::from(a);
+        let null = File::open("/dev/null").unwrap();
+        let fds = vec![null.as_fd(); MAX_DESCRIPTORS];
+        let mut sent = 0;
+        if !header_only {
+            assert_eq!(a.send_part(&bytes, &fds), Ok(HEADER_SIZE));
+            sent = HEADER_SIZE;
+        }
+        for byte in bytes.iter().copied().chain([0; 4000]).skip(sent).take(8) {
+            assert_eq!(a.send_part(&[byte], &fds), Ok(1));
+        }
+        let error = b.receive(Deadline::after(LONG)).unwrap_err();
+        assert!(matches!(error, ConnectionError::MisplacedDescriptors), "{error}");
+        // What follows the second byte with descriptors was not even received.
+        let rest = b.receive_part(&mut [0], &mut Vec::new()).unwrap();
+        assert_eq!(rest, Ok(1), "the third is still in the socket");
+    }
+}

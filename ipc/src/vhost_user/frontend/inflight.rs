@@ -45,7 +45,7 @@ fn parse(payload: &[u8]) -> Option<(u64, u64)> {
 
 impl Frontend {
     /// GET_INFLIGHT_FD: has the back end allocate memory for `queues` queues of `queue_size` entries.
-    /// `None` if it answers that it needs none.
+    /// `None` if it has none to give: it answers with size 0, or with an error code in place of the memory.
     ///
     /// # Errors
     /// A reply whose memory does not lie in its file, or is larger than any such memory can be.
@@ -58,15 +58,20 @@ impl Frontend {
         self.need(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
         let payload = payload(0, 0, queues, queue_size);
         let message = self.query(request, &payload, 1, self.limits.exchange)?;
+        if let Ok(code) = <[u8; 8]>::try_from(message.payload.as_slice())
+            && u64::from_le_bytes(code) != 0
+        {
+            return Ok(None);
+        }
         let Some((size, offset)) = parse(&message.payload) else {
             let length = message.payload.len() as u64;
             return Err(self.bad_reply(request, "size", length, "24 or 20"));
         };
-        if size == 0 && message.descriptors.is_empty() {
+        if size == 0 {
             return Ok(None);
         }
         let limit = MAX_SIZE_PER_QUEUE.saturating_mul(queues.into());
-        if size == 0 || size > limit {
+        if size > limit {
             return Err(self.bad_reply(request, "memory size", size, format!("1 to {limit:#x}")));
         }
         let Some(file) = message.descriptors.into_iter().next() else {

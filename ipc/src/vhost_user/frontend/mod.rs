@@ -134,7 +134,8 @@ impl Frontend {
     /// Runs several exchanges under one deadline, `limit` from now, on top of the one that each has.
     /// So a peer that takes nearly the limit for each of fifty messages costs one limit and not fifty.
     pub fn within<R>(&mut self, limit: Duration, exchanges: impl FnOnce(&mut Self) -> R) -> R {
-        let outer = self.operation.replace(Deadline::after(limit));
+        let deadline = self.deadline(limit);
+        let outer = self.operation.replace(deadline);
         let result = exchanges(self);
         self.operation = outer;
         result

@@ -12,6 +12,8 @@ use nix::sys::signal::Signal;
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "garbage to every port and register", 300, garbage),
+        Case::new("bare", "RAM on both sides of the hole", 60, memory),
+        Case::new("bare", "a guest that KVM cannot run is reported with registers", 60, bad_fetch),
         Case::new("bare", "killed supervisor leaves nothing of a bare guest", 60, |context| {
             let (mut running, _) = waiting(context, &[])?;
             let processes = running.processes();
@@ -48,6 +50,36 @@ fn garbage(context: &Context) -> Outcome {
     running.expect_exit(exit::SUCCESS)?;
     let bridge = running.serial().into_iter().find(|line| line.contains("host bridge")).unwrap_or_default();
     ensure!(bridge.contains("12378086"), "the host bridge answers no more: '{bridge}'");
+    Ok(())
+}
+
+fn memory(context: &Context) -> Outcome {
+    for (size, lower, upper) in
+        [("256M", "10000000", None), ("3G", "c0000000", None), ("4G", "c0000000", Some("40000000"))]
+    {
+        let machine = Machine::bare(context, &context.places.payloads.join("memory.elf"))?;
+        let mut running = machine.named(&format!("memory{size}")).arguments(&["--memory", size]).start()?;
+        running.expect_exit(exit::SUCCESS)?;
+        let lines = running.serial();
+        let says =
+            |start: &str, end: &str| lines.iter().any(|line| line.starts_with(start) && line.ends_with(end));
+        ensure!(says("below the hole", &format!("{lower:0>16}")), "{size}: {lines:?}");
+        ensure!(says("above 4 GiB", &format!("{:0>16}", upper.unwrap_or("0"))), "{size}: {lines:?}");
+        let good = lines.iter().filter(|line| line.ends_with(" ok")).count();
+        ensure!(good == if upper.is_some() { 5 } else { 3 }, "{size}: {lines:?}");
+    }
+    Ok(())
+}
+
+fn bad_fetch(context: &Context) -> Outcome {
+    let machine = Machine::bare(context, &context.places.payloads.join("bad_fetch.elf"))?;
+    let mut running = machine.arguments(&["--memory", "64M"]).start()?;
+    running.expect_exit(exit::PROCESS)?;
+    let report = running.messages().into_iter().find(|line| line.contains("vCPU 0")).unwrap_or_default();
+    ensure!(
+        report.contains("rip 0xd0000000") && report.contains("rip is outside RAM"),
+        "the report says '{report}'"
+    );
     Ok(())
 }
 

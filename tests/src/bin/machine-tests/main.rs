@@ -13,14 +13,22 @@ mod disk;
 mod jail;
 mod lifecycle;
 mod refusals;
+mod serial;
 
 use std::process::ExitCode;
 
 use bulkhead_tests::harness;
 
 fn main() -> ExitCode {
-    let groups =
-        [boot::cases(), disk::cases(), lifecycle::cases(), jail::cases(), bare::cases(), refusals::cases()];
+    let groups = [
+        boot::cases(),
+        disk::cases(),
+        lifecycle::cases(),
+        jail::cases(),
+        bare::cases(),
+        serial::cases(),
+        refusals::cases(),
+    ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

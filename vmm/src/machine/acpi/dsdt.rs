@@ -8,6 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::super::isa::PVPANIC_PORT;
 use super::super::piix3::PIRQRC;
 use super::super::piix4_pm::{APM_CONTROL, GPE0_BLOCK, PM_BLOCK_SIZE, S5_SLEEP_TYPE, SCI_IRQ};
 use super::super::setup::PM_BLOCK;
@@ -171,6 +172,7 @@ fn isa_bridge(platform: &Platform) -> Raw {
         Raw(bytes(&registers)),
         clock(),
         keyboard(),
+        panic_device(),
         motherboard_resources(),
     ];
     if platform.serial {
@@ -196,6 +198,12 @@ fn serial_port() -> Raw {
     let identity = [named("_HID", &EISAName::new("PNP0501")), named("_UID", &1_u8)];
     let [hid, uid] = identity;
     device("COM1", &[hid, uid, named("_STA", &STA_PRESENT), resources])
+}
+
+/// pvpanic: by its name drivers know what to do with the port.
+fn panic_device() -> Raw {
+    let resources = named("_CRS", &ResourceTemplate::new(vec![&ports(PVPANIC_PORT, 1)]));
+    device("PEVT", &[named("_HID", &"QEMU0001"), named("_STA", &STA_PRESENT), resources])
 }
 
 /// Ports that belong to the chipset: the PM block, APM, GPE0.

@@ -41,6 +41,8 @@ const CONTROL_READ: u32 = 1 << 1;
 const CONTROL_SKIP: u32 = 1 << 2;
 const CONTROL_SELECT: u32 = 1 << 3;
 const CONTROL_WRITE: u32 = 1 << 4;
+/// The most that one DMA request may ask for, in bytes: a vCPU that copies or clears gigabytes could not be paused meanwhile.
+const MAX_TRANSFER: u32 = 64 << 20;
 /// The length of a DMA request in guest memory: control, length, address, all big-endian.
 const REQUEST: usize = 16;
 
@@ -149,6 +151,9 @@ impl FwCfg {
             state.select(u16::try_from(control >> 16).unwrap_or(0));
         }
         let Ok(count) = usize::try_from(length) else { return false };
+        if length > MAX_TRANSFER && control & CONTROL_READ != 0 {
+            return false;
+        }
         if control & CONTROL_READ != 0 {
             let Ok(view) = self.ram.view(target, length.into(), Direction::Write) else { return false };
             let data = state.rest();
@@ -284,6 +289,10 @@ mod tests {
         assert_eq!(dma(&device, &ram, CONTROL_READ, 6, 0xF_FFFE), CONTROL_ERROR);
         assert_eq!(dma(&device, &ram, CONTROL_READ, u32::MAX, u64::MAX), CONTROL_ERROR);
         assert_eq!(dma(&device, &ram, CONTROL_WRITE, 1, 0), CONTROL_ERROR);
+        // Far more than any item, although there would be room.
+        let large = GuestRam::create(u64::from(MAX_TRANSFER) + (1 << 20)).unwrap();
+        let cfg = FwCfg::new(large.clone(), 1, &[]);
+        assert_eq!(dma(&cfg, &large, CONTROL_READ, MAX_TRANSFER + 1, 0x2000), CONTROL_ERROR);
         // The request itself outside of RAM: nothing happens.
         device.write(DMA_HIGH, &u32::MAX.to_be_bytes());
         device.write(DMA_LOW, &u32::MAX.to_be_bytes());

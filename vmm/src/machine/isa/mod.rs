@@ -6,6 +6,7 @@ mod debug_port;
 mod fw_cfg;
 mod i8042;
 mod port92;
+mod pvpanic;
 mod rtc;
 
 pub(super) use bus::IsaBus;
@@ -14,4 +15,5 @@ pub(super) use debug_port::{DebugPort, PostPort};
 pub(super) use fw_cfg::{FwCfg, MemoryRange};
 pub(super) use i8042::I8042;
 pub(super) use port92::Port92;
+pub(super) use pvpanic::{PORT as PVPANIC_PORT, PvPanic};
 pub(super) use rtc::{CENTURY_REGISTER, Rtc};

@@ -56,6 +56,17 @@ fn every_way_to_reset_is_told() {
 }
 
 #[test]
+fn a_panic_of_the_guest_is_told_unless_it_handles_it_itself() {
+    let (host, machine) = machine(1);
+    assert_eq!(inb(&machine, 0x505), 3, "the events that are known");
+    outb(&machine, 0x505, 0x02);
+    outb(&machine, 0x505, 0xFC);
+    assert_eq!(host.recorded().power, []);
+    outb(&machine, 0x505, 0x01);
+    assert_eq!(host.recorded().power, [PowerEvent::Panicked]);
+}
+
+#[test]
 fn sleep_type_5_powers_off_where_pmbase_says() {
     let (host, machine) = machine(1);
     write(&machine, Space::Port, 0x604, 2, 0x2000);

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{FromCore, FromDevice, MachineEnd, ToDevice};
+use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, MachineEnd, ToDevice};
 use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
@@ -93,10 +93,13 @@ impl EventLoop<'_> {
         let id = self.processes.get(index).map(|process| process.id.clone()).unwrap_or_default();
         match message {
             Message::Ready(policies, listeners) => self.ready(index, &id, &policies, listeners),
+            Message::Ended(MachineEnd::BadInput { input, reason }) => {
+                self.explained(index);
+                let text = self.bad_input(input, &harmless(&reason));
+                self.fail(ExitCode::Usage, &text);
+            }
             Message::Ended(MachineEnd::Failed(reason)) => {
-                if let Some(process) = self.processes.get_mut(index) {
-                    process.explained = true;
-                }
+                self.explained(index);
                 self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
             }
             Message::Ended(end) => self.ended(&end),
@@ -105,11 +108,29 @@ impl EventLoop<'_> {
                 self.fail(ExitCode::Process, &format!("device {device} failed: {reason}"));
             }
             Message::Failed(reason) => {
-                if let Some(process) = self.processes.get_mut(index) {
-                    process.explained = true;
-                }
+                self.explained(index);
                 self.fail(ExitCode::Process, &format!("device {id} failed: {}", harmless(&reason)));
             }
+        }
+    }
+
+    /// Why this process ends has been said.
+    fn explained(&mut self, index: usize) {
+        if let Some(process) = self.processes.get_mut(index) {
+            process.explained = true;
+        }
+    }
+
+    /// A sentence about what the user gave, with the name of the file.
+    fn bad_input(&self, input: Input, reason: &str) -> String {
+        let (what, file) = match input {
+            Input::Kernel => ("kernel", Some(&self.config.kernel)),
+            Input::Initrd => ("initrd", self.config.initrd.as_ref()),
+            Input::Setting => ("", None),
+        };
+        match file {
+            Some(file) => format!("{what} '{}': {reason}", harmless(&file.to_string_lossy())),
+            None => reason.to_owned(),
         }
     }
 
@@ -164,7 +185,7 @@ impl EventLoop<'_> {
             MachineEnd::Reset => (End::Reset, LogLevel::Info, "the guest reset the machine".to_owned()),
             MachineEnd::Panicked => (End::Panicked, LogLevel::Error, "the guest panicked".to_owned()),
             // Reported by the caller.
-            MachineEnd::Failed(_) => return,
+            MachineEnd::BadInput { .. } | MachineEnd::Failed(_) => return,
         };
         if self.end.is_some() {
             return;

@@ -1,6 +1,6 @@
 //! The host's side of a serial port or console.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -88,7 +88,7 @@ impl Stream {
 
     fn stdio() -> io::Result<Self> {
         let (stdin, stdout) = (io::stdin(), io::stdout());
-        let writes_file = !stdout.is_terminal();
+        let writes_file = File::from(stdout.as_fd().try_clone_to_owned()?).metadata()?.is_file();
         // A terminal is opened anew for writing only: the device process shall neither read keys nor share the
         // flags of our descriptor. A redirected output is shared, for its position in the file counts.
         let output = match OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY).open("/proc/self/fd/1")

@@ -192,7 +192,7 @@ fn a_back_end_that_hangs_holds_a_vcpu_only_up_to_the_deadline() {
 fn a_back_end_that_never_stops_talking_is_a_failure() {
     let (scaffold, peer) = scaffold();
     scaffold.driver.start();
-    for _ in 0..1000 {
+    for _ in 0..4000 {
         if scaffold.failures.count() == 1 {
             break;
         }
@@ -201,7 +201,21 @@ fn a_back_end_that_never_stops_talking_is_a_failure() {
         }
         scaffold.device.on_event();
     }
-    assert!(scaffold.failures.0.lock().unwrap()[0].contains("requests in a second"));
+    assert!(scaffold.failures.0.lock().unwrap()[0].contains("more of the core's time"));
+}
+
+#[test]
+fn a_back_end_that_dawdles_gets_two_seconds_of_the_event_loop() {
+    let (scaffold, peer) = scaffold();
+    scaffold.driver.start();
+    wait_until(&scaffold.device, || peer.seen.lock().unwrap().channel.is_some());
+    peer.script.lock().unwrap().dawdles_on = Some((FrontendReq::GET_CONFIG, Duration::from_millis(700)));
+    let start = std::time::Instant::now();
+    wait_until(&scaffold.device, || {
+        peer.change_config_quietly();
+        scaffold.failures.count() == 1
+    });
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
 }
 
 #[test]

@@ -27,6 +27,12 @@ pub struct Script {
     pub silent_on: Option<FrontendReq>,
     /// Closes the connection at this request.
     pub closes_on: Option<FrontendReq>,
+    /// Answers this request with an error code.
+    pub refuses: Option<FrontendReq>,
+    /// Takes this long to answer this request.
+    pub dawdles_on: Option<(FrontendReq, Duration)>,
+    /// Has no memory for requests in flight to give: size 0.
+    pub no_inflight: bool,
 }
 
 /// VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC, RING_PACKED (which must not reach the guest), and three of the device.
@@ -44,6 +50,9 @@ impl Default for Script {
             base: 7,
             silent_on: None,
             closes_on: None,
+            refuses: None,
+            dawdles_on: None,
+            no_inflight: false,
         }
     }
 }
@@ -151,6 +160,12 @@ fn serve(connection: &Connection, seen: &Mutex<Seen>, script: &Mutex<Script>) {
         let mut descriptors = message.descriptors;
         let mut file = None;
         let answer = match request {
+            _ if script.refuses == Some(request) => Some(1u64.to_le_bytes().to_vec()),
+            FrontendReq::GET_INFLIGHT_FD if script.no_inflight => {
+                let mut payload = vec![0; 16];
+                payload.extend(&message.payload[16..]);
+                Some(payload)
+            }
             FrontendReq::GET_FEATURES => Some(script.features.to_le_bytes().to_vec()),
             FrontendReq::GET_PROTOCOL_FEATURES => Some(script.protocol.bits().to_le_bytes().to_vec()),
             FrontendReq::GET_QUEUE_NUM => Some(script.queues.to_le_bytes().to_vec()),
@@ -190,6 +205,9 @@ fn serve(connection: &Connection, seen: &Mutex<Seen>, script: &Mutex<Script>) {
                 _ => {}
             }
             seen.requests.push((request, message.payload));
+        }
+        if let Some((_, time)) = script.dawdles_on.filter(|(dawdles_on, _)| *dawdles_on == request) {
+            std::thread::sleep(time);
         }
         if let Some(answer) = answer.filter(|_| script.silent_on != Some(request)) {
             let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();

@@ -101,3 +101,38 @@ fn a_working_back_end_is_stopped_before_it_is_replaced() {
     assert_eq!(scaffold.driver.get::<1>(scaffold.driver.isr, 0)[0] & 2, 2, "the configuration differs");
     assert!(!successor.requests().contains(&FrontendReq::SET_INFLIGHT_FD));
 }
+
+#[test]
+fn a_back_end_that_cannot_track_requests_in_flight_is_served_without() {
+    let scripts = [
+        Script { no_inflight: true, ..Script::default() },
+        Script { refuses: Some(FrontendReq::GET_INFLIGHT_FD), ..Script::default() },
+        Script { refuses: Some(FrontendReq::SET_INFLIGHT_FD), ..Script::default() },
+    ];
+    for script in scripts {
+        let (stream, peer) = Peer::start(script);
+        let scaffold = scaffold_with(settings(), stream);
+        scaffold.driver.start();
+        assert_eq!((scaffold.failures.count(), scaffold.driver.status()), (0, 15));
+        peer.call(0);
+        wait_until(&scaffold.device, || scaffold.pin.asserted());
+    }
+}
+
+#[test]
+fn a_successor_that_refuses_the_requests_in_flight_is_given_up() {
+    let (scaffold, mut peer) = held();
+    scaffold.driver.start();
+    peer.die();
+    wait_until(&scaffold.device, || scaffold.failures.count() == 1);
+    let refuses = Some(FrontendReq::SET_INFLIGHT_FD);
+    let (stream, _successor) = Peer::start(Script { refuses, ..Script::default() });
+    assert!(scaffold.device.replace_backend(stream).is_err());
+    assert_eq!(scaffold.failures.count(), 2);
+    let (stream, successor) = Peer::start(Script::default());
+    scaffold.device.replace_backend(stream).unwrap();
+    assert!(
+        successor.requests().contains(&FrontendReq::SET_INFLIGHT_FD),
+        "what is in flight is not forgotten"
+    );
+}

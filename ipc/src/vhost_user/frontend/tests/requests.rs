@@ -149,11 +149,11 @@ fn in_flight_memory_must_lie_in_its_file() {
     let memory = ask(0x2000, 0x1000, Some(0x3000)).unwrap().unwrap();
     assert_eq!((memory.size, memory.offset, memory.queues, memory.queue_size), (0x2000, 0x1000, 2, 256));
     assert!(ask(0, 0, None).unwrap().is_none());
+    assert!(ask(0, 0, Some(0x1000)).unwrap().is_none());
     for (size, offset, file) in [
         (0x2000, 0x1000, Some(0x2FFF)),
         (0x2000, u64::MAX, Some(0x3000)),
         (0x2000, 0, None),
-        (0, 0, Some(0x1000)),
         (u64::MAX, 0, Some(0x1000)),
         (1 << 40, 0, Some(1 << 40)),
     ] {
