@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 use bulkhead_ipc::vhost_user::frontend::{
-    BackendRequests, Frontend, FrontendError, InflightMemory, MemoryRegion, Problem,
+    BackendRequests, Frontend, FrontendError, InflightMemory, Limits, MemoryRegion, Problem,
     SUPPORTED_PROTOCOL_FEATURES,
 };
 use bulkhead_ipc::vhost_user::message::{
@@ -37,13 +37,15 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to an exchange.
+    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to the start.
     ///
     /// # Errors
     /// The back end does not answer as it should, or no modern driver can use it.
     pub fn open(settings: &Settings, stream: UnixStream) -> Result<Self, VirtioError> {
-        let limits = settings.limits;
-        Ok(Self { link: Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)? })
+        let starting = Limits { exchange: settings.start_limit, ..settings.limits };
+        let mut link = Link::open(Frontend::new(&settings.id, stream, starting), starting.exchange)?;
+        link.frontend.set_limits(settings.limits);
+        Ok(Self { link })
     }
 }
 
