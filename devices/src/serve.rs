@@ -18,8 +18,9 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::blk::{Blk, BlkError};
-use crate::console::{Console, Controller, Ends};
+use crate::console::{Console, Controller};
 use crate::rng::Rng;
+use crate::stream::Ends;
 use crate::uart::{self, UartError};
 
 /// How long the supervisor may take to hear of a failure.
@@ -145,9 +146,9 @@ fn build(config: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Parts, 
         DeviceConfig::Console(console) => {
             let mut end = |index: Option<_>| -> Result<_, ServeError> {
                 let fd = index.map(|index| descriptors.take(index)).transpose()?;
-                Ok(fd.map(|fd| Arc::new(hold(fd, &mut held))))
+                Ok(fd.map(|fd| hold(fd, &mut held)))
             };
-            let ends = Ends { input: end(console.input)?, output: end(console.output)? };
+            let ends = Ends::new(end(console.input)?, end(console.output)?);
             let device = Console::new(ends, console.size);
             let controller = Some(device.controller());
             (Box::new(device) as _, PolicyName::ConsoleMain, PolicyName::ConsoleQueue, controller)

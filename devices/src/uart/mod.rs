@@ -4,7 +4,6 @@
 //! | --- | --- |
 //! | `registers` | register map and bits |
 //! | `fifo`, `model` | the chip, without a bit rate and without files |
-//! | `output`, `sink` | what the guest sent, and writing it without blocking |
 //! | `device` | the chip behind the register protocol, with its shadow page and its interrupt |
 //! | `schedule` | the process's scheduling policy |
 //! | `event_loop` | the one thread of the process |
@@ -13,10 +12,8 @@ mod device;
 mod event_loop;
 mod fifo;
 mod model;
-mod output;
 mod registers;
 mod schedule;
-mod sink;
 
 use std::time::Duration;
 
@@ -26,6 +23,8 @@ use bulkhead_ipc::jail::{self, JailError, PolicyName};
 use bulkhead_ipc::vfio_user::shadow::ShadowPage;
 use bulkhead_ipc::vfio_user::{Connection, ServerError};
 use nix::errno::Errno;
+
+use crate::stream::Ends;
 
 pub use device::{REGION_PORTS, REGION_SHADOW, UartDevice};
 pub use event_loop::EventLoop;
@@ -75,13 +74,8 @@ pub fn run(start: DeviceStart, mut descriptors: Descriptors, channel: Channel) -
         .inspect_err(|fault| tracing::warn!(%fault, "no shadow page; reads of the UART are slower"))
         .ok();
     let connection = Connection::new(socket, REPLY_DEADLINE)?;
-    let mut events = EventLoop::new(connection, UartDevice::new(shadow), channel)?;
-    if let Some(output) = output {
-        events.set_output(output)?;
-    }
-    if let Some(input) = input {
-        events.set_input(input);
-    }
+    let device = UartDevice::new(shadow, Ends::new(input, output));
+    let events = EventLoop::new(connection, device, channel)?;
     events.prefer_batches();
     let sealed = jail::seal(PolicyName::UartMain, &events.descriptors())?;
     let ready = FromDevice::Ready { policies: sealed.policies() };
