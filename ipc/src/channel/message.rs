@@ -203,7 +203,7 @@ pub struct ConsoleConfig {
 pub struct UartConfig {
     /// Bytes for the guest; `None`: nobody types until `Attach`.
     pub input: Option<FdIndex>,
-    /// Bytes from the guest; `None`: dropped until `Attach`.
+    /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
 }
 
