@@ -47,7 +47,7 @@ fn serve() {
     let connection = Connection::new(socket, DEADLINE).unwrap();
     let null: File = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let device = UartDevice::new(ShadowPage::create().ok(), Ends::new(None, Some(null.into())));
-    let events = EventLoop::new(connection, device, channel).unwrap();
+    let events = EventLoop::new(connection, device, &channel).unwrap();
     events.prefer_batches();
     events.run().unwrap();
 }

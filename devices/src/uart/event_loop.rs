@@ -33,20 +33,20 @@ enum Turn {
 
 /// Core, supervisor and line of one UART.
 #[derive(Debug)]
-pub struct EventLoop {
+pub struct EventLoop<'a> {
     epoll: Epoll,
     connection: Connection,
     device: UartDevice,
-    channel: Channel,
+    channel: &'a Channel,
     timeout_at: Option<Instant>,
 }
 
-impl EventLoop {
+impl<'a> EventLoop<'a> {
     /// Registers the core's stream and the control channel.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn new(connection: Connection, device: UartDevice, channel: Channel) -> Result<Self, UartError> {
+    pub fn new(connection: Connection, device: UartDevice, channel: &'a Channel) -> Result<Self, UartError> {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(UartError::system("epoll_create1"))?;
         let events = [(connection.as_fd(), CORE), (channel.as_fd(), CONTROL)];
@@ -71,11 +71,6 @@ impl EventLoop {
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let fixed = [self.epoll.0.as_fd(), self.connection.as_fd(), self.channel.as_fd()];
         fixed.into_iter().chain(self.device.descriptors()).collect()
-    }
-
-    /// The control channel.
-    pub fn channel(&self) -> &Channel {
-        &self.channel
     }
 
     /// Serves until the core or the supervisor ends it.

@@ -29,7 +29,7 @@ fn rig(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Rig {
     let thread = std::thread::spawn(move || {
         let connection = Connection::new(socket.into(), DEADLINE)?;
         let device = UartDevice::new(ShadowPage::create().ok(), Ends::new(input, output));
-        EventLoop::new(connection, device, channel)?.run()
+        EventLoop::new(connection, device, &channel)?.run()
     });
     let mut client = Client::connect(core.into(), "uart", DEADLINE).unwrap();
     let interrupt = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();

@@ -230,6 +230,8 @@ fn a_start_that_cannot_be_served_says_why() {
     let image = disk(1 << 20);
     let mut process = Supervised::spawn("rng");
     process.tell(blk(1), &[&image], Enforcement::Supervised);
+    let (answer, _) = process.channel.recv::<FromDevice>(Some(LIMIT)).unwrap();
+    assert!(matches!(answer, FromDevice::Failed(reason) if reason.contains("started as rng")));
     let ending = process.ending();
     assert!(ending.starts_with("Ok(Code(1))") && ending.contains("started as rng"), "{ending}");
 }
