@@ -13,13 +13,3 @@ pub mod connection;
 pub mod deadline;
 pub mod frontend;
 pub mod message;
-
-use crate::memory::RegionRef;
-use frontend::MemoryRegion;
-
-impl<'a> From<RegionRef<'a>> for MemoryRegion<'a> {
-    fn from(region: RegionRef<'a>) -> Self {
-        let RegionRef { guest_address, size, offset, fd } = region;
-        Self { guest_address, size, offset, file: fd }
-    }
-}

@@ -187,16 +187,7 @@ impl VirtioPci {
                 });
             }
         }
-        let regions: Vec<MemoryRegion<'_>> = self
-            .ram
-            .regions()
-            .map(|region| MemoryRegion {
-                guest_address: region.guest_address,
-                size: region.size,
-                offset: region.offset,
-                file: region.fd,
-            })
-            .collect();
+        let regions: Vec<_> = self.ram.regions().map(MemoryRegion::from).collect();
         frontend.set_memory(&regions)?;
         if frontend.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             self.prepare_inflight(state, frontend)?;
