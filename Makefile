@@ -9,7 +9,7 @@ RELEASE := target/x86_64-unknown-linux-gnu/release
 CARGO := cargo
 LAB := tools/lab --auto
 
-.PHONY: build demo test check bench lab guest help clean-build packages unit machine
+.PHONY: build demo test check bench lab guest help clean-build packages unit machine sanitize
 
 build: packages ## compile everything (the default)
 	$(CARGO) build --release --locked
@@ -28,6 +28,12 @@ check: packages build/deny/ready ## formatting, lints, documentation, licences, 
 
 unit: packages ## unit and process tests, on this machine
 	$(CARGO) test --workspace --locked
+
+# Linked dynamically: AddressSanitizer intercepts the C library. A test asks for more memory than there is, on purpose.
+sanitize: packages ## unit tests of the unsafe code in ipc/ under AddressSanitizer; needs a nightly toolchain
+	@cargo +nightly --version >/dev/null 2>&1 || { echo 'a nightly toolchain is needed: rustup toolchain install nightly'; exit 2; }
+	RUSTFLAGS="-Zsanitizer=address -Cforce-frame-pointers" ASAN_OPTIONS=allocator_may_return_null=1 \
+	cargo +nightly test -p bulkhead-ipc --lib --locked --target x86_64-unknown-linux-gnu --target-dir target/sanitize
 
 machine: build guest ## whole machines: bare payloads here, stock guests in the lab if needed; CASES="word…" selects
 	mkdir -p build/machine-tests

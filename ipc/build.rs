@@ -4,6 +4,9 @@
 //! every policy shares; it is merged into each. The build fails, with file and rule, when a rule has no reason (`comment`), when
 //! a system call is both allowed as a whole and with restricted arguments, or when an action is not the expected one.
 
+#[path = "build/shorten.rs"]
+mod shorten;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::error::Error;
@@ -24,6 +27,7 @@ fn main() -> Outcome<()> {
     println!("cargo::rerun-if-changed={}", folder.display());
     println!("cargo::rerun-if-changed=src/jail/syscalls-x86_64.txt");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build/shorten.rs");
     let target = env::var("OUT_DIR")?;
     let common = rules(folder, COMMON)?;
     let mut names = BTreeSet::new();
@@ -110,6 +114,10 @@ fn compile(name: &str, rules: Vec<Value>) -> Outcome<BpfProgram> {
         .map_err(|error| format!("seccomp-policies/{name}.json: {error}"))?
         .remove(name)
         .ok_or_else(|| format!("seccomp-policies/{name}.json: nothing compiled").into())
+        .and_then(|program: BpfProgram| {
+            shorten::shorten(&program)
+                .map_err(|error| format!("seccomp-policies/{name}.json: {error}").into())
+        })
 }
 
 /// A constant: program, file, number of allowed system calls.

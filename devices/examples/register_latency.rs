@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bulkhead_devices::stream::Ends;
 use bulkhead_devices::uart::{EventLoop, REGION_PORTS, REGION_SHADOW, UartDevice};
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::vfio_user::shadow::{ShadowPage, ShadowView};
@@ -44,11 +45,10 @@ fn serve() {
     let socket: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let (_control, channel) = Channel::pair().unwrap();
     let connection = Connection::new(socket, DEADLINE).unwrap();
-    let device = UartDevice::new(ShadowPage::create().ok());
-    let mut events = EventLoop::new(connection, device, channel).unwrap();
-    events.prefer_batches();
     let null: File = OpenOptions::new().write(true).open("/dev/null").unwrap();
-    events.set_output(null.into()).unwrap();
+    let device = UartDevice::new(ShadowPage::create().ok(), Ends::new(None, Some(null.into())));
+    let events = EventLoop::new(connection, device, &channel).unwrap();
+    events.prefer_batches();
     events.run().unwrap();
 }
 

@@ -5,6 +5,7 @@ pub mod console;
 pub mod rng;
 pub mod serve;
 pub mod standalone;
+pub mod stream;
 pub mod uart;
 
 /// Copies configuration space from `offset` on; what lies beyond its end reads as zero.

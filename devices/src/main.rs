@@ -8,15 +8,13 @@ use std::time::Duration;
 use bulkhead_devices::serve::{self, ServeError};
 use bulkhead_devices::standalone::{self, StandaloneError};
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::channel::message::{Descriptors, FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{Descriptors, ToDevice};
 use bulkhead_ipc::jail;
 use bulkhead_ipc::log::{self, LogLevel};
 use tracing::error;
 
 /// How long the supervisor may take to send the start message.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// How long the supervisor may take to hear of a failure.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Exit code for a command line that makes no sense.
 const EXIT_USAGE: u8 = 2;
@@ -64,7 +62,7 @@ fn supervised(kind: &str) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match start(kind, channel) {
+    match start(kind, &channel) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(%error, "the device has failed");
@@ -73,14 +71,13 @@ fn supervised(kind: &str) -> ExitCode {
     }
 }
 
-fn start(kind: &str, channel: Channel) -> Result<(), ServeError> {
+fn start(kind: &str, channel: &Channel) -> Result<(), ServeError> {
     let (message, descriptors) = channel.recv::<ToDevice>(Some(START_LIMIT))?;
     let ToDevice::Start(start) = message else {
-        let reason = "the first message was not the start message".to_owned();
-        channel.send_within(&FromDevice::Failed(reason), &[], FAREWELL_LIMIT)?;
+        serve::refuse(channel, "the first message was not the start message".to_owned())?;
         return Ok(());
     };
     log::init(start.log);
     jail::set_enforcement(start.enforcement);
-    serve::run(kind, start, Descriptors::from(descriptors), channel)
+    serve::run(kind, &start, Descriptors::from(descriptors), channel)
 }

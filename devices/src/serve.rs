@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{Descriptors, DeviceConfig, DeviceStart, FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, ToDevice};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
@@ -18,8 +18,9 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::blk::{Blk, BlkError};
-use crate::console::{Console, Controller, Ends};
+use crate::console::{Console, Controller};
 use crate::rng::Rng;
+use crate::stream::Ends;
 use crate::uart::{self, UartError};
 
 /// How long the supervisor may take to hear of a failure.
@@ -59,14 +60,43 @@ pub enum ServeError {
     System(&'static str, Errno),
 }
 
-/// A device with what the process around it needs to know.
+/// A sealed process, ready to serve.
+enum Prepared<'a> {
+    Virtio(Daemon, Option<Controller>),
+    Uart(Box<uart::EventLoop<'a>>),
+}
+
+/// A virtio device with what the process around it needs to know.
 struct Parts {
     device: Box<dyn VirtioDevice>,
     main: PolicyName,
     queue: PolicyName,
-    /// The descriptors that the device holds, for the seal.
-    held: Vec<RawFd>,
     console: Option<Controller>,
+}
+
+/// The descriptors of the start message, and the numbers of those that were taken, for the seal.
+struct Resources {
+    descriptors: Descriptors,
+    taken: Vec<RawFd>,
+}
+
+impl Resources {
+    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ChannelError> {
+        let fd = self.descriptors.take(index)?;
+        self.taken.push(fd.as_raw_fd());
+        Ok(fd)
+    }
+
+    fn ends(&mut self, input: Option<FdIndex>, output: Option<FdIndex>) -> Result<Ends, ChannelError> {
+        let mut take = |index: Option<_>| index.map(|index| self.take(index)).transpose();
+        Ok(Ends::new(take(input)?, take(output)?))
+    }
+
+    /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
+    fn finish(self, channel: &Channel) -> Result<Vec<RawFd>, ChannelError> {
+        self.descriptors.finish()?;
+        Ok([self.taken, vec![channel.as_fd().as_raw_fd()]].concat())
+    }
 }
 
 /// The name by which `bulkhead-device` knows a device type.
@@ -82,86 +112,85 @@ fn type_name(config: &DeviceConfig) -> &'static str {
 /// Serves the device that the start message describes, until the supervisor says stop, or either end is closed.
 ///
 /// # Errors
-/// [`ServeError`].
+/// [`ServeError`]; one from before `Ready` was told to the supervisor.
 pub fn run(
     started: &str,
-    start: DeviceStart,
+    start: &DeviceStart,
     descriptors: Descriptors,
-    channel: Channel,
+    channel: &Channel,
 ) -> Result<(), ServeError> {
-    let told = type_name(&start.config);
-    if started != told {
-        return Err(ServeError::Type { started: started.into(), told });
-    }
-    if let DeviceConfig::Uart(_) = start.config {
-        return Ok(uart::run(start, descriptors, channel)?);
-    }
-    match prepare(&start, descriptors, &channel) {
-        Ok((mut daemon, console)) => serve(&mut daemon, &channel, console.as_ref()),
+    match prepare(started, start, descriptors, channel) {
+        Ok(Prepared::Virtio(mut daemon, console)) => serve(&mut daemon, channel, console.as_ref()),
+        Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Err(error) => {
-            let told = FromDevice::Failed(error.to_string());
-            channel.send_within(&told, &[], FAREWELL_LIMIT)?;
+            refuse(channel, error.to_string())?;
             Err(error)
         }
     }
 }
 
+/// Tells the supervisor why nothing will be served.
+///
+/// # Errors
+/// The supervisor does not listen.
+pub fn refuse(channel: &Channel, reason: String) -> Result<(), ChannelError> {
+    channel.send_within(&FromDevice::Failed(reason), &[], FAREWELL_LIMIT)
+}
+
 /// Builds the device, seals the process and answers `Ready`.
-fn prepare(
+fn prepare<'a>(
+    started: &str,
     start: &DeviceStart,
-    mut descriptors: Descriptors,
-    channel: &Channel,
-) -> Result<(Daemon, Option<Controller>), ServeError> {
-    let connection = Connection::from(descriptors.take(start.socket)?);
-    let parts = build(&start.config, &mut descriptors)?;
-    descriptors.finish()?;
+    descriptors: Descriptors,
+    channel: &'a Channel,
+) -> Result<Prepared<'a>, ServeError> {
+    let told = type_name(&start.config);
+    if started != told {
+        return Err(ServeError::Type { started: started.into(), told });
+    }
+    let mut resources = Resources { descriptors, taken: Vec::new() };
+    let socket = resources.take(start.socket)?;
+    let parts = match &start.config {
+        DeviceConfig::Blk(blk) => {
+            let disk = resources.take(blk.disk)?.into();
+            let device = Blk::new(disk, blk.read_only, &blk.serial, blk.queues, blk.logical_block_size)?;
+            let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
+            Parts { device: Box::new(device), main, queue, console: None }
+        }
+        DeviceConfig::Rng(rng) => {
+            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
+            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, console: None }
+        }
+        DeviceConfig::Console(config) => {
+            let device = Console::new(resources.ends(config.input, config.output)?, config.size);
+            let console = Some(device.controller());
+            let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
+            Parts { device: Box::new(device), main, queue, console }
+        }
+        DeviceConfig::Uart(config) => {
+            let ends = resources.ends(config.input, config.output)?;
+            resources.finish(channel)?;
+            let events = uart::open(socket, ends, channel)?;
+            seal(PolicyName::UartMain, &events.descriptors(), channel)?;
+            return Ok(Prepared::Uart(Box::new(events)));
+        }
+    };
+    let mut held = resources.finish(channel)?;
 
     let policy = parts.queue;
     let enter: EnterThread = Arc::new(move || jail::enter_thread(policy).map_err(io::Error::other));
     let mut daemon = Daemon::new(parts.device, &enter)?;
-    let mut expected = parts.held;
-    expected.extend(daemon.worker_descriptors());
-    expected.extend([channel.as_fd().as_raw_fd(), connection.as_fd().as_raw_fd()]);
-    let sealed = jail::seal(parts.main, &expected)?;
+    held.extend(daemon.worker_descriptors());
+    seal(parts.main, &held, channel)?;
+    daemon.connect(Connection::from(socket))?;
+    Ok(Prepared::Virtio(daemon, parts.console))
+}
+
+/// Seals the process with exactly these descriptors and answers `Ready`.
+fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<(), ServeError> {
+    let sealed = jail::seal(policy, held)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
-    drop(sealed);
-    daemon.connect(connection)?;
-    Ok((daemon, parts.console))
-}
-
-fn build(config: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Parts, ServeError> {
-    let mut held = Vec::new();
-    let parts = match config {
-        DeviceConfig::Blk(blk) => {
-            let disk = hold(descriptors.take(blk.disk)?, &mut held);
-            let device =
-                Blk::new(disk.into(), blk.read_only, &blk.serial, blk.queues, blk.logical_block_size)?;
-            (Box::new(device) as Box<dyn VirtioDevice>, PolicyName::BlkMain, PolicyName::BlkQueue, None)
-        }
-        DeviceConfig::Rng(rng) => {
-            let source = hold(descriptors.take(rng.source)?, &mut held);
-            (Box::new(Rng::new(File::from(source))) as _, PolicyName::RngMain, PolicyName::RngQueue, None)
-        }
-        DeviceConfig::Console(console) => {
-            let mut end = |index: Option<_>| -> Result<_, ServeError> {
-                let fd = index.map(|index| descriptors.take(index)).transpose()?;
-                Ok(fd.map(|fd| Arc::new(hold(fd, &mut held))))
-            };
-            let ends = Ends { input: end(console.input)?, output: end(console.output)? };
-            let device = Console::new(ends, console.size);
-            let controller = Some(device.controller());
-            (Box::new(device) as _, PolicyName::ConsoleMain, PolicyName::ConsoleQueue, controller)
-        }
-        DeviceConfig::Uart(_) => return Err(UartError::NotAUart.into()),
-    };
-    let (device, main, queue, console) = parts;
-    Ok(Parts { device, main, queue, held, console })
-}
-
-/// Notes a descriptor that the device is about to own.
-fn hold(fd: OwnedFd, held: &mut Vec<RawFd>) -> OwnedFd {
-    held.push(fd.as_raw_fd());
-    fd
+    Ok(())
 }
 
 /// Serves the control channel and the front end until either ends.

@@ -2,9 +2,10 @@
 //! ("Backend programs" of the vhost-user protocol). There is no supervisor, and the process is not jailed by itself.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, VirtioDevice, WorkerError, no_jail};
 use bulkhead_ipc::vhost_user::connection::ConnectionError;
@@ -12,9 +13,10 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::blk::{Blk, BlkError};
-use crate::console::{Console, Ends};
+use crate::console::Console;
 use crate::rng::Rng;
 use crate::serve::connection;
+use crate::stream::Ends;
 
 /// Why the service ends.
 #[derive(Debug, Error)]
@@ -112,6 +114,20 @@ fn open(what: &'static str, path: &str, write: bool) -> Result<File, StandaloneE
     })
 }
 
+/// Standard input and output. A terminal is opened anew for the output, so that it can be made non-blocking without a change of
+/// the shell's flags: one that expands line ends may not take what it polled ready for. Everything else is shared, for its
+/// position in the file counts.
+fn standard_ends() -> io::Result<Ends> {
+    let (stdin, stdout) = (io::stdin(), io::stdout());
+    let output = if stdout.is_terminal() {
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        OpenOptions::new().write(true).custom_flags(flags).open("/dev/stdout")?.into()
+    } else {
+        stdout.as_fd().try_clone_to_owned()?
+    };
+    Ok(Ends::new(Some(stdin.as_fd().try_clone_to_owned()?), Some(output)))
+}
+
 fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, StandaloneError> {
     match kind {
         "blk" => {
@@ -122,10 +138,11 @@ fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, Standa
         }
         "rng" => Ok(Box::new(Rng::new(open("entropy source", "/dev/urandom", false)?))),
         "console" => {
-            let ends = Ends {
-                input: Some(Arc::new(open("standard input", "/dev/stdin", false)?.into())),
-                output: Some(Arc::new(open("standard output", "/dev/stdout", true)?.into())),
-            };
+            let ends = standard_ends().map_err(|error| StandaloneError::Open {
+                what: "standard input and output",
+                path: String::new(),
+                error,
+            })?;
             Ok(Box::new(Console::new(ends, None)))
         }
         other => Err(usage(format!("unknown device type {other}"))),

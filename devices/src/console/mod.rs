@@ -1,22 +1,21 @@
 //! virtio-console with one port (virtio 1.2, 5.3): a byte stream each way, and the terminal's size.
 
-mod peer;
-
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::memory::Direction;
 use bulkhead_ipc::vhost_user::backend::{
     Chain, Next, PollWorker, QueueHandler, QueueWorker, VirtioDevice, Vring, VringError,
+    poll_worker::own_event,
 };
 use nix::sys::epoll::Epoll;
 use vm_memory::{Bytes, GuestAddress};
 
-pub use peer::Ends;
-use peer::Peer;
+use crate::stream::{End, Ends, Peer};
 
 /// VIRTIO_CONSOLE_F_SIZE: the configuration space has the terminal's size.
 const F_SIZE: u64 = 1;
@@ -28,23 +27,27 @@ const TRANSMIT: usize = 1;
 const BATCH: u32 = 64;
 /// Bytes taken from the guest at once.
 const PIECE: usize = 1024;
+/// Bytes of the guest that are collected before they are written.
+const TOGETHER: usize = 4096;
+/// How long the last output may take when the process stops.
+const LAST_OUTPUT: Duration = Duration::from_millis(500);
 
 /// A console.
 #[derive(Debug)]
 pub struct Console {
     /// Columns in the low half, rows in the high half.
     size: Arc<AtomicU32>,
-    peers: Sender<Ends>,
-    arrivals: Option<Receiver<Ends>>,
+    peers: Sender<End>,
+    /// What the worker will own.
+    stream: Option<(Peer, Receiver<End>)>,
 }
 
 impl Console {
     /// A console with its first peer and the size of its terminal.
     pub fn new(first: Ends, size: Option<(u16, u16)>) -> Self {
         let (peers, arrivals) = channel();
-        let _ = peers.send(first);
         let (columns, rows) = size.unwrap_or((80, 24));
-        let console = Self { size: Arc::default(), peers, arrivals: Some(arrivals) };
+        let console = Self { size: Arc::default(), peers, stream: Some((Peer::new(first), arrivals)) };
         console.controller().resize(columns, rows);
         console
     }
@@ -59,14 +62,13 @@ impl Console {
 #[derive(Clone, Debug)]
 pub struct Controller {
     size: Arc<AtomicU32>,
-    peers: Sender<Ends>,
+    peers: Sender<End>,
 }
 
 impl Controller {
     /// A stream takes the place of the present peer.
     pub fn attach(&self, stream: OwnedFd) {
-        let stream = Arc::new(stream);
-        let _ = self.peers.send(Ends { input: Some(stream.clone()), output: Some(stream) });
+        let _ = self.peers.send(End::new(stream));
     }
 
     /// The terminal has another size.
@@ -93,14 +95,8 @@ impl VirtioDevice for Console {
     }
 
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
-        let Some(arrivals) = self.arrivals.take() else { return Vec::new() };
-        let port = Port {
-            peer: Peer::default(),
-            arrivals,
-            receive: Chain::new(),
-            transmit: Chain::new(),
-            sending: None,
-        };
+        let Some((peer, arrivals)) = self.stream.take() else { return Vec::new() };
+        let port = Port { peer, arrivals, receive: Chain::new(), transmit: Chain::new(), sending: None };
         vec![Box::new(PollWorker::new(port, 2))]
     }
 
@@ -118,7 +114,7 @@ impl VirtioDevice for Console {
 /// Port 0, served by the worker.
 struct Port {
     peer: Peer,
-    arrivals: Receiver<Ends>,
+    arrivals: Receiver<End>,
     receive: Chain,
     transmit: Chain,
     /// Of the request in `transmit`: segment, and bytes of it already taken.
@@ -127,12 +123,12 @@ struct Port {
 
 impl Port {
     /// Guest to peer. True: there is more.
-    fn transmit(&mut self, ring: &mut Vring, epoll: &Epoll) -> bool {
+    fn transmit(&mut self, ring: &mut Vring) -> bool {
         let mut budget = BATCH;
         ring.disable_kicks();
         loop {
             while self.sending.is_some() || ring.next(&mut self.transmit) {
-                match self.send(ring, epoll) {
+                match self.send(ring) {
                     Ok(true) => ring.finish(self.transmit.head(), 0),
                     Ok(false) => {
                         // No room: an event of the peer, or its patience, brings us back.
@@ -147,10 +143,12 @@ impl Port {
                 self.sending = None;
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
+                    self.peer.flush();
                     ring.signal();
                     return true;
                 }
             }
+            self.peer.flush();
             ring.signal();
             if !ring.enable_kicks() {
                 return false;
@@ -160,7 +158,7 @@ impl Port {
     }
 
     /// Takes what is left of the request in `transmit`. False: the peer has no room for all of it.
-    fn send(&mut self, ring: &Vring, epoll: &Epoll) -> Result<bool, VringError> {
+    fn send(&mut self, ring: &Vring) -> Result<bool, VringError> {
         let mut piece = [0; PIECE];
         let (mut index, mut taken) = self.sending.unwrap_or((0, 0));
         while let Some(segment) = self.transmit.readable().get(index) {
@@ -172,7 +170,7 @@ impl Port {
             let len = usize::try_from(left).unwrap_or(PIECE).min(PIECE).min(self.peer.room());
             self.sending = Some((index, taken));
             if len == 0 {
-                self.peer.flush(epoll);
+                self.peer.flush();
                 if self.peer.room() == 0 {
                     return Ok(false);
                 }
@@ -182,14 +180,17 @@ impl Port {
             let address = segment.address.saturating_add(u64::from(taken));
             let outside = |_| VringError::Request("a console's output does not lie in guest memory");
             ring.ram().memory().read_slice(bytes, GuestAddress(address)).map_err(outside)?;
-            self.peer.say(bytes, epoll);
+            self.peer.say(bytes);
+            if self.peer.waiting() >= TOGETHER {
+                self.peer.flush();
+            }
             taken = taken.saturating_add(u32::try_from(len).unwrap_or(left));
         }
         Ok(true)
     }
 
     /// Peer to guest, as long as there are bytes and buffers. True: there is more.
-    fn receive(&mut self, ring: &mut Vring, epoll: &Epoll) -> bool {
+    fn receive(&mut self, ring: &mut Vring) -> bool {
         let mut budget = BATCH;
         while let Some(input) = self.peer.ready_input() {
             if !ring.next(&mut self.receive) {
@@ -212,13 +213,10 @@ impl Port {
                     break;
                 }
             };
-            match buffer.read_from(input) {
-                Ok(count) if count > 0 => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
-                Err(error) if retry(&error) => ring.put_back(head),
-                Ok(_) | Err(_) => {
-                    ring.put_back(head);
-                    self.peer.input_ended(epoll);
-                }
+            let result = buffer.read_from(input);
+            match self.peer.settle_read(result) {
+                0 => ring.put_back(head),
+                count => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
             }
             budget = budget.saturating_sub(1);
             if budget == 0 {
@@ -231,26 +229,27 @@ impl Port {
     }
 }
 
-fn retry(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-}
-
 impl QueueHandler for Port {
     fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next> {
-        while let Ok(ends) = self.arrivals.try_recv() {
-            self.peer.attach(ends, epoll);
+        while let Ok(stream) = self.arrivals.try_recv() {
+            self.peer.attach(stream);
         }
-        self.peer.flush(epoll);
+        self.peer.woken();
+        self.peer.expire(Instant::now());
         let mut more = false;
         if let Some(Some(ring)) = rings.get_mut(TRANSMIT) {
-            more |= self.transmit(ring, epoll);
+            more |= self.transmit(ring);
         }
         if let Some(Some(ring)) = rings.get_mut(RECEIVE) {
-            more |= self.receive(ring, epoll);
+            more |= self.receive(ring);
         }
-        Ok(match self.peer.patience() {
+        self.peer.watch(epoll, own_event);
+        Ok(match self.peer.deadline() {
             _ if more => Next::Soon,
-            Some(left) => Next::Within(u16::try_from(left.as_millis()).unwrap_or(u16::MAX).max(1)),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+                Next::Within(u16::try_from(left).unwrap_or(u16::MAX).saturating_add(1))
+            }
             None => Next::Event,
         })
     }
@@ -261,5 +260,11 @@ impl QueueHandler for Port {
             ring.finish(self.transmit.head(), 0);
             ring.signal();
         }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.peer.finish(LAST_OUTPUT);
     }
 }

@@ -7,9 +7,9 @@ use bulkhead_ipc::vfio_user::shadow::{SHADOW_SIZE, ShadowPage, ShadowState};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::model::Uart16550;
-use super::output::{CREDIT, Output};
+use super::model::{Line, Uart16550};
 use super::registers::{PORTS, Register, lsr, msr};
+use crate::stream::{BURST, Ends, Peer};
 
 /// Index of the region that holds the ports.
 pub const REGION_PORTS: u32 = 0;
@@ -21,8 +21,8 @@ pub const REGION_SHADOW: u32 = 1;
 #[derive(Debug, Default)]
 pub struct UartDevice {
     uart: Uart16550,
-    /// The transmit side of the line.
-    pub output: Output,
+    /// The other end of the line.
+    pub line: Peer,
     shadow: Option<ShadowPage>,
     event: Option<OwnedFd>,
     writes: u16,
@@ -30,14 +30,14 @@ pub struct UartDevice {
 }
 
 impl UartDevice {
-    /// A chip after its reset; without a shadow page every read is a round trip.
-    pub fn new(shadow: Option<ShadowPage>) -> Self {
-        Self { shadow, ..Self::default() }
+    /// A chip after its reset, and what its line leads to; without a shadow page every read is a round trip.
+    pub fn new(shadow: Option<ShadowPage>, ends: Ends) -> Self {
+        Self { shadow, line: Peer::new(ends), ..Self::default() }
     }
 
     /// Descriptors that the device holds.
     pub fn descriptors(&self) -> impl Iterator<Item = std::os::fd::BorrowedFd<'_>> {
-        self.shadow.iter().map(AsFd::as_fd).chain(self.output.descriptor())
+        self.shadow.iter().map(AsFd::as_fd).chain(self.line.descriptors())
     }
 
     /// Characters that the receiver takes now. None before the interrupt is connected: the core does that last, when the
@@ -74,9 +74,9 @@ impl UartDevice {
         self.update();
     }
 
-    /// The output has room again.
+    /// The line may have room again.
     pub fn pump(&mut self) {
-        self.uart.pump(&mut self.output);
+        self.uart.pump(&mut self.line);
         self.update();
     }
 
@@ -99,7 +99,7 @@ impl UartDevice {
         let line_valid = line & (lsr::ERRORS | lsr::FIFO_ERROR) == 0 && line & lsr::THRE != 0;
         let modem_valid = modem & (msr::DCTS | msr::DDSR | msr::TERI | msr::DDCD) == 0;
         let plain = !self.uart.dlab() && !self.uart.loopback();
-        let credit = if plain && line & lsr::THRE != 0 { self.output.room().min(CREDIT) } else { 0 };
+        let credit = if plain && line & lsr::THRE != 0 { self.line.room().min(BURST) } else { 0 };
         let state = ShadowState {
             settled: self.writes,
             credit: u16::try_from(credit).unwrap_or(u16::MAX),
@@ -111,6 +111,16 @@ impl UartDevice {
             self.published = word;
             shadow.publish(state);
         }
+    }
+}
+
+impl Line for Peer {
+    fn has_room(&self) -> bool {
+        self.room() > 0
+    }
+
+    fn transmit(&mut self, byte: u8) {
+        self.say(&[byte]);
     }
 }
 
@@ -148,7 +158,7 @@ impl RegisterDevice for UartDevice {
     fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
         for (byte, port) in data.iter().zip(offset..) {
             let register = Register::written_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
-            self.uart.write(register, *byte, &mut self.output);
+            self.uart.write(register, *byte, &mut self.line);
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The one thread of a UART process.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::{FromDevice, ToDevice};
@@ -12,31 +12,17 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::UartError;
 use super::device::UartDevice;
 use super::fifo::DEPTH;
-use super::output::duplicate;
-use super::sink::Sink;
+use crate::stream::End;
 
 const CORE: u64 = 0;
 const CONTROL: u64 = 1;
-const INPUT: u64 = 2;
-const OUTPUT: u64 = 3;
+const LINE: u64 = 2;
 
 /// Four character times at 115200 bit/s are 0.35 ms; this is the least that epoll can wait.
 const CHARACTER_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// How long the last output may take when the process stops.
 const FINAL_FLUSH: Duration = Duration::from_millis(500);
-
-/// Where characters for the guest come from.
-#[derive(Debug)]
-struct Input {
-    fd: OwnedFd,
-    /// Waited for now.
-    armed: bool,
-    /// epoll does not take it: a regular file, which is always readable.
-    always_ready: bool,
-    /// It is the stream of an attached peer: its end means that the peer is gone, in both directions.
-    peer: bool,
-}
 
 /// What a turn of the loop came to.
 #[derive(PartialEq, Eq)]
@@ -45,26 +31,22 @@ enum Turn {
     Stop,
 }
 
-/// Core, supervisor, input and output of one UART.
+/// Core, supervisor and line of one UART.
 #[derive(Debug)]
-pub struct EventLoop {
+pub struct EventLoop<'a> {
     epoll: Epoll,
     connection: Connection,
     device: UartDevice,
-    channel: Channel,
-    input: Option<Input>,
-    /// epoll waits for the output. Descriptors are registered only while they are waited for: a hang-up is reported
-    /// whether one asks for it or not, and would wake the loop for ever.
-    output_armed: bool,
+    channel: &'a Channel,
     timeout_at: Option<Instant>,
 }
 
-impl EventLoop {
+impl<'a> EventLoop<'a> {
     /// Registers the core's stream and the control channel.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn new(connection: Connection, device: UartDevice, channel: Channel) -> Result<Self, UartError> {
+    pub fn new(connection: Connection, device: UartDevice, channel: &'a Channel) -> Result<Self, UartError> {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(UartError::system("epoll_create1"))?;
         let events = [(connection.as_fd(), CORE), (channel.as_fd(), CONTROL)];
@@ -73,22 +55,7 @@ impl EventLoop {
                 .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
                 .map_err(UartError::system("epoll_ctl"))?;
         }
-        Ok(Self { epoll, connection, device, channel, input: None, output_armed: false, timeout_at: None })
-    }
-
-    /// Output goes here from now on.
-    ///
-    /// # Errors
-    /// The descriptor cannot be used.
-    pub fn set_output(&mut self, fd: OwnedFd) -> Result<(), UartError> {
-        self.forget_output();
-        self.device.output.attach(Sink::new(fd).map_err(UartError::system("fstat"))?);
-        Ok(())
-    }
-
-    /// Input comes from here from now on.
-    pub fn set_input(&mut self, fd: OwnedFd) {
-        self.replace_input(fd, false);
+        Ok(Self { epoll, connection, device, channel, timeout_at: None })
     }
 
     /// Asks the scheduler not to interrupt the vCPU for each posted write where both share a CPU (SCHED_BATCH, sched(7)): the
@@ -103,13 +70,7 @@ impl EventLoop {
     /// Every descriptor that the process holds beyond standard input, output and error.
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let fixed = [self.epoll.0.as_fd(), self.connection.as_fd(), self.channel.as_fd()];
-        let input = self.input.iter().map(|input| input.fd.as_fd());
-        fixed.into_iter().chain(input).chain(self.device.descriptors()).collect()
-    }
-
-    /// The control channel.
-    pub fn channel(&self) -> &Channel {
-        &self.channel
+        fixed.into_iter().chain(self.device.descriptors()).collect()
     }
 
     /// Serves until the core or the supervisor ends it.
@@ -118,7 +79,7 @@ impl EventLoop {
     /// The core breaks the register protocol or a system call fails.
     pub fn run(mut self) -> Result<(), UartError> {
         let mut events = [EpollEvent::empty(); 4];
-        self.arm_input()?;
+        self.move_characters(true);
         let result = loop {
             let timeout = self.timeout();
             let count = match self.epoll.wait(&mut events, timeout) {
@@ -133,11 +94,15 @@ impl EventLoop {
                 Err(error) => break Err(error),
             }
         };
-        self.last_flush();
+        // The reader has a moment to take what the guest said last.
+        self.device.line.finish(FINAL_FLUSH);
+        self.device.pump();
+        self.device.line.flush();
         result
     }
 
     fn turn(&mut self, ready: &[EpollEvent]) -> Result<Turn, UartError> {
+        let mut woken = false;
         for event in ready {
             let turn = match event.data() {
                 CORE => match self.connection.serve(&mut self.device)? {
@@ -145,20 +110,27 @@ impl EventLoop {
                     Served::Closed => Turn::Stop,
                 },
                 CONTROL => self.control()?,
-                INPUT => {
-                    self.read_input();
+                _ => {
+                    woken = true;
                     Turn::GoOn
                 }
-                _ => Turn::GoOn,
             };
             if turn == Turn::Stop {
                 return Ok(Turn::Stop);
             }
         }
-        self.write_output();
         self.expire();
-        self.arm_input()?;
+        self.move_characters(woken);
         Ok(Turn::GoOn)
+    }
+
+    /// Moves characters both ways as far as they go. `woken`: the line was reported.
+    fn move_characters(&mut self, woken: bool) {
+        self.fetch(woken);
+        self.device.line.flush();
+        self.device.pump();
+        self.device.line.flush();
+        self.device.line.watch(&self.epoll, |flags| EpollEvent::new(flags, LINE));
     }
 
     fn control(&mut self) -> Result<Turn, UartError> {
@@ -171,7 +143,7 @@ impl EventLoop {
         match message {
             ToDevice::Attach => {
                 if let (Some(peer), true) = (descriptors.pop(), descriptors.is_empty()) {
-                    self.attach(peer)?;
+                    self.device.line.attach(End::new(peer));
                 } else {
                     tracing::warn!("Attach without exactly one descriptor is ignored");
                 }
@@ -184,123 +156,27 @@ impl EventLoop {
         Ok(Turn::GoOn)
     }
 
-    fn attach(&mut self, peer: OwnedFd) -> Result<(), UartError> {
-        let Ok(copy) = duplicate(&peer) else {
-            tracing::warn!("no descriptor left for a serial peer");
-            return Ok(());
-        };
-        self.set_output(copy)?;
-        self.replace_input(peer, true);
-        Ok(())
-    }
-
-    fn replace_input(&mut self, fd: OwnedFd, peer: bool) {
-        self.forget_input();
-        self.input = Some(Input { fd, armed: false, always_ready: false, peer });
-    }
-
-    /// Takes as much as the receiver has room for, once: the descriptor is readable, so that this does not block.
-    fn read_input(&mut self) {
-        let Some(input) = &self.input else { return };
-        let mut bytes = [0; DEPTH];
-        let room = self.device.receive_room().min(DEPTH);
-        let space = bytes.get_mut(..room).unwrap_or_default();
-        if space.is_empty() {
-            return;
+    /// Takes what the receiver has room for: at once when the line was reported, otherwise only when the receiver is at
+    /// most half full, not again for each character that the guest takes.
+    fn fetch(&mut self, mut woken: bool) {
+        if woken {
+            self.device.line.woken();
         }
-        match nix::unistd::read(&input.fd, space) {
-            Ok(0) => self.input_ended(),
-            Ok(count) => {
-                let received = bytes.get(..count).unwrap_or_default();
-                self.device.receive(received, count < room);
+        while woken || self.device.receive_low() {
+            woken = false;
+            let mut bytes = [0; DEPTH];
+            let room = self.device.receive_room().min(DEPTH);
+            let Some(input) = self.device.line.ready_input() else { return };
+            let space = bytes.get_mut(..room).unwrap_or_default();
+            if space.is_empty() {
+                return;
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // A terminal's or a pty's other end has hung up.
-            Err(Errno::EIO) => self.input_ended(),
-            Err(error) => {
-                tracing::warn!(%error, "serial input failed");
-                self.input_ended();
+            let result = nix::unistd::read(input, space).map_err(std::io::Error::from);
+            let count = self.device.line.settle_read(result);
+            if count > 0 {
+                self.device.receive(bytes.get(..count).unwrap_or_default(), count < room);
             }
         }
-    }
-
-    fn input_ended(&mut self) {
-        let peer = self.input.as_ref().is_some_and(|input| input.peer);
-        self.forget_input();
-        if peer {
-            self.forget_output();
-            self.device.output.detach();
-        }
-    }
-
-    fn write_output(&mut self) {
-        if let Err(error) = self.device.output.flush() {
-            tracing::warn!(%error, "serial output failed; it is kept for the next reader");
-            self.output_armed = false;
-            if self.input.as_ref().is_some_and(|input| input.peer) {
-                self.forget_input();
-            }
-        }
-        self.device.pump();
-        self.arm_output();
-    }
-
-    /// Waits for the output while it is blocked.
-    fn arm_output(&mut self) {
-        let wanted = self.device.output.blocked();
-        if wanted == self.output_armed {
-            return;
-        }
-        let Some(fd) = self.device.output.descriptor() else { return };
-        let changed = if wanted {
-            self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLOUT, OUTPUT))
-        } else {
-            self.epoll.delete(fd)
-        };
-        if changed.is_ok() {
-            self.output_armed = wanted;
-        }
-    }
-
-    /// Waits for input while the receiver has room; takes it at once where it cannot be waited for.
-    fn arm_input(&mut self) -> Result<(), UartError> {
-        let (room, low) = (self.device.receive_room() > 0, self.device.receive_low());
-        let Some(input) = &mut self.input else { return Ok(()) };
-        // Not again for each character that the guest takes.
-        let wanted = if input.armed { room } else { low };
-        if wanted != input.armed && !input.always_ready {
-            let changed = if wanted {
-                self.epoll.add(&input.fd, EpollEvent::new(EpollFlags::EPOLLIN, INPUT))
-            } else {
-                self.epoll.delete(&input.fd)
-            };
-            match changed {
-                Ok(()) => input.armed = wanted,
-                Err(Errno::EPERM) => input.always_ready = true,
-                Err(error) => return Err(UartError::System { call: "epoll_ctl", error }),
-            }
-        }
-        while self.device.receive_room() > 0 && self.input.as_ref().is_some_and(|input| input.always_ready) {
-            self.read_input();
-        }
-        Ok(())
-    }
-
-    fn forget_input(&mut self) {
-        if let Some(input) = self.input.take()
-            && input.armed
-        {
-            let _ = self.epoll.delete(&input.fd);
-        }
-    }
-
-    fn forget_output(&mut self) {
-        if let Some(fd) = self.device.output.descriptor()
-            && self.output_armed
-        {
-            let _ = self.epoll.delete(fd);
-        }
-        self.output_armed = false;
     }
 
     /// How long to wait: until the reader counts as stuck or the character timeout.
@@ -310,7 +186,7 @@ impl EventLoop {
         } else if self.timeout_at.is_none() {
             self.timeout_at = Instant::now().checked_add(CHARACTER_TIMEOUT);
         }
-        let next = [self.timeout_at, self.device.output.deadline()].into_iter().flatten().min();
+        let next = [self.timeout_at, self.device.line.deadline()].into_iter().flatten().min();
         match next {
             None => EpollTimeout::NONE,
             Some(next) => {
@@ -322,7 +198,7 @@ impl EventLoop {
     }
 
     fn expire(&mut self) {
-        if self.timeout_at.is_none() && self.device.output.deadline().is_none() {
+        if self.timeout_at.is_none() && self.device.line.deadline().is_none() {
             return;
         }
         let now = Instant::now();
@@ -330,27 +206,7 @@ impl EventLoop {
             self.timeout_at = None;
             self.device.character_timeout();
         }
-        self.device.output.expire(now);
-        self.device.pump();
-    }
-
-    /// Gives the reader a moment to take what the guest said last.
-    fn last_flush(&mut self) {
-        let end = Instant::now().checked_add(FINAL_FLUSH);
-        let mut events = [EpollEvent::empty(); 1];
-        let _ = self.epoll.delete(&self.connection);
-        let _ = self.epoll.delete(&self.channel);
-        self.forget_input();
-        while self.device.output.flush().is_ok() && self.device.output.blocked() {
-            self.device.pump();
-            self.arm_output();
-            let left = end.map_or(Duration::ZERO, |end| end.saturating_duration_since(Instant::now()));
-            let milliseconds = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
-            let timeout = EpollTimeout::from(milliseconds);
-            if milliseconds == 0 || self.epoll.wait(&mut events, timeout) == Ok(0) {
-                return;
-            }
-        }
+        self.device.line.expire(now);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The real device thread behind a socket pair, without a jail.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
@@ -9,8 +10,8 @@ use bulkhead_ipc::vfio_user::{Client, Fault};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::output::{CAPACITY, HISTORY};
 use super::*;
+use crate::stream::{CAPACITY, Ends, HISTORY};
 
 const DEADLINE: Duration = Duration::from_secs(2);
 
@@ -27,15 +28,8 @@ fn rig(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Rig {
     let (control, channel) = Channel::pair().unwrap();
     let thread = std::thread::spawn(move || {
         let connection = Connection::new(socket.into(), DEADLINE)?;
-        let device = UartDevice::new(ShadowPage::create().ok());
-        let mut events = EventLoop::new(connection, device, channel)?;
-        if let Some(output) = output {
-            events.set_output(output)?;
-        }
-        if let Some(input) = input {
-            events.set_input(input);
-        }
-        events.run()
+        let device = UartDevice::new(ShadowPage::create().ok(), Ends::new(input, output));
+        EventLoop::new(connection, device, &channel)?.run()
     });
     let mut client = Client::connect(core.into(), "uart", DEADLINE).unwrap();
     let interrupt = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();

@@ -240,16 +240,7 @@ impl Driver {
         let device = self.frontend.offered_features() & 0xff_ffff & device_features;
         let features = device | VERSION_1 | ring_features | VHOST_USER_F_PROTOCOL_FEATURES;
         self.frontend.set_features(features).unwrap();
-        let regions: Vec<_> = self
-            .ram
-            .regions()
-            .map(|region| MemoryRegion {
-                guest_address: region.guest_address,
-                size: region.size,
-                offset: region.offset,
-                file: region.fd,
-            })
-            .collect();
+        let regions: Vec<_> = self.ram.regions().map(MemoryRegion::from).collect();
         self.frontend.set_memory(&regions).unwrap();
     }
 

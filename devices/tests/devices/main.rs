@@ -8,6 +8,7 @@
     clippy::cast_precision_loss
 )]
 
+mod attached;
 mod blk;
 mod console;
 mod driver;

@@ -17,19 +17,30 @@ use bulkhead_ipc::vhost_user::frontend::{BackendRequest, InflightMemory};
 use crate::driver::header;
 use crate::driver::{BUFFERS, Driver, PROGRAM, SIZE};
 
-const LIMIT: Duration = Duration::from_secs(10);
+pub const LIMIT: Duration = Duration::from_secs(10);
 const HEADER: u64 = 0xf0_0000;
 
-struct Supervised {
+pub struct Supervised {
     process: JailedProcess,
-    channel: Channel,
-    stream: Option<UnixStream>,
+    pub channel: Channel,
+    pub stream: Option<UnixStream>,
     log: std::io::PipeReader,
     listeners: Vec<OwnedFd>,
 }
 
 impl Supervised {
-    fn start(kind: &str, config: DeviceConfig, resources: &[&OwnedFd], enforcement: Enforcement) -> Self {
+    pub fn start(kind: &str, config: DeviceConfig, resources: &[&OwnedFd], enforcement: Enforcement) -> Self {
+        let mut this = Self::spawn(kind);
+        this.tell(config, resources, enforcement);
+        match this.channel.recv::<FromDevice>(Some(LIMIT)) {
+            Ok((FromDevice::Ready { .. }, listeners)) => this.listeners = listeners,
+            other => panic!("{other:?}\n{}", this.ending()),
+        }
+        this
+    }
+
+    /// A process that waits for its start message.
+    fn spawn(kind: &str) -> Self {
         let (ours, theirs) = Channel::pair().unwrap();
         let (log, log_end) = pipe().unwrap();
         let null = File::open("/dev/null").unwrap();
@@ -47,7 +58,13 @@ impl Supervised {
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);
         process.confirm(LIMIT).unwrap();
+        Self { process, channel: ours, stream: None, log, listeners: Vec::new() }
+    }
+
+    /// Sends the start message; the descriptors begin with the front end's socket.
+    fn tell(&mut self, config: DeviceConfig, resources: &[&OwnedFd], enforcement: Enforcement) {
         let (stream, socket) = UnixStream::pair().unwrap();
+        self.stream = Some(stream);
         let start = DeviceStart {
             id: "id".into(),
             machine: "machine".into(),
@@ -58,17 +75,10 @@ impl Supervised {
         };
         let mut fds = vec![socket.as_fd()];
         fds.extend(resources.iter().map(|fd| fd.as_fd()));
-        ours.send(&ToDevice::Start(start), &fds).unwrap();
-        drop(socket);
-        let mut this = Self { process, channel: ours, stream: Some(stream), log, listeners: Vec::new() };
-        match this.channel.recv::<FromDevice>(Some(LIMIT)) {
-            Ok((FromDevice::Ready { .. }, listeners)) => this.listeners = listeners,
-            other => panic!("{other:?}\n{}", this.ending()),
-        }
-        this
+        self.channel.send(&ToDevice::Start(start), &fds).unwrap();
     }
 
-    fn driver(&mut self, queues: u16) -> Driver {
+    pub fn driver(&mut self, queues: u16) -> Driver {
         Driver::new(self.stream.take().unwrap(), queues)
     }
 
@@ -80,7 +90,7 @@ impl Supervised {
         format!("{exit:?}: {log}")
     }
 
-    fn stop(mut self) {
+    pub fn stop(mut self) {
         self.channel.send(&ToDevice::Stop, &[]).unwrap();
         assert!(self.ending().starts_with("Ok(Code(0))"));
     }
@@ -218,36 +228,12 @@ fn a_device_ends_with_its_front_end_and_with_its_supervisor() {
 #[test]
 fn a_start_that_cannot_be_served_says_why() {
     let image = disk(1 << 20);
-    let (ours, theirs) = Channel::pair().unwrap();
-    let (mut log, log_end) = pipe().unwrap();
-    let null = File::open("/dev/null").unwrap();
-    let program = File::open(PROGRAM).unwrap();
-    let spec = JailSpec {
-        program: program.as_fd(),
-        arguments: &["bulkhead-device".to_owned(), "rng".to_owned()],
-        channel: theirs.into_fd(),
-        log: log_end.as_fd(),
-        null: null.as_fd(),
-        limits: Limits::default(),
-        identity: Identity::default(),
-    };
-    let mut process = jail::spawn(spec).unwrap();
-    drop(log_end);
-    process.confirm(LIMIT).unwrap();
-    let (_stream, socket) = UnixStream::pair().unwrap();
-    let start = DeviceStart {
-        id: "id".into(),
-        machine: "machine".into(),
-        log: LogLevel::Info,
-        enforcement: Enforcement::Supervised,
-        socket: FdIndex(0),
-        config: blk(1),
-    };
-    ours.send(&ToDevice::Start(start), &[socket.as_fd(), image.as_fd()]).unwrap();
-    assert_eq!(process.wait().unwrap(), jail::Exit::Code(1));
-    let mut lines = String::new();
-    log.read_to_string(&mut lines).unwrap();
-    assert!(lines.contains("started as rng"), "{lines}");
+    let mut process = Supervised::spawn("rng");
+    process.tell(blk(1), &[&image], Enforcement::Supervised);
+    let (answer, _) = process.channel.recv::<FromDevice>(Some(LIMIT)).unwrap();
+    assert!(matches!(answer, FromDevice::Failed(reason) if reason.contains("started as rng")));
+    let ending = process.ending();
+    assert!(ending.starts_with("Ok(Code(1))") && ending.contains("started as rng"), "{ending}");
 }
 
 #[test]

@@ -222,7 +222,7 @@ pub struct RngConfig {
 pub struct ConsoleConfig {
     /// Bytes for the guest; `None`: nobody types until `Attach`.
     pub input: Option<FdIndex>,
-    /// Bytes from the guest; `None`: dropped until `Attach`.
+    /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
     /// Columns and rows.
     pub size: Option<(u16, u16)>,
@@ -233,7 +233,7 @@ pub struct ConsoleConfig {
 pub struct UartConfig {
     /// Bytes for the guest; `None`: nobody types until `Attach`.
     pub input: Option<FdIndex>,
-    /// Bytes from the guest; `None`: dropped until `Attach`.
+    /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
 }
 

@@ -7,8 +7,10 @@
 //! The order matters:
 //! 1. descriptors first, so that this process holds nothing of its siblings (their report sockets in particular);
 //! 2. the namespaces are created here and not by `clone3`, so that the supervisor starts the next process meanwhile;
-//! 3. the user change comes after the map, the root change before the capabilities go;
-//! 4. the parent-death signal comes last, because every change of credentials clears it.
+//! 3. the network namespace comes after the root: detaching the old root waits until every CPU has left what it does in the
+//!    kernel (an RCU grace period), and building a network namespace, as the siblings do, is the longest thing to wait for;
+//! 4. the user change comes after the map, the root change before the capabilities go;
+//! 5. the parent-death signal comes last, because every change of credentials clears it.
 
 use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::os::fd::RawFd;
@@ -42,7 +44,7 @@ pub(super) struct Plan {
     pub(super) limits: [(c_uint, u64); LIMITS],
     /// Zero-terminated array of arguments.
     pub(super) argv: *const *const c_char,
-    /// Namespaces that are created here.
+    /// Namespaces that are created here, the network's aside.
     pub(super) unshare: c_ulong,
 }
 
@@ -52,6 +54,9 @@ const REPORT: c_int = 5;
 const FREE: c_int = 6;
 /// Where descriptors wait while the fixed places are filled.
 const PARKED: c_int = 16;
+
+/// The namespace that is created after the others.
+const NETWORK: c_ulong = libc::CLONE_NEWNET as c_ulong;
 
 /// A failed step.
 struct Failure(Step, c_int);
@@ -110,6 +115,7 @@ unsafe fn build(plan: &Plan) -> Failure {
             wait_for_map()?;
             identity(plan)?;
             empty_root()?;
+            check(Step::Unshare, libc::syscall(libc::SYS_unshare, NETWORK))?;
             check(Step::Session, libc::syscall(libc::SYS_setsid))?;
             libc::syscall(libc::SYS_umask, 0o077);
             limits(plan)?;

@@ -132,13 +132,11 @@ pub enum Exit {
     Signal(i32),
 }
 
-/// Namespaces that the child creates itself, in parallel with the supervisor. The others must exist from its first
-/// instruction: the user namespace because the supervisor maps it, the pid namespace because it only counts for children.
-const UNSHARED: c_ulong = (libc::CLONE_NEWNS
-    | libc::CLONE_NEWNET
-    | libc::CLONE_NEWIPC
-    | libc::CLONE_NEWUTS
-    | libc::CLONE_NEWCGROUP) as c_ulong;
+/// Namespaces that the child creates itself, in parallel with the supervisor; the network's follows later. The others must
+/// exist from its first instruction: the user namespace because the supervisor maps it, the pid namespace because it only
+/// counts for children.
+const UNSHARED: c_ulong =
+    (libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP) as c_ulong;
 const CLONED: c_ulong = (libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_PIDFD) as c_ulong;
 
 /// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::confirm`] after the others are started.

@@ -57,6 +57,18 @@ impl Client {
         Ok(client)
     }
 
+    /// Changes the deadline of later exchanges: a process that is still starting may take longer than one that runs.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    pub fn set_deadline(&mut self, deadline: Duration) -> Result<(), ClientError> {
+        self.socket.set_deadline(deadline).map_err(|fault| ClientError {
+            device: self.device.clone(),
+            command: Command::Version,
+            fault,
+        })
+    }
+
     /// What the device said about itself.
     pub fn info(&self) -> DeviceInfo {
         self.info

@@ -50,16 +50,23 @@ impl Socket {
         if kind != SockType::Stream || address.family() != Some(AddressFamily::Unix) {
             return Err(Fault::Descriptor("not a Unix stream socket"));
         }
-        let timeout = TimeVal::milliseconds(i64::try_from(deadline.as_millis()).unwrap_or(i64::MAX));
-        setsockopt(&fd, sockopt::SendTimeout, &timeout).map_err(|error| fault("setsockopt", error))?;
-        setsockopt(&fd, sockopt::ReceiveTimeout, &timeout).map_err(|error| fault("setsockopt", error))?;
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(|error| fault("fcntl", error))?;
         let flags = OFlag::from_bits_truncate(flags);
         if flags.contains(OFlag::O_NONBLOCK) {
             fcntl(&fd, FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))
                 .map_err(|error| fault("fcntl", error))?;
         }
-        Ok(Self { fd, deadline, control: cmsg_space!([i32; MAX_DESCRIPTORS]) })
+        let mut socket = Self { fd, deadline, control: cmsg_space!([i32; MAX_DESCRIPTORS]) };
+        socket.set_deadline(deadline)?;
+        Ok(socket)
+    }
+
+    /// Changes the deadline of later exchanges.
+    pub fn set_deadline(&mut self, deadline: Duration) -> Result<(), Fault> {
+        self.deadline = deadline.max(Duration::from_millis(1));
+        let timeout = TimeVal::milliseconds(i64::try_from(self.deadline.as_millis()).unwrap_or(i64::MAX));
+        setsockopt(&self.fd, sockopt::SendTimeout, &timeout).map_err(|error| fault("setsockopt", error))?;
+        setsockopt(&self.fd, sockopt::ReceiveTimeout, &timeout).map_err(|error| fault("setsockopt", error))
     }
 
     /// Sends all of `bytes`, the descriptors beside the first of them. One system call unless the socket is full.

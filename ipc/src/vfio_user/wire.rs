@@ -204,12 +204,11 @@ impl DeviceInfo {
     /// # Errors
     /// Not exactly [`Self::SIZE`] bytes.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        exactly(payload, Self::SIZE)?;
-        Ok(Self {
-            argsz: u32_at(payload, 0, "argsz")?,
-            flags: u32_at(payload, 4, "flags")?,
-            num_regions: u32_at(payload, 8, "num_regions")?,
-            num_irqs: u32_at(payload, 12, "num_irqs")?,
+        exact_words(payload).map(|[argsz, flags, num_regions, num_irqs]| Self {
+            argsz,
+            flags,
+            num_regions,
+            num_irqs,
         })
     }
 
@@ -297,13 +296,7 @@ impl IrqInfo {
     /// # Errors
     /// Not exactly [`Self::SIZE`] bytes.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        exactly(payload, Self::SIZE)?;
-        Ok(Self {
-            argsz: u32_at(payload, 0, "argsz")?,
-            flags: u32_at(payload, 4, "flags")?,
-            index: u32_at(payload, 8, "index")?,
-            count: u32_at(payload, 12, "count")?,
-        })
+        exact_words(payload).map(|[argsz, flags, index, count]| Self { argsz, flags, index, count })
     }
 
     /// The payload's bytes.
@@ -342,13 +335,12 @@ impl IrqSet {
     /// # Errors
     /// Not exactly [`Self::SIZE`] bytes.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        exactly(payload, Self::SIZE)?;
-        Ok(Self {
-            argsz: u32_at(payload, 0, "argsz")?,
-            flags: u32_at(payload, 4, "flags")?,
-            index: u32_at(payload, 8, "index")?,
-            start: u32_at(payload, 12, "start")?,
-            count: u32_at(payload, 16, "count")?,
+        exact_words(payload).map(|[argsz, flags, index, start, count]| Self {
+            argsz,
+            flags,
+            index,
+            start,
+            count,
         })
     }
 
@@ -418,6 +410,16 @@ pub(super) fn exactly(payload: &[u8], size: usize) -> Result<(), DecodeError> {
             value: HEADER_SIZE.saturating_add(payload.len()) as u64,
         })
     }
+}
+
+/// The words of a payload that consists of so many and of nothing else.
+fn exact_words<const WORDS: usize>(payload: &[u8]) -> Result<[u32; WORDS], DecodeError> {
+    exactly(payload, size_of::<[u32; WORDS]>())?;
+    let mut words = [0; WORDS];
+    for (word, bytes) in words.iter_mut().zip(payload.as_chunks().0) {
+        *word = u32::from_ne_bytes(*bytes);
+    }
+    Ok(words)
 }
 
 /// Copies `field` to `offset`; what would not fit is left out, which no caller does.

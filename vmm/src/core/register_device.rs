@@ -38,12 +38,15 @@ pub struct RegisterDeviceConfig {
     pub irq: u8,
     /// How long an access may take before the device counts as failed, and how long accesses then wait for a successor.
     pub deadline: Duration,
+    /// How long each exchange may take while a connection is made: the first process may not even be there yet.
+    pub start_deadline: Duration,
 }
 
 impl RegisterDeviceConfig {
-    /// The first serial port of a PC: 3F8, IRQ 4; one second for an access.
+    /// The first serial port of a PC: 3F8, IRQ 4; one second for an access, ten for each step of the start.
     pub fn com1(name: &str) -> Self {
-        Self { name: name.to_owned(), first_port: 0x3f8, irq: 4, deadline: Duration::from_secs(1) }
+        let (deadline, start_deadline) = (Duration::from_secs(1), Duration::from_secs(10));
+        Self { name: name.to_owned(), first_port: 0x3f8, irq: 4, deadline, start_deadline }
     }
 }
 
@@ -131,8 +134,12 @@ impl Journal {
 
 impl Link {
     /// The interrupt is left unconnected: a device takes no input before it is connected.
-    fn connect(config: &RegisterDeviceConfig, socket: OwnedFd) -> Result<Self, ClientError> {
-        let mut client = Client::connect(socket, &config.name, config.deadline)?;
+    fn connect(
+        config: &RegisterDeviceConfig,
+        socket: OwnedFd,
+        patience: Duration,
+    ) -> Result<Self, ClientError> {
+        let mut client = Client::connect(socket, &config.name, patience)?;
         let unexpected = |field, expected, received| ClientError {
             device: config.name.clone(),
             command: Command::DeviceGetRegionInfo,
@@ -143,6 +150,7 @@ impl Link {
             return Err(unexpected("size", u64::from(PORTS), ports.size));
         }
         let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
+        client.set_deadline(config.deadline)?;
         Ok(Self { client, shadow, posted: 0, streamed: 0 })
     }
 
@@ -186,7 +194,7 @@ fn shadow(client: &mut Client) -> Result<Option<ShadowView>, ClientError> {
 
 impl RegisterDevice {
     /// Connects to the device's process over `socket`; `interrupt` is an eventfd that the caller has connected to the
-    /// interrupt controller as an edge (an irqfd without resample). Waits for the device at most five deadlines.
+    /// interrupt controller as an edge (an irqfd without resample). Waits for the device at most five start deadlines.
     ///
     /// # Errors
     /// The device does not speak the protocol, has no eight ports, or misses a deadline.
@@ -196,7 +204,7 @@ impl RegisterDevice {
         interrupt: OwnedFd,
         on_failure: OnFailure,
     ) -> Result<Self, ClientError> {
-        let mut link = Link::connect(&config, socket)?;
+        let mut link = Link::connect(&config, socket, config.start_deadline)?;
         link.client.set_irq(0, Some(interrupt.as_fd()))?;
         let state = State { link: Some(link), patience: None, journal: Journal::default() };
         Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
@@ -208,7 +216,7 @@ impl RegisterDevice {
     /// # Errors
     /// As for [`Self::connect`]; the port stays as it was.
     pub fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
-        let mut link = Link::connect(&self.config, socket)?;
+        let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
         let mut state = self.lock();
         for (offset, value) in state.journal.replay() {
             link.post(offset, value, false)?;

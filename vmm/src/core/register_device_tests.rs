@@ -172,6 +172,30 @@ fn a_device_that_misses_its_deadline_becomes_an_empty_slot_and_is_reported_once(
 }
 
 #[test]
+fn a_process_that_is_still_starting_is_waited_for_longer() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let late = std::thread::spawn(move || {
+        std::thread::sleep(DEADLINE * 3);
+        let mut chip =
+            Chip { registers: [0; 8], log: Vec::new(), reads: Arc::default(), shadow: None, silent: false };
+        let mut connection = Connection::new(theirs.into(), DEADLINE).unwrap();
+        loop {
+            let mut entry = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+            poll(&mut entry, PollTimeout::NONE).unwrap();
+            if !matches!(connection.serve(&mut chip), Ok(Served::Open)) {
+                return;
+            }
+        }
+    });
+    let config = RegisterDeviceConfig { deadline: DEADLINE, ..RegisterDeviceConfig::com1("uart") };
+    let interrupt = EventFd::from_value(0).unwrap().as_fd().try_clone_to_owned().unwrap();
+    let port = RegisterDevice::connect(config, ours.into(), interrupt, Box::new(|_| ())).unwrap();
+    assert!(port.is_alive());
+    drop(port);
+    late.join().unwrap();
+}
+
+#[test]
 fn a_new_process_gets_the_guests_settings() {
     let rig = rig(false, false);
     let settings =

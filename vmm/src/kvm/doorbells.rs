@@ -2,7 +2,7 @@
 //!
 //! What exists in KVM is derived from the bus tree: each change of the tree hands the whole wanted set, and only the difference is carried out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -21,7 +21,7 @@ pub struct Doorbells {
 struct State {
     /// By slot.
     functions: BTreeMap<u8, Arc<VirtioPci>>,
-    mapped: Vec<MappedDoorbell>,
+    mapped: BTreeSet<MappedDoorbell>,
 }
 
 impl Doorbells {
@@ -35,7 +35,7 @@ impl Doorbells {
         self.lock().functions.insert(slot, function);
     }
 
-    /// Makes KVM's ioeventfds equal to `wanted`. What KVM refuses stays with the slow path (the tree gets the
+    /// Makes KVM's ioeventfds equal to `wanted`, which is sorted. What KVM refuses stays with the slow path (the tree gets the
     /// write and signals the eventfd itself), so nothing is lost; the first error is returned for the log.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Doorbells {
         let State { functions, mapped } = &mut *state;
         let mut result = Ok(());
         mapped.retain(|old| {
-            let keep = wanted.contains(old);
+            let keep = wanted.binary_search(old).is_ok();
             if !keep {
                 first_error(&mut result, self.set(functions, old, false));
             }
@@ -54,7 +54,9 @@ impl Doorbells {
         for new in wanted {
             if !mapped.contains(new) {
                 match self.set(functions, new, true) {
-                    Ok(()) => mapped.push(*new),
+                    Ok(()) => {
+                        mapped.insert(*new);
+                    }
                     error => first_error(&mut result, error),
                 }
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 use bulkhead_ipc::vhost_user::frontend::{
-    BackendRequests, Frontend, FrontendError, InflightMemory, MemoryRegion, Problem,
+    BackendRequests, Frontend, FrontendError, InflightMemory, Limits, MemoryRegion, Problem,
     SUPPORTED_PROTOCOL_FEATURES,
 };
 use bulkhead_ipc::vhost_user::message::{
@@ -40,13 +40,15 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to an exchange.
+    /// Opens the session with the back end behind `stream`, within the limit that `settings` gives to the start.
     ///
     /// # Errors
     /// The back end does not answer as it should, or no modern driver can use it.
     pub fn open(settings: &Settings, stream: UnixStream) -> Result<Self, VirtioError> {
-        let limits = settings.limits;
-        Ok(Self { link: Link::open(Frontend::new(&settings.id, stream, limits), limits.exchange)? })
+        let starting = Limits { exchange: settings.start_limit, ..settings.limits };
+        let mut link = Link::open(Frontend::new(&settings.id, stream, starting), starting.exchange)?;
+        link.frontend.set_limits(settings.limits);
+        Ok(Self { link })
     }
 }
 
@@ -188,16 +190,7 @@ impl VirtioPci {
                 });
             }
         }
-        let regions: Vec<MemoryRegion<'_>> = self
-            .ram
-            .regions()
-            .map(|region| MemoryRegion {
-                guest_address: region.guest_address,
-                size: region.size,
-                offset: region.offset,
-                file: region.fd,
-            })
-            .collect();
+        let regions: Vec<_> = self.ram.regions().map(MemoryRegion::from).collect();
         frontend.set_memory(&regions)?;
         if frontend.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             self.prepare_inflight(state, frontend)?;

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::Duration;
 
 use bulkhead_ipc::memory::GuestRam;
 use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
@@ -39,6 +40,8 @@ pub struct Settings {
     pub max_queues: u16,
     /// How long to wait for the back end.
     pub limits: Limits,
+    /// How long to wait for its first answers all together: its process may not even be there yet.
+    pub start_limit: Duration,
     /// When the back end fails, keep it from the guest until [`VirtioPci::replace_backend`] or [`VirtioPci::give_up`].
     pub hold_on_failure: bool,
     /// Who owns the memory for requests in flight.
@@ -55,6 +58,7 @@ impl Settings {
             queue_size: 256,
             max_queues: 64,
             limits: Limits::default(),
+            start_limit: Duration::from_secs(15),
             hold_on_failure: false,
             inflight: Box::new(FromBackend),
         }

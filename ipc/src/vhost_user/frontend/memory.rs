@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use super::{Frontend, FrontendError, Problem};
+use crate::memory::RegionRef;
 use crate::vhost_user::connection::MAX_DESCRIPTORS;
 use crate::vhost_user::message::{
     FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures,
@@ -20,6 +21,13 @@ pub struct MemoryRegion<'a> {
     pub offset: u64,
     /// The shared memory file.
     pub file: BorrowedFd<'a>,
+}
+
+impl<'a> From<RegionRef<'a>> for MemoryRegion<'a> {
+    fn from(region: RegionRef<'a>) -> Self {
+        let RegionRef { guest_address, size, offset, fd } = region;
+        Self { guest_address, size, offset, file: fd }
+    }
 }
 
 /// A region as the back end has it.

@@ -101,6 +101,11 @@ impl Frontend {
         }
     }
 
+    /// Changes the limits of later exchanges: a process that is still starting may take longer than one that runs.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     /// The device's id.
     pub fn device(&self) -> &str {
         &self.device

@@ -1,6 +1,7 @@
 //! Starts a program and takes the time until something appears on one of its streams.
 
 use std::io::Read;
+use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -28,28 +29,46 @@ impl Drop for Started {
 pub enum Stream {
     /// Standard output: the guest's serial port.
     Output,
-    /// Standard error: messages of the monitor.
-    Errors,
+    /// `$NOTIFY_SOCKET`: what the monitor tells a service manager.
+    Manager,
+}
+
+/// Starts `command` and waits until it tells its service manager `text`.
+fn until_told(mut command: Command, text: &str, limit: Duration) -> Outcome<Started> {
+    let failed = |error: std::io::Error| format!("a service manager's socket: {error}");
+    let folder = tempfile::tempdir().map_err(failed)?;
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).map_err(failed)?;
+    manager.set_read_timeout(Some(limit)).map_err(failed)?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).env("NOTIFY_SOCKET", &path);
+    let start = Instant::now();
+    let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+    let mut started = Started { child, milliseconds: 0.0 };
+    let mut buffer = [0; 256];
+    loop {
+        let length = manager
+            .recv(&mut buffer)
+            .map_err(|error| format!("{command:?} did not tell '{text}' within {limit:?}: {error}"))?;
+        started.milliseconds = start.elapsed().as_secs_f64() * 1000.0;
+        if String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).contains(text) {
+            return Ok(started);
+        }
+    }
 }
 
 /// Starts `command` and waits for `text` on the stream.
 pub fn until(mut command: Command, stream: Stream, text: &str, limit: Duration) -> Outcome<Started> {
+    if stream == Stream::Manager {
+        return until_told(command, text, limit);
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
     let (sender, receiver) = mpsc::channel();
     let needle = text.as_bytes().to_vec();
     if let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) {
-        match stream {
-            Stream::Output => {
-                follow(errors, Vec::new(), None);
-                follow(output, needle, Some(sender));
-            }
-            Stream::Errors => {
-                follow(output, Vec::new(), None);
-                follow(errors, needle, Some(sender));
-            }
-        }
+        follow(errors, Vec::new(), None);
+        follow(output, needle, Some(sender));
     }
     let found = receiver.recv_timeout(limit);
     let mut started = Started { child, milliseconds: 0.0 };

@@ -75,7 +75,7 @@ enum Phase {
     Starting(Instant),
     /// All are.
     Running,
-    /// A device ended in order because the core closed its connection; the core is about to say why.
+    /// A device ended because the core closed its connection; the core is about to say why.
     Abandoned(Instant),
     /// The devices were told to stop.
     Stopping(Instant),
@@ -267,7 +267,7 @@ impl<'a> EventLoop<'a> {
             }
             Phase::Abandoned(_) => {
                 let ended = self.names(State::Ended);
-                self.fail(ExitCode::Process, &format!("{ended} ended although the machine runs"));
+                self.fail(ExitCode::Process, &format!("{ended} ended by itself although the machine runs"));
                 true
             }
             Phase::Stopping(_) => {

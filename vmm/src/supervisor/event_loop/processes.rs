@@ -286,8 +286,11 @@ impl EventLoop<'_> {
             return;
         }
         let (id, pid) = (process.id.clone(), process.jailed.pid());
-        let in_order = process.role != Role::Core && exit == Exit::Code(0);
-        if in_order
+        // In the middle of a handshake a device cannot tell a core that gives up from one that is broken: its code is 1 then.
+        let starting = matches!(self.phase, Phase::Starting(_) | Phase::Abandoned(_));
+        let abandoned = exit == Exit::Code(0) || starting && exit == Exit::Code(1) && jail_error.is_none();
+        if abandoned
+            && process.role != Role::Core
             && self.processes.iter().any(|other| other.role == Role::Core && other.state != State::Ended)
         {
             // Its pidfd may be seen before the core's last message is.

@@ -2,6 +2,7 @@
 
 pub mod limit;
 pub mod lines;
+mod stderr;
 mod time;
 
 use std::fs::File;
@@ -13,6 +14,7 @@ use limit::{Limiter, Verdict};
 use lines::LineBuffer;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
+use stderr::Stderr;
 
 use super::cli::{LogFormat, LogLevel};
 use super::config::SUPERVISOR;
@@ -59,7 +61,7 @@ struct Record<'a> {
 /// Where messages go.
 #[derive(Debug)]
 enum Sink {
-    Stderr,
+    Stderr(Option<Stderr>),
     File(File),
 }
 
@@ -76,7 +78,8 @@ pub struct Log {
 impl Log {
     /// Messages of `machine` to `file`, or to standard error.
     pub fn new(machine: &str, level: LogLevel, format: LogFormat, file: Option<File>) -> Self {
-        let sink = file.map_or(Sink::Stderr, Sink::File);
+        let stderr = || Sink::Stderr(Stderr::new(io::stderr().as_fd()).ok());
+        let sink = file.map_or_else(stderr, Sink::File);
         Self { machine: machine.to_owned(), level, format, sink, dropped: 0 }
     }
 
@@ -125,15 +128,8 @@ impl Log {
     fn emit(&mut self, line: &[u8]) -> io::Result<()> {
         match &mut self.sink {
             Sink::File(file) => file.write_all(line),
-            Sink::Stderr => {
-                let mut stderr = io::stderr().lock();
-                // A terminal that was stopped, or a pipe that nobody reads, must not stop the supervisor.
-                let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-                match poll(&mut ready, PollTimeout::ZERO) {
-                    Ok(1) => stderr.write_all(line),
-                    _ => Err(io::ErrorKind::WouldBlock.into()),
-                }
-            }
+            Sink::Stderr(Some(stderr)) => stderr.write(line),
+            Sink::Stderr(None) => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::{OpenptyResult, openpty};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -90,9 +91,10 @@ impl Stream {
         let (stdin, stdout) = (io::stdin(), io::stdout());
         let writes_file = File::from(stdout.as_fd().try_clone_to_owned()?).metadata()?.is_file();
         // A terminal is opened anew for writing only: the device process shall neither read keys nor share the
-        // flags of our descriptor. A redirected output is shared, for its position in the file counts.
-        let output = match OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY).open("/proc/self/fd/1")
-        {
+        // flags of our descriptor, and must not wait where nobody reads. A redirected output is shared, for its
+        // position in the file counts.
+        let anew = libc::O_NOCTTY | libc::O_NONBLOCK;
+        let output = match OpenOptions::new().write(true).custom_flags(anew).open("/proc/self/fd/1") {
             Ok(file) if stdout.is_terminal() => file.into(),
             _ => stdout.as_fd().try_clone_to_owned()?,
         };
@@ -121,8 +123,10 @@ impl Stream {
         let mut settings = tcgetattr(&slave)?;
         cfmakeraw(&mut settings);
         tcsetattr(&slave, SetArg::TCSANOW, &settings)?;
+        let flags = OFlag::from_bits_retain(fcntl(&master, FcntlArg::F_GETFL)?) | OFlag::O_NONBLOCK;
+        fcntl(&master, FcntlArg::F_SETFL(flags))?;
         for side in [&master, &slave] {
-            nix::fcntl::fcntl(side, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+            fcntl(side, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
         Ok(Self {
             input: Some(master.try_clone()?),

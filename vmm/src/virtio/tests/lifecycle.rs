@@ -303,3 +303,13 @@ fn a_back_end_that_does_not_suit_is_refused_at_once() {
     let many = Script { queues: 200, config: Vec::new(), ..Script::default() };
     assert_eq!(open(many, DeviceType::ENTROPY), None);
 }
+
+#[test]
+fn a_back_end_that_is_still_starting_is_waited_for_longer() {
+    let limit = Duration::from_millis(100);
+    let script = Script { dawdles_on: Some((FrontendReq::GET_FEATURES, limit * 5)), ..Script::default() };
+    let (stream, _peer) = Peer::start(script);
+    let limits = Limits { exchange: limit, stop: limit };
+    let scaffold = scaffold_with(Settings { limits, ..settings() }, stream);
+    assert!(scaffold.device.is_connected());
+}

@@ -122,16 +122,7 @@ impl Driver {
 }
 
 fn start_queue(frontend: &mut Frontend, driver: &Driver, base: u16) {
-    let regions: Vec<MemoryRegion<'_>> = driver
-        .ram
-        .regions()
-        .map(|region| MemoryRegion {
-            guest_address: region.guest_address,
-            size: region.size,
-            offset: region.offset,
-            file: region.fd,
-        })
-        .collect();
+    let regions: Vec<MemoryRegion<'_>> = driver.ram.regions().map(MemoryRegion::from).collect();
     frontend.set_features(1 << 32 | 1 << 30).unwrap();
     frontend.set_memory(&regions).unwrap();
     frontend.set_vring_num(0, QUEUE_SIZE).unwrap();

@@ -1,0 +1,280 @@
+//! Who is at the other end of a stream.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollFlags};
+use tracing::{debug, warn};
+
+use super::backlog::Backlog;
+use super::end::End;
+use super::watch::{Tag, Watches};
+
+/// Time between two attempts at the last output, milliseconds.
+const LAST_STEP: u16 = 2;
+
+/// The descriptors that a device starts with.
+#[derive(Debug, Default)]
+pub struct Ends {
+    /// Where bytes for the guest come from.
+    pub input: Option<End>,
+    /// Where bytes from the guest go.
+    pub output: Option<End>,
+}
+
+impl Ends {
+    /// Two descriptors, or one, or none.
+    pub fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
+        Self { input: input.map(End::new), output: output.map(End::new) }
+    }
+}
+
+/// A stream that was attached.
+#[derive(Debug)]
+struct Attached {
+    end: End,
+    /// It may still send: no end of its bytes was seen.
+    talks: bool,
+    /// It may still read: neither a hang-up nor an error was seen.
+    listens: bool,
+}
+
+/// The first ends, and who has taken their place.
+#[derive(Debug, Default)]
+struct Places {
+    first: Ends,
+    attached: Option<Attached>,
+}
+
+impl Places {
+    fn input(&self) -> Option<&End> {
+        match &self.attached {
+            Some(attached) => attached.talks.then_some(&attached.end),
+            None => self.first.input.as_ref(),
+        }
+    }
+
+    fn output(&self) -> Option<&End> {
+        match &self.attached {
+            Some(attached) if attached.listens => Some(&attached.end),
+            _ => self.first.output.as_ref(),
+        }
+    }
+
+    /// What the present peer says is over.
+    fn end_input(&mut self) {
+        match &mut self.attached {
+            Some(attached) => attached.talks = false,
+            None => self.first.input = None,
+        }
+    }
+
+    /// The present output is of no more use.
+    fn end_output(&mut self) {
+        match &mut self.attached {
+            Some(attached) if attached.listens => attached.listens = false,
+            _ => self.first.output = None,
+        }
+    }
+}
+
+/// The present peer of a stream, and what is kept for it.
+///
+/// A device calls [`Self::woken`] when its loop reports the stream, moves bytes, and calls [`Self::watch`] before its loop waits.
+#[derive(Debug, Default)]
+pub struct Peer {
+    places: Places,
+    backlog: Backlog,
+    watches: Watches,
+    /// The output would take nothing when it was asked last.
+    blocked: bool,
+    /// The input was not ready when it was asked last, and nothing was reported since.
+    quiet: bool,
+}
+
+impl Peer {
+    /// A stream with its first ends.
+    pub fn new(first: Ends) -> Self {
+        let mut this = Self { places: Places { first, attached: None }, ..Self::default() };
+        this.places_changed();
+        this
+    }
+
+    /// Lets `stream` take the place of the present peer. What was kept goes there first.
+    pub fn attach(&mut self, stream: End) {
+        debug!("a peer is attached");
+        self.places.attached = Some(Attached { end: stream, talks: true, listens: true });
+        self.places_changed();
+        self.flush();
+    }
+
+    /// Every descriptor that the stream holds.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let Places { first, attached } = &self.places;
+        let attached = attached.iter().map(|attached| &attached.end);
+        first.input.iter().chain(&first.output).chain(attached).map(AsFd::as_fd)
+    }
+
+    /// Others than before may read and write.
+    fn places_changed(&mut self) {
+        let attached = &mut self.places.attached;
+        if attached.as_ref().is_some_and(|attached| !attached.talks && !attached.listens) {
+            debug!("the attached peer has gone");
+            *attached = None;
+        }
+        self.quiet = false;
+        self.blocked = false;
+        self.backlog.set_reader(self.places.output().is_some());
+    }
+
+    /// Something may have been reported about the stream: there may be input, or room, or an attached peer has gone.
+    pub fn woken(&mut self) {
+        self.quiet = false;
+        let hang_up = PollFlags::POLLHUP | PollFlags::POLLERR;
+        if let Some(attached) = &self.places.attached
+            && attached.listens
+            // A stream that only ended its own direction goes on reading: that is no hang-up.
+            && attached.end.poll(hang_up).intersects(hang_up)
+        {
+            self.output_ended();
+        }
+        self.flush();
+    }
+
+    /// The input, if reading it will not block: bytes, an end or an error are waiting. Tell [`Self::settle_read`] what
+    /// reading came to.
+    pub fn ready_input(&mut self) -> Option<BorrowedFd<'_>> {
+        if self.quiet {
+            return None;
+        }
+        let input = self.places.input()?;
+        self.quiet = input.poll(PollFlags::POLLIN).is_empty();
+        if self.quiet { None } else { Some(input.as_fd()) }
+    }
+
+    /// Takes note of what reading the input came to; returns the number of bytes, none at its end or after an error.
+    pub fn settle_read(&mut self, result: io::Result<usize>) -> usize {
+        match result {
+            Ok(0) => self.input_ended(),
+            Ok(count) => return count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.quiet = true,
+            Err(error) => {
+                // EIO: a terminal's other end has hung up.
+                let gone = [Errno::EIO, Errno::ECONNRESET];
+                if !gone.iter().any(|gone| error.raw_os_error() == Some(*gone as i32)) {
+                    warn!(%error, "a stream's input failed and is given up");
+                }
+                self.input_ended();
+            }
+        }
+        0
+    }
+
+    fn input_ended(&mut self) {
+        self.places.end_input();
+        if self.places.attached.as_ref().is_some_and(|attached| !attached.listens) {
+            self.places_changed();
+        }
+    }
+
+    fn output_ended(&mut self) {
+        self.places.end_output();
+        self.places_changed();
+    }
+
+    /// Bytes that [`Self::say`] can take now. With a peer that is merely slow it may be none; then the device waits, and
+    /// comes back when it is woken or at [`Self::deadline`].
+    pub fn room(&self) -> usize {
+        self.backlog.room()
+    }
+
+    /// The guest says something; [`Self::flush`] sends it.
+    pub fn say(&mut self, bytes: &[u8]) {
+        self.backlog.push(bytes);
+    }
+
+    /// Bytes that wait for a reader.
+    pub fn waiting(&self) -> usize {
+        self.backlog.len()
+    }
+
+    /// Writes what waits, as far as the peer takes it without blocking.
+    pub fn flush(&mut self) {
+        loop {
+            let front = self.backlog.front();
+            let Some(output) = self.places.output().filter(|_| !front.is_empty()) else {
+                self.blocked = false;
+                return;
+            };
+            match output.write(front) {
+                Ok(count) => self.backlog.take(count),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    self.blocked = true;
+                    self.backlog.refused(Instant::now());
+                    return;
+                }
+                Err(errno) => {
+                    if !matches!(errno, Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) {
+                        warn!(%errno, "a stream's output failed and is given up");
+                    }
+                    self.output_ended();
+                }
+            }
+        }
+    }
+
+    /// When the guest will have waited long enough for the peer, if it waits.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.backlog.deadline()
+    }
+
+    /// Stops waiting for a peer whose time is over at `now`.
+    pub fn expire(&mut self, now: Instant) {
+        if self.deadline().is_some_and(|deadline| now >= deadline) {
+            // It may have taken less than epoll reports.
+            self.flush();
+        }
+        self.backlog.expire(now);
+    }
+
+    /// Gives the peer so much time to take what the guest said last.
+    pub fn finish(&mut self, limit: Duration) {
+        let begin = Instant::now();
+        self.flush();
+        while self.blocked && begin.elapsed() < limit {
+            // Not the descriptor is waited for: one that is ready for a little may still not take the next piece.
+            let _ = poll(&mut [], PollTimeout::from(LAST_STEP));
+            self.flush();
+        }
+        if self.blocked {
+            warn!(bytes = self.waiting(), "the last output was not read in time");
+        }
+        self.backlog.report();
+    }
+
+    /// Makes epoll report what the stream waits for, with events that `tag` makes. Cheap when nothing has changed.
+    pub fn watch(&mut self, epoll: &Epoll, tag: Tag) {
+        let output = self.places.output().filter(|_| self.blocked);
+        let input = match &self.places.attached {
+            // A hang-up is to be noticed even after the end of its input.
+            Some(attached) => Some(&attached.end),
+            None => self.places.first.input.as_ref(),
+        };
+        let wanted = match (input, output) {
+            (Some(input), Some(output)) if input.is(output) => {
+                [Some((input, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT)), None]
+            }
+            _ => [input.map(|end| (end, EpollFlags::EPOLLIN)), output.map(|end| (end, EpollFlags::EPOLLOUT))],
+        };
+        self.watches.set(wanted, epoll, tag);
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
