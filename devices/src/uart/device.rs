@@ -25,7 +25,12 @@ pub struct UartDevice {
     pub line: Peer,
     shadow: Option<ShadowPage>,
     event: Option<OwnedFd>,
+    /// The client has read a register or connected the interrupt.
+    listening: bool,
     writes: u16,
+    /// Characters written to THR, of which so many were said to be delivered.
+    sent: u64,
+    delivered: u64,
     published: u64,
 }
 
@@ -40,15 +45,15 @@ impl UartDevice {
         self.shadow.iter().map(AsFd::as_fd).chain(self.line.descriptors())
     }
 
-    /// Characters that the receiver takes now. None before the interrupt is connected: the core does that last, when the
-    /// settings that a predecessor had are written, and one of these clears the receiver.
+    /// Characters that the receiver takes now. None before the client reads a register or connects the interrupt: the core does
+    /// so when the settings that a predecessor had are written, and one of these clears the receiver.
     pub fn receive_room(&self) -> usize {
-        if self.event.is_some() { self.uart.receive_room() } else { 0 }
+        if self.listening { self.uart.receive_room() } else { 0 }
     }
 
     /// Whether it is time to fetch more characters.
     pub fn receive_low(&self) -> bool {
-        self.event.is_some() && self.uart.receive_low()
+        self.listening && self.uart.receive_low()
     }
 
     /// Characters arrive, no more than there is room for. `idle`: no more follow at once, so that what lies below the
@@ -89,6 +94,18 @@ impl UartDevice {
         {
             // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
             let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Publishes how much of what the guest sent needs nobody's care any more.
+    pub fn publish_delivered(&mut self) {
+        let waiting = self.line.waiting().saturating_add(self.uart.transmitting());
+        let delivered = self.sent.wrapping_sub(waiting as u64);
+        if let Some(shadow) = &self.shadow
+            && delivered != self.delivered
+        {
+            self.delivered = delivered;
+            shadow.publish_delivered(delivered);
         }
     }
 
@@ -147,6 +164,7 @@ impl RegisterDevice for UartDevice {
     }
 
     fn read(&mut self, _region: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        self.listening = true;
         // An 8-bit card: a wider access is as many cycles.
         for (byte, port) in data.iter_mut().zip(offset..) {
             let register = Register::read_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
@@ -158,6 +176,7 @@ impl RegisterDevice for UartDevice {
     fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
         for (byte, port) in data.iter().zip(offset..) {
             let register = Register::written_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
+            self.sent = self.sent.wrapping_add(u64::from(register == Register::Thr));
             self.uart.write(register, *byte, &mut self.line);
         }
         Ok(())
@@ -174,6 +193,7 @@ impl RegisterDevice for UartDevice {
             let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
             fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
         }
+        self.listening |= event.is_some();
         self.event = event;
         self.update();
         Ok(())

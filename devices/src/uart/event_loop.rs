@@ -130,6 +130,7 @@ impl<'a> EventLoop<'a> {
         self.device.line.flush();
         self.device.pump();
         self.device.line.flush();
+        self.device.publish_delivered();
         self.device.line.watch(&self.epoll, |flags| EpollEvent::new(flags, LINE));
     }
 

@@ -85,6 +85,11 @@ impl TransmitFifo {
         self.length == 0
     }
 
+    /// How many it has.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
     /// Appends; when all `depth` places are taken the newest is overwritten, as a full holding register is.
     pub fn push(&mut self, byte: u8, depth: usize) {
         let place = self.length.min(depth.clamp(1, DEPTH).saturating_sub(1));

@@ -93,6 +93,11 @@ impl Uart16550 {
         self.lcr & lcr::DLAB != 0
     }
 
+    /// Characters that wait in the transmitter for room on the line.
+    pub fn transmitting(&self) -> usize {
+        self.transmit.len()
+    }
+
     /// Whether the chip is in loopback.
     pub fn loopback(&self) -> bool {
         self.mcr & mcr::LOOP != 0

@@ -1,4 +1,5 @@
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
@@ -128,7 +129,9 @@ fn drivers_without_event_idx_are_interrupted_too() {
 #[test]
 fn indirect_descriptors_are_followed() {
     let service = Service::disk(1 << 20, &[]);
-    std::fs::write(service.disk_path(), vec![7; 1 << 20]).unwrap();
+    // In place: the process may be looking at the size just now.
+    let disk = std::fs::File::options().write(true).open(service.disk_path()).unwrap();
+    disk.write_all_at(&vec![7; 1 << 20], 0).unwrap();
     let mut driver = Driver::new(service.connect(), 1);
     driver.put(HEADER, &header(READ, 1));
     let table = HEADER + 4096;

@@ -45,6 +45,12 @@ impl Mapping {
         // page reaches the word by atomic operations or, if hostile, by writes that an atomic load tolerates: any value is valid.
         unsafe { AtomicU64::from_ptr(self.address.as_ptr().cast()) }
     }
+
+    /// The next eight bytes, likewise.
+    pub fn second_word(&self) -> &AtomicU64 {
+        // SAFETY: as above; eight bytes further the address is aligned for a word and far from the end of the page.
+        unsafe { AtomicU64::from_ptr(self.address.as_ptr().cast::<u64>().add(1)) }
+    }
 }
 
 impl Drop for Mapping {

@@ -109,6 +109,12 @@ impl ShadowPage {
     pub fn publish(&self, state: ShadowState) {
         self.memory.word().store(state.pack(), Ordering::Release);
     }
+
+    /// Publishes how many of the characters that were written to this connection's device will not be lost with it: they
+    /// have been passed on, or dropped for want of a reader.
+    pub fn publish_delivered(&self, characters: u64) {
+        self.memory.second_word().store(characters, Ordering::Release);
+    }
 }
 
 impl AsFd for ShadowPage {
@@ -143,5 +149,10 @@ impl ShadowView {
     /// What the page says now.
     pub fn load(&self) -> ShadowState {
         ShadowState::unpack(self.memory.word().load(Ordering::Acquire))
+    }
+
+    /// How many characters the device says it has delivered.
+    pub fn delivered(&self) -> u64 {
+        self.memory.second_word().load(Ordering::Acquire)
     }
 }

@@ -3,9 +3,11 @@
 //! Writes are posted. A read is answered from the device's shadow page where that is exact (see
 //! [`bulkhead_ipc::vfio_user::shadow`]), else by a round trip with a deadline. After a failure accesses wait for
 //! [`RegisterDevice::replace`] to bring a new process, and are repeated there; the guest's settings are written to it before
-//! that, from a journal of the registers that only change by writing. When none has come within the deadline of an access,
+//! that, from a journal of the registers that only change by writing, and so are the characters that the old process had not passed
+//! on. When none has come within the deadline of an access,
 //! the port reads all ones and drops writes, as an empty slot does, and no access waits until there is a successor.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +24,10 @@ const PORTS: u16 = 8;
 const REGION_PORTS: u32 = 0;
 const REGION_SHADOW: u32 = 1;
 
+/// Characters that are kept for a successor, at the most.
+const KEPT: usize = 64 << 10;
+
+const THR: u16 = 0;
 const LCR: u16 = 3;
 const DLAB: u8 = 1 << 7;
 /// FCR's self-clearing bits.
@@ -68,6 +74,8 @@ struct State {
     /// Without a link: until then accesses wait for a successor.
     patience: Option<Instant>,
     journal: Journal,
+    /// Characters that a process took and did not deliver.
+    undelivered: VecDeque<u8>,
 }
 
 /// A connection that has not failed.
@@ -78,6 +86,9 @@ struct Link {
     posted: u16,
     /// How many of the last of them were to THR.
     streamed: u32,
+    /// How many characters were sent, and the last of them.
+    characters: u64,
+    last: VecDeque<u8>,
 }
 
 /// The registers that hold what was written to them, as the guest sees them.
@@ -118,17 +129,14 @@ impl Journal {
         *self = Self { scr: self.scr, divisor: self.divisor, ..Self::default() };
     }
 
-    /// The writes that bring a chip from its reset to this state. IER comes last: enabling the transmitter interrupt
-    /// raises it, so that a driver that was waiting goes on.
-    fn replay(&self) -> impl Iterator<Item = (u16, u8)> {
+    /// The writes that bring a chip from its reset to this state, and those after which characters can be sent. IER comes last:
+    /// enabling the transmitter interrupt raises it, so that a driver that was waiting goes on.
+    fn replay(&self) -> [Vec<(u16, u8)>; 2] {
         let divisor = [(0, self.divisor[0]), (1, self.divisor[1])];
         let latch = divisor.into_iter().filter_map(|(offset, value)| value.map(|value| (offset, value)));
-        let settings = [(2, self.fcr), (7, self.scr), (4, self.mcr)];
-        std::iter::once((LCR, self.lcr | DLAB))
-            .chain(latch)
-            .chain([(LCR, self.lcr & !DLAB)])
-            .chain(settings)
-            .chain([(1, self.ier), (LCR, self.lcr)])
+        let line = std::iter::once((LCR, self.lcr | DLAB)).chain(latch);
+        let line = line.chain([(LCR, self.lcr & !DLAB), (2, self.fcr)]).collect();
+        [line, vec![(7, self.scr), (4, self.mcr), (1, self.ier), (LCR, self.lcr)]]
     }
 }
 
@@ -151,13 +159,20 @@ impl Link {
         }
         let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
         client.set_deadline(config.deadline)?;
-        Ok(Self { client, shadow, posted: 0, streamed: 0 })
+        Ok(Self { client, shadow, posted: 0, streamed: 0, characters: 0, last: VecDeque::new() })
     }
 
     fn post(&mut self, offset: u16, value: u8, stream: bool) -> Result<(), ClientError> {
         self.client.post(REGION_PORTS, u64::from(offset), &[value])?;
         self.posted = self.posted.wrapping_add(1);
         self.streamed = if stream { self.streamed.saturating_add(1) } else { 0 };
+        if stream {
+            self.characters = self.characters.wrapping_add(1);
+            if self.last.len() >= KEPT {
+                self.last.pop_front();
+            }
+            self.last.push_back(value);
+        }
         Ok(())
     }
 
@@ -170,6 +185,14 @@ impl Link {
             Ok(()) => Ok(data[0]),
             Err(error) => Err(error),
         }
+    }
+
+    /// The characters that would be lost with the device; none where it cannot tell.
+    fn undelivered(mut self) -> VecDeque<u8> {
+        let delivered = self.shadow.as_ref().map_or(self.characters, ShadowView::delivered);
+        let count = usize::try_from(self.characters.wrapping_sub(delivered)).unwrap_or(usize::MAX);
+        self.last.drain(..self.last.len().saturating_sub(count));
+        self.last
     }
 
     /// What the device would answer, where it has promised so.
@@ -206,7 +229,12 @@ impl RegisterDevice {
     ) -> Result<Self, ClientError> {
         let mut link = Link::connect(&config, socket, config.start_deadline)?;
         link.client.set_irq(0, Some(interrupt.as_fd()))?;
-        let state = State { link: Some(link), patience: None, journal: Journal::default() };
+        let state = State {
+            link: Some(link),
+            patience: None,
+            journal: Journal::default(),
+            undelivered: VecDeque::new(),
+        };
         Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
     }
 
@@ -218,9 +246,10 @@ impl RegisterDevice {
     pub fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
         let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
         let mut state = self.lock();
-        for (offset, value) in state.journal.replay() {
-            link.post(offset, value, false)?;
-        }
+        let [line, settings] = state.journal.replay();
+        line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
+        state.undelivered.iter().try_for_each(|character| link.post(THR, *character, true))?;
+        settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
         link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
         state.link = Some(link);
         self.settled.notify_all();
@@ -240,7 +269,8 @@ impl RegisterDevice {
     }
 
     fn forget(&self, state: &mut State) {
-        if state.link.take().is_some() {
+        if let Some(link) = state.link.take() {
+            state.undelivered = link.undelivered();
             state.patience = Instant::now().checked_add(self.config.deadline);
         }
     }

@@ -232,6 +232,32 @@ fn an_access_waits_for_the_successor_and_is_repeated_there() {
 }
 
 #[test]
+fn characters_that_were_not_delivered_are_sent_to_the_successor() {
+    // These chips say that they have delivered nothing.
+    let rig = rig(true, false);
+    rig.port.write(0x3fb, &[3]);
+    for character in *b"abcd" {
+        rig.port.write(0x3f8, &[character]);
+    }
+    let (socket, second) = chip(&rig.reads, true, false);
+    rig.port.disconnect();
+    rig.port.replace(socket.into()).unwrap();
+    rig.port.write(0x3f8, b"e");
+    let characters = |chip: &Chip| -> Vec<u8> {
+        chip.log.iter().filter(|(offset, _)| *offset == 0).map(|(_, character)| *character).collect()
+    };
+    rig.port.disconnect();
+    let second = second.join().unwrap();
+    assert_eq!(characters(&second), *b"abcde");
+    let (socket, third) = chip(&rig.reads, false, false);
+    rig.port.replace(socket.into()).unwrap();
+    drop(rig.port);
+    let third = third.join().unwrap();
+    assert_eq!(characters(&third), *b"abcde", "nothing was delivered yet");
+    assert_eq!(third.log.last(), Some(&(3, 3)));
+}
+
+#[test]
 fn nobody_waits_for_a_device_that_is_given_up() {
     let rig = rig(false, false);
     rig.port.disconnect();
