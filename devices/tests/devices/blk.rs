@@ -1,5 +1,4 @@
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
@@ -129,9 +128,7 @@ fn drivers_without_event_idx_are_interrupted_too() {
 #[test]
 fn indirect_descriptors_are_followed() {
     let service = Service::disk(1 << 20, &[]);
-    // In place: the process may be looking at the size just now.
-    let disk = std::fs::File::options().write(true).open(service.disk_path()).unwrap();
-    disk.write_all_at(&vec![7; 1 << 20], 0).unwrap();
+    service.write_disk(&[7; 1 << 20]);
     let mut driver = Driver::new(service.connect(), 1);
     driver.put(HEADER, &header(READ, 1));
     let table = HEADER + 4096;

@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -65,6 +66,12 @@ impl Service {
 
     pub fn disk_path(&self) -> PathBuf {
         self.directory.path().join("disk")
+    }
+
+    /// Writes to the beginning of the disk, in place: the process may be looking at its size just now.
+    pub fn write_disk(&self, bytes: &[u8]) {
+        let disk = std::fs::File::options().write(true).open(self.disk_path()).unwrap();
+        disk.write_all_at(bytes, 0).unwrap();
     }
 
     pub fn connect(&self) -> UnixStream {

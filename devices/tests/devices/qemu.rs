@@ -44,7 +44,7 @@ fn bootable(code: &[u8]) -> Service {
     image[..code.len()].copy_from_slice(code);
     image[510..512].copy_from_slice(&[0x55, 0xAA]);
     image[512..1024].fill(b'Q');
-    std::fs::write(service.disk_path(), &image).unwrap();
+    service.write_disk(&image);
     drop(service.connect());
     service
 }
