@@ -68,9 +68,12 @@ impl VirtioPci {
         if !self.disconnect(state) {
             return;
         }
-        tracing::error!(device = &*self.device, %error, "device failed");
         self.observer.backend_failed(&self.device, error);
-        if !self.settings.hold_on_failure {
+        if self.settings.hold_on_failure {
+            // Whoever holds it says what becomes of it.
+            tracing::debug!(device = &*self.device, %error, "device failed");
+        } else {
+            tracing::error!(device = &*self.device, %error, "device failed");
             Self::needs_reset(state);
         }
     }

@@ -114,7 +114,7 @@ fn terminal() {
         let bench = Bench::new();
         let pty = openpty(None, None).unwrap();
         let before = tcgetattr(&pty.slave).unwrap();
-        let mut command = bench.machine("--serial stdio --disk path=a.img", "");
+        let mut command = bench.machine("--serial stdio --disk path=a.img --restart never", "");
         let slave = || Stdio::from(pty.slave.try_clone().unwrap());
         command.stdin(slave()).stdout(slave()).stderr(slave());
         make_controlling(&mut command);
