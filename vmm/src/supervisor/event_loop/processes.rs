@@ -255,7 +255,8 @@ impl EventLoop<'_> {
             return;
         }
         // Before it is reaped: afterwards nobody knows whether its program ever ran.
-        let jail_error = if process.state == State::Starting { process.jail_error() } else { None };
+        let starting = process.state == State::Starting;
+        let jail_error = if starting { process.jail_error() } else { None };
         let exit = match process.jailed.try_wait() {
             Ok(Some(exit)) => exit,
             Ok(None) => return,
@@ -280,7 +281,9 @@ impl EventLoop<'_> {
             return;
         }
         let Some(process) = self.processes.get(index) else { return };
-        let ours = killed_by_us && exit == Exit::Signal(libc::SIGKILL);
+        // One whose jail is not built gives up by itself when nobody listens to it any more.
+        let gave_up = starting && jail_error.is_none() && exit == Exit::Code(127);
+        let ours = gave_up || killed_by_us && exit == Exit::Signal(libc::SIGKILL);
         let expected = self.end.is_some() && (ours || exit == Exit::Code(0));
         if expected || process.explained {
             return;
