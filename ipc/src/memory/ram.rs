@@ -92,7 +92,9 @@ impl GuestRam {
             let fd = sealed_memfd(piece.size)
                 .map_err(|source| MemoryError::Create { size: piece.size, source })?;
             let region = SharedRegion { guest_address: piece.guest_address, size: piece.size, offset: 0, fd };
-            regions.push(Arc::new(map(region, &log)?));
+            let region = map(region, &log)?;
+            want_huge_pages(&region);
+            regions.push(Arc::new(region));
         }
         Self::from_regions(regions, log)
     }
@@ -363,4 +365,16 @@ fn map(region: SharedRegion, log: &Arc<LogSlot>) -> Result<Region, MemoryError> 
         size,
         offset,
     })
+}
+
+/// Asks for huge pages, which spare the guest most of its nested page faults. A host gives them to shared memory where
+/// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` or more; elsewhere the advice is without effect.
+fn want_huge_pages(region: &GuestRegionMmap<RegionBitmap>) {
+    #[expect(clippy::disallowed_methods, reason = "advice to the kernel writes nothing")]
+    let start = region.as_ptr();
+    if let Some(start) = NonNull::new(start) {
+        // SAFETY: pointer and size are those of the mapping that `region` owns; the advice changes neither its contents nor
+        // its life.
+        let _refused = unsafe { madvise(start.cast(), region.size(), MmapAdvise::MADV_HUGEPAGE) };
+    }
 }

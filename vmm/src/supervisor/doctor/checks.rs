@@ -147,7 +147,7 @@ fn memfd() -> Check {
 
 /// What makes machines better.
 pub(super) fn optional_checks() -> Vec<Check> {
-    vec![io_uring(), cgroup(), huge_pages(), tun(), landlock()]
+    vec![io_uring(), cgroup(), huge_pages(), transparent_huge_pages(), tun(), landlock()]
 }
 
 fn io_uring() -> Check {
@@ -204,6 +204,27 @@ fn huge_pages() -> Check {
         )
     } else {
         Check::ok(NAME, format!("{total} reserved"))
+    }
+}
+
+/// Guest RAM is shared memory, for which transparent huge pages have a switch of their own (Documentation/admin-guide/mm/transhuge.rst).
+fn transparent_huge_pages() -> Check {
+    const NAME: &str = "huge pages for RAM";
+    const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let text = read(PATH).unwrap_or_default();
+    let chosen = text.split('[').nth(1).and_then(|rest| rest.split(']').next()).unwrap_or("");
+    match chosen {
+        "always" | "within_size" | "advise" | "force" => Check::ok(NAME, format!("{PATH} says {chosen}")),
+        "" => Check::missing(
+            NAME,
+            format!("no {PATH}"),
+            "guest memory uses small pages, which slows the guest down",
+        ),
+        other => Check::missing(
+            NAME,
+            format!("{PATH} says {other}"),
+            "guest memory uses small pages, which slows the guest down (echo advise > that file)",
+        ),
     }
 }
 
