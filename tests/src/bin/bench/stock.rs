@@ -68,7 +68,10 @@ fn memory(places: &Places, rounds: usize) -> Outcome {
                 pss += process_pss;
                 private += process_private;
                 if round == rounds {
-                    let title = process.title().chars().take(60).collect::<String>().replace('|', " ");
+                    // The program's name without the folder that it stands in here.
+                    let title = process.title();
+                    let title = title.rsplit_once("release/").map_or(&*title, |(_, name)| name);
+                    let title = title.chars().take(60).collect::<String>().replace('|', " ");
                     each.push(vec![
                         contender.name().into(),
                         title,
