@@ -68,9 +68,10 @@ fn memory(places: &Places, rounds: usize) -> Outcome {
                 pss += process_pss;
                 private += process_private;
                 if round == rounds {
-                    // The program's name without the folder that it stands in here.
+                    // Without the folders of this machine: neither the program's nor those in its options.
                     let title = process.title();
-                    let title = title.rsplit_once("release/").map_or(&*title, |(_, name)| name);
+                    let title = title.split(" --").next().unwrap_or_default();
+                    let title = title.rsplit_once("release/").map_or(title, |(_, name)| name);
                     let title = title.chars().take(60).collect::<String>().replace('|', " ");
                     each.push(vec![
                         contender.name().into(),
