@@ -1,5 +1,6 @@
 //! A folder with the real `bulkhead` and stand-ins beside it.
 
+use std::cell::Cell;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -142,4 +143,18 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "waited for {what} in vain");
         sleep(Duration::from_millis(5));
     }
+}
+
+thread_local! {
+    static SKIPPED: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Says that the case that runs cannot be tried here, and why.
+pub fn skip(reason: &'static str) {
+    SKIPPED.set(Some(reason));
+}
+
+/// Why the last case was not tried, if it was not.
+pub fn skipped() -> Option<&'static str> {
+    SKIPPED.take()
 }

@@ -12,7 +12,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 
-use crate::harness::{Bench, Run};
+use crate::harness::{Bench, Run, skip};
 
 pub const CASES: &[(&str, fn())] = &[
     ("no_kvm_is_3", no_kvm),
@@ -38,7 +38,7 @@ const RUN: &str = "run --kernel kernel --memory 16M --serial off";
 
 fn no_kvm() {
     if !geteuid().is_root() {
-        return;
+        return skip("needs root");
     }
     let hide = || {
         unshare(CloneFlags::CLONE_NEWNS)?;
@@ -57,7 +57,7 @@ fn no_kvm() {
 
 fn no_permission() {
     if !geteuid().is_root() || fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006 != 0 {
-        return;
+        return skip("needs root, and a /dev/kvm that is not open to everybody");
     }
     let bench = Bench::new();
     fs::set_permissions(bench.path("."), fs::Permissions::from_mode(0o755)).unwrap();
@@ -76,7 +76,7 @@ fn no_permission() {
 
 fn no_namespaces() {
     if !geteuid().is_root() {
-        return;
+        return skip("needs root");
     }
     let forbid = || {
         unshare(CloneFlags::CLONE_NEWUSER)?;
@@ -94,7 +94,7 @@ fn no_namespaces() {
 /// Runs this program again as an ordinary user, from a copy that everybody may read.
 fn ordinary_user() {
     if !geteuid().is_root() {
-        return;
+        return skip("needs root");
     }
     let kvm = Gid::from_raw(fs::metadata("/dev/kvm").unwrap().gid());
     let bench = Bench::new();

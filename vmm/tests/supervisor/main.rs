@@ -24,7 +24,10 @@ fn main() {
     for (name, case) in [launch::CASES, restart::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
         if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
             case();
-            println!("{name} ... ok");
+            match harness::skipped() {
+                Some(reason) => println!("{name} ... skipped: {reason}"),
+                None => println!("{name} ... ok"),
+            }
         }
     }
 }
