@@ -36,10 +36,6 @@ pub enum ToCore {
     },
     /// Press the ACPI power button.
     Stop,
-    /// Stop the vCPUs.
-    Pause,
-    /// Let the vCPUs run again.
-    Resume,
 }
 
 /// What the core needs to build the machine.

@@ -86,8 +86,6 @@ fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, Co
 fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
     match channel.recv(Some(Duration::ZERO)) {
         Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
-        Ok((ToCore::Pause, _)) => core.vcpus.pause(),
-        Ok((ToCore::Resume, _)) => core.vcpus.resume(),
         Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
             let socket = Descriptors::from(descriptors).take(socket)?;
             device_replaced(core, &id, socket);
