@@ -5,6 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod inside;
+mod layers;
 mod measure;
 mod outside;
 mod policies;
@@ -41,7 +42,7 @@ fn main() {
     }
     let word = arguments.iter().skip(1).find(|argument| !argument.starts_with('-')).cloned();
     let ordinary = arguments.iter().any(|argument| argument == "--ordinary-user");
-    let cases: Vec<Case> = [outside::CASES, policies::CASES].concat();
+    let cases: Vec<Case> = [outside::CASES, layers::CASES, policies::CASES].concat();
     for (name, case) in cases {
         if word.as_ref().is_none_or(|word| name.contains(word.as_str())) {
             case();
@@ -73,17 +74,38 @@ pub struct Jailed {
     pub log: std::io::PipeReader,
 }
 
+/// Where a process runs: users and cgroup.
+#[derive(Default)]
+pub struct Place {
+    pub identity: Identity,
+    pub subordinate: Option<u32>,
+    pub cgroup: Option<OwnedFd>,
+}
+
 impl Jailed {
     pub fn start(scenario: &str) -> Self {
+        Self::start_at(scenario, Limits::default(), &Place::default())
+    }
+
+    pub fn start_at(scenario: &str, limits: Limits, place: &Place) -> Self {
         let program = File::open(std::env::current_exe().unwrap()).unwrap();
-        let mut jailed = Self::try_start(scenario, program, Limits::default()).unwrap();
-        if let Err(error) = jailed.process.confirm(DEADLINE) {
+        let mut jailed = Self::try_start_at(scenario, program, limits, place).unwrap();
+        if let Err(error) = jailed.process.release().and_then(|()| jailed.process.confirm(DEADLINE)) {
             panic!("{scenario}: {error}");
         }
         jailed
     }
 
     pub fn try_start(scenario: &str, program: File, limits: Limits) -> Result<Self, JailError> {
+        Self::try_start_at(scenario, program, limits, &Place::default())
+    }
+
+    pub fn try_start_at(
+        scenario: &str,
+        program: File,
+        limits: Limits,
+        place: &Place,
+    ) -> Result<Self, JailError> {
         let (channel, theirs) = Channel::pair().unwrap();
         let (log, log_writer) = std::io::pipe().unwrap();
         let null: OwnedFd = File::options().read(true).write(true).open("/dev/null").unwrap().into();
@@ -94,7 +116,9 @@ impl Jailed {
             log: log_writer.as_fd(),
             null: null.as_fd(),
             limits,
-            identity: Identity::default(),
+            identity: place.identity,
+            subordinate: place.subordinate,
+            cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
         })?;
         Ok(Self { process, channel, log })
     }
