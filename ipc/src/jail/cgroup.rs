@@ -142,7 +142,7 @@ pub enum CgroupError {
         wanted: String,
     },
     /// Nothing there may be written by this user, or is free of other processes.
-    #[error("this user may not create groups below {} (try systemd-run --scope -p Delegate=yes, with --user unless root)", own.display())]
+    #[error("{} and the groups above it may not be written by this user or hold other processes (try systemd-run --scope -p Delegate=yes, with --user unless root)", own.display())]
     NotDelegated {
         /// The supervisor's own group.
         own: PathBuf,
@@ -185,6 +185,22 @@ impl Parent {
         Self::nearest(wanted, false)
     }
 
+    /// Takes a certain group, which exists.
+    ///
+    /// # Errors
+    /// [`CgroupError`]: it cannot be used.
+    pub fn at(folder: &Path, wanted: &[Controller]) -> Result<Self, CgroupError> {
+        let (mount, _) = own_group().ok_or(CgroupError::NotMounted)?;
+        let found = fs::metadata(folder.join("cgroup.procs")).map_err(CgroupError::io("use", folder))?;
+        if !found.is_file() || !folder.starts_with(&mount) {
+            return Err(CgroupError::io("use", folder)(io::Error::other("it is no group of cgroup v2")));
+        }
+        Self::first(&mut std::iter::once(folder), wanted, false)?.ok_or_else(|| {
+            let names: Vec<&str> = wanted.iter().map(|controller| controller.name()).collect();
+            CgroupError::NoControllers { mount: folder.to_owned(), wanted: names.join(", ") }
+        })
+    }
+
     /// Looks for a place where groups can be made, with or without controllers.
     ///
     /// # Errors
@@ -195,8 +211,21 @@ impl Parent {
 
     fn nearest(wanted: &[Controller], any: bool) -> Result<Self, CgroupError> {
         let (mount, own) = own_group().ok_or(CgroupError::NotMounted)?;
-        let mut delegated = false;
-        for folder in own.ancestors().take_while(|folder| folder.starts_with(&mount)) {
+        let mut folders = own.ancestors().take_while(|folder| folder.starts_with(&mount));
+        let names: Vec<&str> = wanted.iter().map(|controller| controller.name()).collect();
+        Self::first(&mut folders, wanted, any)?
+            .ok_or(CgroupError::NoControllers { mount, wanted: names.join(", ") })
+    }
+
+    /// The first that can be used; `None` when those that could have no controllers.
+    fn first(
+        folders: &mut dyn Iterator<Item = &Path>,
+        wanted: &[Controller],
+        any: bool,
+    ) -> Result<Option<Self>, CgroupError> {
+        let (mut nearest, mut delegated) = (None, false);
+        for folder in folders {
+            nearest.get_or_insert(folder);
             let writable = |path: &Path| faccessat(AT_FDCWD, path, AccessFlags::W_OK, AtFlags::AT_EACCESS);
             if writable(folder).is_err() || writable(&folder.join("cgroup.procs")).is_err() {
                 continue;
@@ -213,14 +242,13 @@ impl Parent {
             let has = |controller: &&Controller| offered.split_whitespace().any(|it| it == controller.name());
             let controllers: Vec<Controller> = wanted.iter().filter(has).copied().collect();
             if any || !controllers.is_empty() {
-                return Ok(Self { folder: folder.to_owned(), occupied: alone && !root, controllers });
+                return Ok(Some(Self { folder: folder.to_owned(), occupied: alone && !root, controllers }));
             }
         }
-        if delegated {
-            let names: Vec<&str> = wanted.iter().map(|controller| controller.name()).collect();
-            return Err(CgroupError::NoControllers { mount, wanted: names.join(", ") });
+        match nearest {
+            Some(own) if !delegated => Err(CgroupError::NotDelegated { own: own.to_owned() }),
+            _ => Ok(None),
         }
-        Err(CgroupError::NotDelegated { own })
     }
 
     /// The folder.
@@ -295,7 +323,7 @@ impl MachineGroup {
     /// # Errors
     /// [`CgroupError`] when it cannot be made, or a limit be set.
     pub fn leaf(&self, process: &str, limits: &GroupLimits) -> Result<OwnedFd, CgroupError> {
-        let folder = self.folder.join(process);
+        let folder = self.leaf_folder(process);
         make_folder(&folder)?;
         for (controller, file, text) in limits.settings() {
             let path = folder.join(file);
@@ -310,10 +338,16 @@ impl MachineGroup {
         Ok(opened.map_err(CgroupError::io("open", &folder))?.into())
     }
 
+    /// A name with a dot might be that of one of the kernel's own files; no name of a process begins with `_`.
+    fn leaf_folder(&self, process: &str) -> PathBuf {
+        let guard = if process.contains('.') { "_" } else { "" };
+        self.folder.join(format!("{guard}{process}"))
+    }
+
     /// How often the kernel has killed this process, or one before it, for want of memory within its limit.
     #[must_use]
     pub fn killed_for_memory(&self, process: &str) -> u64 {
-        let events = fs::read_to_string(self.folder.join(process).join("memory.events")).unwrap_or_default();
+        let events = fs::read_to_string(self.leaf_folder(process).join("memory.events")).unwrap_or_default();
         let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
         count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
     }

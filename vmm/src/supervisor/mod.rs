@@ -7,6 +7,7 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod confinement;
 pub mod console;
 pub mod doctor;
 pub mod event_loop;

@@ -17,7 +17,7 @@ use crate::supervisor::launch::advice;
 use crate::supervisor::logs::lines::escape;
 use crate::supervisor::notify::Notifier;
 use crate::supervisor::poller::{Event, Source};
-use crate::supervisor::process::{Process, Role, State, describe};
+use crate::supervisor::process::{Process, Role, State};
 
 /// Messages handled in one go, so that a process that floods its channel does not starve the rest.
 const MESSAGES_AT_ONCE: usize = 16;
@@ -307,7 +307,10 @@ impl EventLoop<'_> {
                 let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };
                 self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
             }
-            None => self.fail(ExitCode::Process, &format!("{id} (process {pid}) {}", describe(exit))),
+            None => {
+                let how = self.resources.confinement.describe(&id, exit);
+                self.fail(ExitCode::Process, &format!("{id} (process {pid}) {how}"));
+            }
         }
     }
 
