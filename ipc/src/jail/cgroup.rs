@@ -258,8 +258,18 @@ impl Parent {
     }
 }
 
-/// Mount point of cgroup v2 and the folder of this process's group in it.
+/// The folder of a process's group, as this process sees it.
+#[must_use]
+pub fn folder_of(pid: i32) -> Option<PathBuf> {
+    group_of(&pid.to_string()).map(|(_, folder)| folder)
+}
+
 fn own_group() -> Option<(PathBuf, PathBuf)> {
+    group_of("self")
+}
+
+/// Mount point of cgroup v2 and the folder of a process's group in it.
+fn group_of(pid: &str) -> Option<(PathBuf, PathBuf)> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let (root, mount) = mounts.lines().find_map(|line| {
         // proc_pid_mountinfo(5): the fourth and fifth field are root and mount point; the type follows a dash.
@@ -267,7 +277,7 @@ fn own_group() -> Option<(PathBuf, PathBuf)> {
         let mut fields = fields.split(' ').skip(3);
         kind.starts_with("cgroup2 ").then_some((fields.next()?, fields.next()?))
     })?;
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
     let below = Path::new(path).strip_prefix(root).ok()?;
     let mount = PathBuf::from(mount);

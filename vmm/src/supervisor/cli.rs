@@ -193,6 +193,9 @@ pub struct RunArgs {
 pub struct PsArgs {
     /// The machine; without it all machines of this user (of all users for root) are listed
     pub name: Option<String>,
+    /// Show each layer of the jail for each process and thread of the machine, as the kernel tells it
+    #[arg(long, requires = "name")]
+    pub security: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -21,6 +21,7 @@ pub mod process;
 pub mod ps;
 pub mod resources;
 pub mod run;
+pub mod security;
 pub mod stop;
 pub mod terminal;
 
