@@ -226,6 +226,9 @@ impl Parent {
         let (mut nearest, mut delegated) = (None, false);
         for folder in folders {
             nearest.get_or_insert(folder);
+            if folder.ends_with(SUPERVISORS) {
+                continue;
+            }
             let writable = |path: &Path| faccessat(AT_FDCWD, path, AccessFlags::W_OK, AtFlags::AT_EACCESS);
             if writable(folder).is_err() || writable(&folder.join("cgroup.procs")).is_err() {
                 continue;

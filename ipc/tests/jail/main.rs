@@ -13,12 +13,16 @@ mod policies;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::jail::{Identity, JailError, JailSpec, JailedProcess, Limits, spawn};
+use bulkhead_ipc::jail::{Identity, JailError, JailSpec, JailedProcess, Limits, cgroup, spawn};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 
 pub const DEADLINE: Duration = Duration::from_secs(5);
 /// `argv[0]` of the jailed side.
@@ -54,17 +58,64 @@ fn main() {
     }
 }
 
-/// Runs the suite again without root: from a copy, because the build folder need not be open to everybody.
+/// Runs the suite again without root: from a copy, because the build folder need not be open to everybody, with subordinate
+/// users in files of its own, and in a cgroup that was made over to it.
 fn as_ordinary_user(word: Option<String>) {
-    use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-    let copy = folder.path().join("jail-test");
-    std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
-    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = Command::new(&copy);
-    command.args(word).arg("--ordinary-user").current_dir("/").uid(ORDINARY_USER).gid(ORDINARY_USER);
-    assert!(command.status().unwrap().success(), "failed as user {ORDINARY_USER}");
+    let path = |name: &str| folder.path().join(name);
+    std::fs::copy(std::env::current_exe().unwrap(), path("jail-test")).unwrap();
+    std::fs::create_dir(path("run")).unwrap();
+    std::os::unix::fs::chown(path("run"), Some(ORDINARY_USER), None).unwrap();
+    let accounts = format!("ann:x:{ORDINARY_USER}:{ORDINARY_USER}:::\n");
+    let files = [("passwd", accounts), ("subuid", "ann:300000:65536\n".to_owned())];
+    for (name, text) in &files {
+        std::fs::write(path(name), text).unwrap();
+    }
+    for (name, mode) in [(".", 0o755), ("jail-test", 0o755), ("passwd", 0o644), ("subuid", 0o644)] {
+        std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let group = delegate();
+    let joined = group.clone();
+    let binds = files.map(|(name, _)| (path(name), format!("/etc/{name}")));
+    let mut command = Command::new(path("jail-test"));
+    command.args(word).arg("--ordinary-user").current_dir("/").env("XDG_RUNTIME_DIR", path("run"));
+    let become_ordinary = move || {
+        if let Some(group) = &joined {
+            std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())?;
+        }
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+        for (from, to) in &binds {
+            // A host without subordinate users may lack the file.
+            let _ = File::options().append(true).create(true).open(to)?;
+            mount(Some(from), to.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        }
+        setgroups(&[])?;
+        setgid(Gid::from_raw(ORDINARY_USER))?;
+        Ok(setuid(Uid::from_raw(ORDINARY_USER))?)
+    };
+    // SAFETY: this program has one thread, so its child may do whatever it could do.
+    unsafe { command.pre_exec(become_ordinary) };
+    let succeeded = command.status().unwrap().success();
+    if let Some(group) = group {
+        let _ = std::fs::remove_dir(group.join("bulkhead.supervisors"));
+        std::fs::remove_dir(group).unwrap();
+    }
+    assert!(succeeded, "failed as user {ORDINARY_USER}");
+}
+
+/// A cgroup that belongs to the ordinary user, as service managers make it; `None` where none can be made.
+fn delegate() -> Option<std::path::PathBuf> {
+    let parent = cgroup::Parent::any().ok()?;
+    let enable =
+        |name: &str| std::fs::write(parent.folder().join("cgroup.subtree_control"), format!("+{name}"));
+    let _may_be_missing = (enable("memory"), enable("pids"));
+    let group = parent.folder().join(format!("jail-test-{}", std::process::id()));
+    std::fs::create_dir(&group).unwrap();
+    for name in [".", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+        std::os::unix::fs::chown(group.join(name), Some(ORDINARY_USER), None).unwrap();
+    }
+    Some(group)
 }
 
 /// A process of this program in a jail, and the supervisor's ends.
