@@ -36,7 +36,9 @@ pub enum JailError {
         source: io::Error,
     },
     /// `newuidmap` did not map the process to a subordinate user.
-    #[error("newuidmap does not map the process to the subordinate user {uid}: {reason}")]
+    #[error(
+        "newuidmap does not map the process to the subordinate user {uid}: {reason} (--uids off does without)"
+    )]
     Subordinate {
         /// Host user id.
         uid: u32,
