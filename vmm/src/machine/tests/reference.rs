@@ -391,7 +391,7 @@ fn apply(rig: &Rig, model: &mut Model, step: &Step) -> Result<(), TestCaseError>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn decoding_is_what_the_datasheets_say(steps in proptest::collection::vec(step(), 1..60),
