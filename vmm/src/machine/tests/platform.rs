@@ -152,8 +152,9 @@ fn the_pm_block_goes_anywhere_and_hides_what_is_there() {
     assert_eq!(inb(&machine, 0xCF9), 0x02);
     block(0);
     assert!(is_block(0));
+    block(0x8000);
     config_write(&machine, (1, 3), 0x80, 1, 0);
-    assert!(!is_block(0));
+    assert!(!is_block(0x8000));
 }
 
 #[test]
