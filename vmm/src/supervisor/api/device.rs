@@ -72,6 +72,10 @@ pub enum EventKind {
     Hang,
     /// It made a system call that its policy forbids, and was killed.
     Violation,
+    /// It said that it cannot go on, sent nonsense, or the core gave its connection up.
+    Failure,
+    /// A queue has made no progress for long because the host is slow. Nothing is done about it.
+    Waits,
     /// It ended.
     Death,
     /// A successor is to be started, after `pause_ms`.
