@@ -11,6 +11,7 @@ use thiserror::Error;
 use super::{EventEntry, Request, Response, packet, socket_name};
 use crate::supervisor::history::History;
 use crate::supervisor::poller::{Poller, Source};
+use crate::supervisor::spare::Spare;
 
 /// The most clients at one time.
 const MAX_CLIENTS: usize = 32;
@@ -55,6 +56,7 @@ pub struct Server {
     listener: OwnedFd,
     clients: BTreeMap<u16, Client>,
     next: u16,
+    spare: Spare,
 }
 
 impl Server {
@@ -66,7 +68,7 @@ impl Server {
                 _ => error.into(),
             }
         })?;
-        Ok(Self { listener, clients: BTreeMap::new(), next: 0 })
+        Ok(Self { listener, clients: BTreeMap::new(), next: 0, spare: Spare::default() })
     }
 
     /// Watches the listening socket.
@@ -76,7 +78,7 @@ impl Server {
 
     /// Accepts a client that may ask.
     pub fn accept(&mut self, poller: &Poller) {
-        let Ok(socket) = packet::accept(self.listener.as_fd()) else { return };
+        let Some(socket) = self.spare.accept(|| packet::accept(self.listener.as_fd())) else { return };
         let permitted =
             packet::peer_uid(socket.as_fd()).is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
         if !permitted || self.clients.len() >= MAX_CLIENTS {

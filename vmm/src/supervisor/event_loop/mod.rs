@@ -32,7 +32,8 @@ use super::notify::Notifier;
 use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Listener, Resources, Stream};
+use super::resources::{Resources, Stream};
+use super::spare::Spare;
 use super::terminal::{self, Escapes, Key, RawTerminal};
 use orders::Order;
 use recovery::Recovery;
@@ -119,6 +120,8 @@ pub struct Environment {
     pub history: History,
     /// The programs of the devices.
     pub programs: Programs,
+    /// For connections to serial port and console when no descriptor is left.
+    pub spare: Spare,
 }
 
 /// The signals that are read as events; they must be blocked before anything is opened.
@@ -140,7 +143,8 @@ impl Environment {
             Notifier::default()
         });
         let (history, programs) = (History::default(), Programs::default());
-        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs })
+        let spare = Spare::default();
+        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs, spare })
     }
 
     /// Watches the sockets of serial port and console.
@@ -440,7 +444,8 @@ impl<'a> EventLoop<'a> {
     fn connection(&mut self, device: &'static str) {
         let stream = if device == SERIAL { &self.resources.serial } else { &self.resources.console };
         let listener = stream.as_ref().and_then(|stream| stream.listener.as_ref());
-        if let Some(connection) = listener.and_then(Listener::accept) {
+        let spare = &mut self.environment.spare;
+        if let Some(connection) = listener.and_then(|listener| spare.accept(|| listener.accept())) {
             self.environment.server.detach(device, &self.environment.poller);
             self.peers.retain(|(id, _)| *id != device);
             let handed = self.hand_over(device, connection.as_fd());
