@@ -24,7 +24,6 @@ pub mod programs;
 pub mod ps;
 pub mod resources;
 pub mod run;
-pub mod spare;
 pub mod stop;
 pub mod terminal;
 

@@ -3,6 +3,7 @@
 //! Contains unsafe code: the limits of another process are changed.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Child;
@@ -68,15 +69,18 @@ fn restart() {
     limit(&child, 3);
     kill(Pid::from_raw(disk), Signal::SIGKILL).unwrap();
     wait_for("attempts", || count(&bench, "cannot start disk0: Too many open files") >= 3);
-    // Who connects is turned away, and nobody spins.
+    // Who connects waits, and nobody spins.
     let before = ticks(&child);
-    assert_eq!(bench.ask("ps NAME").code, 7);
-    let _peer = UnixStream::connect(bench.path("s")).unwrap();
-    sleep(Duration::from_millis(500));
+    let mut peer = UnixStream::connect(bench.path("s")).unwrap();
+    let ps = bench.bulkhead(&format!("ps {}", bench.name)).spawn().unwrap();
+    sleep(Duration::from_millis(700));
     assert!(ticks(&child) - before < 20, "{} ticks", ticks(&child) - before);
     limit(&child, 1024);
+    assert!(finish(ps).out.contains(": running"));
+    let mut line = [0; 20];
+    peer.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"attached to serial\r\n");
     wait_for("the successor", || count(&bench, "disk0 was replaced within") == 1);
-    assert!(bench.ask("ps NAME").out.contains(": running"));
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

@@ -259,7 +259,8 @@ impl EventLoop<'_> {
     /// Reaps a process if it has ended and says of what, unless that was our doing.
     fn reap(&mut self, index: usize, killed_by_us: bool) {
         let Some(process) = self.processes.get_mut(index) else { return };
-        if process.state == State::Ended {
+        // One that builds its jail would give up when it is asked for an error.
+        if process.state == State::Ended || !process.has_ended() {
             return;
         }
         // Before it is reaped: afterwards nobody knows whether its program ever ran.
