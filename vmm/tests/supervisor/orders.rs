@@ -49,6 +49,8 @@ fn in_order() {
             done(&bench.ask(&format!("device restart NAME {id}")));
             assert_ne!(bench.pid(id), before);
             assert_eq!(count(&bench, &format!("{id} was replaced within")), round);
+            // Each leaves something to the next.
+            wait_for("what was left", || count(&bench, &format!("process {} of {id}", round + 1)) == 1);
             assert_eq!(device(&bench, id)["restarts"], round);
         }
     }

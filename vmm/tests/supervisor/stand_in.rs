@@ -10,8 +10,8 @@ use std::process::exit;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, MachineEnd, Progress,
-    ToCore, ToDevice,
+    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
+    Progress, ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
@@ -185,13 +185,25 @@ pub fn device() {
         }
         None => drop(misbehave(&id)),
     }
-    let mut peers = Vec::new();
+    serve(&control, &id);
+}
+
+fn serve(control: &Control, id: &str) {
+    let (mut peers, mut lives) = (Vec::new(), 1_u32);
     loop {
         match control.recv::<ToDevice>() {
             (ToDevice::Stop, _) if id == "stubborn" => {}
-            (ToDevice::Stop, _) => exit(0),
+            (ToDevice::Stop, _) => {
+                let left = Left { input: lives.to_string().into_bytes(), output: Vec::new() };
+                control.channel.send(&FromDevice::Left(left), &[]).unwrap();
+                exit(0)
+            }
+            (ToDevice::Take(left), _) => {
+                lives = String::from_utf8(left.input).unwrap().parse::<u32>().unwrap() + 1;
+                eprintln!("INFO stand-in: process {lives} of {id}");
+            }
             (ToDevice::Ping, _) => {
-                let progress = match id.as_str() {
+                let progress = match id {
                     "stalls" => Progress::Stalled { queue: 1 },
                     "waits" => Progress::WaitsForHost { queue: 0 },
                     _ => Progress::Fine,

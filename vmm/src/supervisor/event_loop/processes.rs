@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, MachineEnd, Progress, ToDevice};
+use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice};
 use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
@@ -34,6 +34,7 @@ pub(super) enum Message {
     DeviceReplaced { id: String },
     Alive(Progress),
     Failed(String),
+    Left(Left),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -50,6 +51,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
         match process.channel.recv::<FromDevice>(now)? {
             (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
             (FromDevice::Alive(progress), _) => Message::Alive(progress),
+            (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -129,6 +131,11 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
+            Message::Left(left) => {
+                if let Some(recovery) = self.recoveries.get_mut(index) {
+                    recovery.inherit(left);
+                }
+            }
             Message::Alive(progress) => self.alive(index, progress),
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {reason}");
