@@ -121,7 +121,7 @@ impl VirtioDevice for Console {
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let Some((peer, arrivals)) = self.stream.take() else { return Vec::new() };
         let (receive, transmit, left) = (Chain::new(), Chain::new(), self.left.clone());
-        let port = Port { peer, arrivals, left, receive, transmit, sending: None };
+        let port = Port { peer, arrivals, left, receive, transmit, sending: None, taken: Vec::new() };
         vec![Box::new(PollWorker::new(port, 2))]
     }
 
@@ -145,9 +145,18 @@ struct Port {
     transmit: Chain,
     /// Of the request in `transmit`: segment, and bytes of it already taken.
     sending: Option<(usize, u32)>,
+    /// Requests that are taken and may not be written yet: they are not finished before, so that a successor would write
+    /// them again.
+    taken: Vec<u16>,
 }
 
 impl Port {
+    /// Writes what was taken, as far as the peer takes it, and finishes the requests. What it has no room for waits here.
+    fn flush(&mut self, ring: &mut Vring) {
+        self.peer.flush();
+        self.taken.drain(..).for_each(|head| ring.finish(head, 0));
+    }
+
     /// Guest to peer. True: there is more.
     fn transmit(&mut self, ring: &mut Vring) -> bool {
         let mut budget = BATCH;
@@ -155,13 +164,20 @@ impl Port {
         loop {
             while self.sending.is_some() || ring.next(&mut self.transmit) {
                 match self.send(ring) {
-                    Ok(true) => ring.finish(self.transmit.head(), 0),
+                    Ok(true) => {
+                        self.taken.push(self.transmit.head());
+                        if self.peer.waiting() >= TOGETHER {
+                            self.flush(ring);
+                        }
+                    }
                     Ok(false) => {
                         // No room: an event of the peer, or its patience, brings us back.
+                        self.flush(ring);
                         ring.signal();
                         return false;
                     }
                     Err(error) => {
+                        self.flush(ring);
                         ring.fail(&error);
                         ring.finish(self.transmit.head(), 0);
                     }
@@ -169,12 +185,12 @@ impl Port {
                 self.sending = None;
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
-                    self.peer.flush();
+                    self.flush(ring);
                     ring.signal();
                     return true;
                 }
             }
-            self.peer.flush();
+            self.flush(ring);
             ring.signal();
             if !ring.enable_kicks() {
                 return false;

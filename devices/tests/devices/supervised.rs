@@ -91,6 +91,12 @@ impl Supervised {
         format!("{exit:?}: {log}")
     }
 
+    /// Kills the process and waits for its end.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
     pub fn stop(mut self) {
         self.channel.send(&ToDevice::Stop, &[]).unwrap();
         assert!(self.ending().starts_with("Ok(Code(0))"));
