@@ -144,9 +144,14 @@ pub fn refuse(channel: &Channel, reason: String) -> Result<(), ChannelError> {
     channel.send_within(&FromDevice::Failed(reason), &[], FAREWELL_LIMIT)
 }
 
+/// The most bytes of one direction in one message.
+const LEFT_AT_ONCE: usize = 24 << 10;
+
 /// Leaves to a successor what would be lost with this process. Without a supervisor that listens there is none.
 pub(crate) fn leave(channel: &Channel, input: &[u8], output: &[u8]) -> Result<(), ServeError> {
-    for left in Left::messages(input, output) {
+    let input = input.chunks(LEFT_AT_ONCE).map(|input| Left { input: input.to_vec(), output: Vec::new() });
+    let output = output.chunks(LEFT_AT_ONCE);
+    for left in input.chain(output.map(|output| Left { input: Vec::new(), output: output.to_vec() })) {
         match channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT) {
             Ok(()) => {}
             Err(ChannelError::PeerClosed) => break,

@@ -323,9 +323,7 @@ fn what_nobody_has_read_on_a_console_is_left_to_the_successor() {
     assert!(rest.output == said && rest.input.is_empty(), "{} bytes", rest.output.len());
 
     let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
-    for rest in Left::messages(&rest.input, &rest.output) {
-        process.channel.send(&ToDevice::Take(rest), &[]).unwrap();
-    }
+    process.channel.send(&ToDevice::Take(rest), &[]).unwrap();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     process.channel.send(&ToDevice::Attach, &[theirs.as_fd()]).unwrap();
     let mut driver = process.driver(2);

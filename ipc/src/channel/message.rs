@@ -57,6 +57,8 @@ pub struct CoreStart {
     pub cpus: u8,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
+    /// Whether guest RAM in use becomes huge pages.
+    pub huge_pages: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// `/dev/kvm`.
@@ -266,18 +268,6 @@ pub struct Left {
     pub input: Vec<u8>,
     /// From the guest.
     pub output: Vec<u8>,
-}
-
-impl Left {
-    /// The most bytes of one direction in one message.
-    const MOST: usize = 24 << 10;
-
-    /// In messages that fit the channel; none when there is nothing.
-    pub fn messages(input: &[u8], output: &[u8]) -> impl Iterator<Item = Self> {
-        let input = input.chunks(Self::MOST).map(|input| Self { input: input.to_vec(), output: Vec::new() });
-        let output = output.chunks(Self::MOST);
-        input.chain(output.map(|output| Self { input: Vec::new(), output: output.to_vec() }))
-    }
 }
 
 /// What the queues of a device have come to since the [`ToDevice::Ping`] before.
