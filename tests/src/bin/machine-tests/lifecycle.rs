@@ -227,8 +227,8 @@ fn bare_killed(context: &Context, victim: &str) -> Outcome {
 fn can_lock(disk: &Path) -> Outcome<bool> {
     let file = File::options().read(true).write(true).open(disk).map_err(|error| error.to_string())?;
     let lock = nix::libc::flock {
-        l_type: nix::libc::F_WRLCK as i16,
-        l_whence: nix::libc::SEEK_SET as i16,
+        l_type: i16::try_from(nix::libc::F_WRLCK).unwrap_or_default(),
+        l_whence: i16::try_from(nix::libc::SEEK_SET).unwrap_or_default(),
         l_start: 0,
         l_len: 0,
         l_pid: 0,
