@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, ViolationListener};
+use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, PolicyName, ViolationListener};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,20 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Supervisor => "supervisor",
+        }
+    }
+}
+
+impl Role {
+    /// The policies of its main thread and of its others.
+    pub const fn policies(self) -> Option<(PolicyName, PolicyName)> {
+        match self {
+            Self::Core => Some((PolicyName::CoreMain, PolicyName::CoreVcpu)),
+            Self::Blk => Some((PolicyName::BlkMain, PolicyName::BlkQueue)),
+            Self::Rng => Some((PolicyName::RngMain, PolicyName::RngQueue)),
+            Self::Console => Some((PolicyName::ConsoleMain, PolicyName::ConsoleQueue)),
+            Self::Uart => Some((PolicyName::UartMain, PolicyName::UartMain)),
+            Self::Supervisor => None,
         }
     }
 }

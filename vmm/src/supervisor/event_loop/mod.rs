@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod early;
 mod processes;
 mod recovery;
 mod requests;
@@ -145,6 +146,8 @@ pub struct EventLoop<'a> {
     recoveries: Vec<Recovery>,
     /// When the devices are asked again whether they are alive.
     heartbeat: Instant,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
@@ -172,6 +175,7 @@ impl<'a> EventLoop<'a> {
             processes,
             recoveries,
             heartbeat: Instant::now() + HEARTBEAT,
+            early_look: Instant::now() + early::INTERVAL,
             peers: Vec::new(),
             started,
             phase,
@@ -190,7 +194,8 @@ impl<'a> EventLoop<'a> {
             self.attach_again(device);
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
-            let deadlines = [self.deadline(), self.recovery_deadline(), self.environment.server.deadline()];
+            let server = self.environment.server.deadline();
+            let deadlines = [self.deadline(), self.recovery_deadline(), self.early_deadline(), server];
             let deadline = deadlines.into_iter().flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
@@ -199,6 +204,7 @@ impl<'a> EventLoop<'a> {
             self.environment.server.expire(now, &self.environment.poller);
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }

@@ -1,0 +1,183 @@
+//! The attack suite: processes of a machine that turn hostile after start, under the real supervisor and in the real jail.
+//!
+//! ```text
+//! attack [--write]
+//! ```
+//!
+//! This program plays the core and the devices behind the real `bulkhead`, which it finds beside itself: a folder gets a copy of
+//! `bulkhead`, and copies of this program as `bulkhead-vmm` and `bulkhead-device`. Started as these it behaves until it has
+//! its descriptors and policies, and then tries everything in `attempts/` (see `hostile.rs`).
+//!
+//! Three things are shown, as root and as an ordinary user:
+//! - under its policies, no thread of any kind gets anything: each attempt is stopped by the policy, at the call that was meant,
+//!   or by a wall behind it, with the errno that was meant;
+//! - without policies, the other walls hold by themselves, except where an attempt says that the policy is the only one;
+//! - a forbidden call ends the process and is reported by process, thread, call, arguments and file, before READY too; panics,
+//!   faults and the allocator's every path do not end in one.
+//!
+//! The policies are those of `PolicyName::ALL`: one that nobody attacked fails the suite. The outcomes are compared with the table
+//! in docs/security.md; `--write` writes it instead.
+//!
+//! Contains unsafe code: this is the attacker, and it becomes another user.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod attempts;
+mod hostile;
+mod machine;
+mod mishaps;
+mod table;
+
+mod watch;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use bulkhead_ipc::jail::PolicyName;
+use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
+
+use crate::machine::{Bench, Run};
+use crate::table::Outcomes;
+
+/// Who the ordinary user is.
+const ORDINARY_USER: u32 = 12345;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.first() {
+        Some(title) if title.starts_with("bulkhead-vmm[") => {
+            hostile::core();
+            return ExitCode::SUCCESS;
+        }
+        Some(title) if title.starts_with("bulkhead-device[") => {
+            hostile::device();
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
+    }
+    let has = |word: &str| arguments.iter().any(|argument| argument == word);
+    let bench = Bench::new();
+    let who = if geteuid().is_root() { "root" } else { "an ordinary user" };
+    let step = |name: &str, case: &dyn Fn(&Bench) -> Result<(), String>| {
+        let start = Instant::now();
+        let outcome = case(&bench);
+        let seconds = start.elapsed().as_secs_f64();
+        match &outcome {
+            Ok(()) => println!("started by {who}: {name} ... ok ({seconds:.1} s)"),
+            Err(text) => println!("started by {who}: {name} ... FAILED ({seconds:.1} s)\n{text}"),
+        }
+        outcome.is_ok()
+    };
+    let mut good = step("every attempt fails", &|bench| every_attempt_fails(bench, has("--write")));
+    good &= step("a forbidden call ends the process and is reported", &violations);
+    good &= step("a forbidden call before READY is reported", &early_violations);
+    good &= step("mishaps end as they are meant to", &mishaps_end_well);
+    if geteuid().is_root() && !has("--write") {
+        good &= as_ordinary_user(&bench);
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn every_attempt_fails(bench: &Bench, write: bool) -> Result<(), String> {
+    let mut outcomes = Outcomes::default();
+    for mode in ["sealed", "open"] {
+        let run = bench.run(mode);
+        run.expect_exit(0)?;
+        outcomes.read(&run.messages)?;
+    }
+    outcomes.check()?;
+    if geteuid().is_root() { outcomes.compare_with_docs(write) } else { Ok(()) }
+}
+
+/// Name of the thread that has a policy in the hostile program, and the word for it in a machine's name.
+fn threads() -> impl Iterator<Item = (PolicyName, &'static str, &'static str)> {
+    PolicyName::ALL.into_iter().map(|policy| match policy {
+        PolicyName::CoreMain => (policy, "core_main", "bulkhead"),
+        PolicyName::CoreVcpu => (policy, "core_other", "vcpu0"),
+        policy if policy.file().ends_with("-main.json") => (policy, "devices_main", "bulkhead"),
+        policy => (policy, "devices_other", "queue0"),
+    })
+}
+
+const WORDS: [&str; 4] = ["core_main", "core_other", "devices_main", "devices_other"];
+
+fn violations(bench: &Bench) -> Result<(), String> {
+    for word in WORDS {
+        let run = bench.run(&format!("violate-{word}"));
+        for (policy, _, thread) in threads().filter(|(_, of, _)| *of == word) {
+            expect_report(&run, policy, thread)?;
+        }
+    }
+    Ok(())
+}
+
+/// One line with process, thread, call, arguments and file.
+fn expect_report(run: &Run, policy: PolicyName, thread: &str) -> Result<(), String> {
+    let process = if policy.file().contains("core") { "core" } else { "was killed" };
+    let wanted = ["sethostname (system call 170)", "0x1234 0x7", policy.file(), process, thread];
+    let found = run.messages.lines().any(|line| wanted.iter().all(|word| line.contains(word)));
+    if found { Ok(()) } else { Err(format!("no line with {wanted:?} in\n{}", run.messages)) }
+}
+
+/// The machine ends with the first of them, long before the deadline for READY.
+fn early_violations(bench: &Bench) -> Result<(), String> {
+    for word in WORDS {
+        let start = Instant::now();
+        let run = bench.run(&format!("violate-early_{word}"));
+        let found = threads()
+            .filter(|(_, of, _)| *of == word)
+            .any(|(policy, _, thread)| expect_report(&run, policy, thread).is_ok());
+        if !found || run.code != 4 || start.elapsed().as_secs() > 10 {
+            return Err(format!(
+                "{word}: exit code {} after {:?}\n{}",
+                run.code,
+                start.elapsed(),
+                run.messages
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
+    for (mishap, end, says) in mishaps::ENDS {
+        for word in WORDS {
+            let run = bench.run(&format!("mishap-{mishap}_{word}"));
+            let failed = |what: &str| Err(format!("{mishap} on {word}: {what} in\n{}", run.messages));
+            let processes: &[&str] = match word {
+                "core_main" | "core_other" => &["core"],
+                _ => &["disk0", "rng", "console", "serial"],
+            };
+            for process in processes {
+                let ended = |line: &str| line.contains(&format!("{process} (process ")) && line.contains(end);
+                if !run.messages.lines().any(ended) {
+                    return failed(&format!("no \"{process} … {end}\""));
+                }
+            }
+            if run.messages.matches(says).count() < processes.len() || run.messages.contains("does not allow")
+            {
+                return failed(&format!("not {says:?} for each, or a forbidden call"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs the suite again without root, from the folder that holds copies of the programs.
+fn as_ordinary_user(bench: &Bench) -> bool {
+    fs::set_permissions(bench.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    let kvm = Gid::from_raw(fs::metadata("/dev/kvm").unwrap().gid());
+    let mut command = Command::new(bench.folder().join("bulkhead-vmm"));
+    command.arg("--ordinary-user").current_dir("/");
+    // SAFETY: this program has one thread, so its child may do whatever it could do.
+    unsafe {
+        command.pre_exec(move || {
+            setgroups(&[kvm])?;
+            setgid(Gid::from_raw(ORDINARY_USER))?;
+            Ok(setuid(Uid::from_raw(ORDINARY_USER))?)
+        })
+    };
+    command.status().unwrap().success()
+}
