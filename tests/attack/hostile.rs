@@ -81,6 +81,7 @@ fn recv<M: DeserializeOwned>(channel: &Channel) -> (M, Vec<OwnedFd>) {
 
 impl Process {
     fn new(channel: Channel, kind: Kind, machine: String) -> Self {
+        mishaps::prepare();
         let host_pid = machine.rsplit('-').next().and_then(|word| word.parse().ok()).unwrap_or(2);
         let descriptors = jail::open_descriptors().expect("descriptors");
         let users = [0, nix::unistd::getuid().as_raw()];

@@ -1,12 +1,14 @@
-//! Machines whose every process but the supervisor is this program.
+//! Machines whose every process but the supervisor is this program, and one real machine.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use tempfile::TempDir;
+
+/// Seconds after which a machine that does not end is killed.
+const DEADLINE: &str = "40";
 
 /// A folder with `bulkhead` and its hostile companions.
 pub struct Bench {
@@ -45,9 +47,9 @@ impl Bench {
             fs::copy(from, &to).unwrap();
             fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        fs::write(folder.path().join("kernel"), "kernel").unwrap();
+        fs::write(folder.path().join("kernel"), crate::sizes::halting_kernel()).unwrap();
         fs::File::create(folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
-        // One restart, and then the device is given up: each kind of process ends once or twice.
+        // A device that ends is given up at once: each process ends once.
         fs::write(folder.path().join("machine.toml"), "restart = { max = 0, window = 10, backoff = 0 }\n")
             .unwrap();
         Self { folder }
@@ -60,16 +62,25 @@ impl Bench {
     /// Runs a machine with every kind of device to its end. Its name says what they do; the last part is this process.
     pub fn run(&self, what: &str) -> Run {
         let mut command = Command::new("timeout");
-        let seconds = Duration::from_secs(40).as_secs().to_string();
-        command.arg("-sKILL").arg(seconds).arg(self.folder().join("bulkhead")).arg("run");
-        command.args("--config machine.toml --kernel kernel --memory 16M --cpus 1".split(' '));
-        command.args("--disk path=disk,id=disk0 --rng --console".split(' '));
-        command.arg("--name").arg(format!("{what}-{}", std::process::id()));
-        command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let output = command.output().unwrap();
+        command.args(["-sKILL", DEADLINE]).arg(self.folder().join("bulkhead"));
+        let output = self.machine(command, what).output().unwrap();
         Run {
             code: output.status.code().unwrap_or(-1),
             messages: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
+    }
+
+    /// The same machine with the real programs.
+    pub fn real_machine(&self) -> Command {
+        self.machine(Command::new(supervisor()), "real")
+    }
+
+    fn machine(&self, mut command: Command, name: &str) -> Command {
+        command.arg("run");
+        command.args("--config machine.toml --kernel kernel --memory 16M --cpus 1".split(' '));
+        command.args("--disk path=disk,id=disk0 --rng --console".split(' '));
+        command.arg("--name").arg(format!("{name}-{}", std::process::id()));
+        command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
     }
 }

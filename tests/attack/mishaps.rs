@@ -4,6 +4,7 @@
 //! Contains unsafe code: faults on purpose, and ioctls of KVM.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How each mishap ends, as the supervisor tells it, and what the process says before.
 pub const ENDS: &[(&str, &str, &str)] = &[
@@ -15,6 +16,7 @@ pub const ENDS: &[(&str, &str, &str)] = &[
     ("memory", "was killed by SIG", "memory allocation of"),
     ("heap", "was killed by SIG", "free(): invalid pointer"),
     ("segment", "was killed by SIGSEGV", ""),
+    ("bus", "was killed by SIGBUS", ""),
     ("abort", "was killed by SIG", ""),
     ("allocator", "ended by itself with exit code 7", ""),
 ];
@@ -43,6 +45,11 @@ pub fn happen(word: &str) {
         "segment" => {
             // SAFETY: none; this is the fault.
             unsafe { black_box(std::ptr::null_mut::<u8>()).write_volatile(1) };
+        }
+        "bus" => {
+            let page = BEYOND.load(Ordering::Relaxed) as *mut u8;
+            // SAFETY: none; this is the fault: the file has no such page.
+            unsafe { page.write_volatile(1) };
         }
         "abort" => std::process::abort(),
         "allocator" => allocate(),
@@ -84,6 +91,21 @@ fn allocate() {
     }
     // SAFETY: ends the process; buffers of the standard library are empty.
     unsafe { libc::_exit(7) };
+}
+
+/// Address of a page of a file that has none.
+static BEYOND: AtomicUsize = AtomicUsize::new(0);
+
+/// What a mishap needs and a sealed thread cannot have.
+pub fn prepare() {
+    // SAFETY: a new mapping of a new file; nobody touches it but the mishap.
+    let page = unsafe {
+        let file = libc::memfd_create(c"empty".as_ptr(), 0);
+        let page = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_WRITE, libc::MAP_SHARED, file, 0);
+        libc::close(file);
+        page
+    };
+    BEYOND.store(page as usize, Ordering::Relaxed);
 }
 
 /// A virtual machine with a vCPU, as the core holds them. The descriptors stay open.

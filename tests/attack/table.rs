@@ -8,10 +8,12 @@ use bulkhead_ipc::jail::PolicyName;
 use nix::errno::Errno;
 
 use crate::attempts::{self, Attempt, THEMES};
+use crate::machine::Bench;
+use crate::sizes;
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
-const BEGIN: &str = "<!-- attempts: begin -->\n";
-const END: &str = "<!-- attempts: end -->\n";
+const ATTEMPTS: [&str; 2] = ["<!-- attempts: begin -->\n", "<!-- attempts: end -->\n"];
+const SIZES: [&str; 2] = ["<!-- sizes: begin -->\n", "<!-- sizes: end -->\n"];
 
 /// Kinds of process that run without policies in the second pass.
 const KINDS: [&str; 5] = ["core", "blk", "rng", "console", "uart"];
@@ -104,24 +106,42 @@ impl Outcomes {
     /// Compares the table in the document with this run's, or writes it. What the policies stop must be the same everywhere.
     /// Which of its walls stops an attempt without policies depends on the host's kernel: there a row is only compared
     /// where the attempt leaves one possibility.
-    pub fn compare_with_docs(&self, write: bool) -> Result<(), String> {
+    pub fn compare_with_docs(&self, bench: &Bench, write: bool) -> Result<(), String> {
         let text = fs::read_to_string(DOCUMENT).map_err(|error| format!("docs/security.md: {error}"))?;
-        let parts = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?)));
-        let (before, (old, after)) = parts.ok_or("docs/security.md has no place for the table")?;
-        let new = self.table();
+        let (attempts, sizes) = (self.table(), sizes::tables(bench)?);
         if write {
-            return fs::write(DOCUMENT, format!("{before}{BEGIN}{new}{END}{after}"))
-                .map_err(|error| error.to_string());
+            let text = replaced(&replaced(&text, ATTEMPTS, &attempts)?, SIZES, &sizes)?;
+            return fs::write(DOCUMENT, text).map_err(|error| error.to_string());
         }
-        let policies = |table: &str| -> Vec<String> {
-            table.lines().map(|row| row.split('|').take(3).collect::<Vec<_>>().join("|")).collect()
-        };
-        if policies(old) == policies(&new) {
+        let policies = |row: &str| row.split('|').take(3).collect::<Vec<_>>().join("|");
+        let mut wrong = missing(between(&text, ATTEMPTS)?.1, &attempts, policies);
+        wrong.extend(missing(between(&text, SIZES)?.1, &sizes, str::to_owned));
+        if wrong.is_empty() {
             return Ok(());
         }
-        let wrong: Vec<_> = policies(&new).into_iter().filter(|row| !policies(old).contains(row)).collect();
         Err(format!("docs/security.md does not show this run (attack --write does):\n{}", wrong.join("\n")))
     }
+}
+
+/// What is before, between and after two marks.
+fn between<'a>(text: &'a str, [begin, end]: [&str; 2]) -> Result<(&'a str, &'a str, &'a str), String> {
+    let (before, rest) = text.split_once(begin).ok_or(format!("docs/security.md has no {begin}"))?;
+    let (inside, after) = rest.split_once(end).ok_or(format!("docs/security.md has no {end}"))?;
+    Ok((before, inside, after))
+}
+
+fn replaced(text: &str, marks: [&str; 2], inside: &str) -> Result<String, String> {
+    let (before, _, after) = between(text, marks)?;
+    Ok([before, marks[0], inside, marks[1], after].concat())
+}
+
+/// Rows that only one of the two has, by what of them counts.
+fn missing(old: &str, new: &str, counts: impl Fn(&str) -> String) -> Vec<String> {
+    let rows = |table: &str| table.lines().map(&counts).collect::<Vec<_>>();
+    let (old, new) = (rows(old), rows(new));
+    let gone = old.iter().filter(|row| !new.contains(row)).map(|row| format!("- {row}"));
+    let added = new.iter().filter(|row| !old.contains(row)).map(|row| format!("+ {row}"));
+    gone.chain(added).collect()
 }
 
 fn wall(attempt: &Attempt, outcome: &str) -> Option<(&'static str, i32)> {

@@ -161,7 +161,7 @@ impl Policies {
             }
         }
         if !allowed {
-            self.violations.insert(format!("{name} {arguments:x?} under {}", policy.file()));
+            self.violations.insert(format!("{name}, under {}", policy.file()));
         }
     }
 

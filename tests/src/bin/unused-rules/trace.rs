@@ -21,6 +21,8 @@ struct Thread {
     policy: Option<PolicyName>,
     /// The filter that it is loading.
     loading: Option<PolicyName>,
+    /// Faults that it met.
+    faults: u8,
 }
 
 /// Runs the command to its end; its exit code, or 128 and the signal.
@@ -91,6 +93,14 @@ fn stopped(status: i32, pid: Pid, threads: &mut HashMap<Pid, Thread>, policies: 
         (signal, libc::PTRACE_EVENT_STOP) if signal != libc::SIGTRAP => request = Some(libc::PTRACE_LISTEN),
         (_, event) if event != 0 => {}
         (signal, _) => deliver = signal,
+    }
+    if matches!(deliver, libc::SIGSEGV | libc::SIGBUS) {
+        let thread = threads.entry(pid).or_default();
+        thread.faults = thread.faults.saturating_add(1);
+        // The handler has had its turn. The kernel lets no fault kill process 1 of a pid namespace while it is traced.
+        if thread.faults > 1 {
+            request = Some(libc::PTRACE_DETACH);
+        }
     }
     let thread = threads.get(&pid).copied().unwrap_or_default();
     let watched = thread.policy.is_some() || thread.loading.is_some();
