@@ -6,6 +6,7 @@ use serde_json::Value;
 /// anybody means. Descriptors, addresses and lengths are not here: their values are not known when a policy is written.
 const SELECTORS: &[(&str, &[usize])] = &[
     ("clock_gettime", &[0]),
+    ("clock_nanosleep", &[0, 1]),
     ("clone", &[0]),
     ("fadvise64", &[3]),
     ("fallocate", &[1]),
@@ -15,6 +16,7 @@ const SELECTORS: &[(&str, &[usize])] = &[
     ("getsockopt", &[1, 2]),
     ("io_uring_enter", &[3]),
     ("ioctl", &[1]),
+    ("lseek", &[2]),
     ("madvise", &[2]),
     ("memfd_create", &[1]),
     ("mmap", &[2, 3]),

@@ -33,29 +33,37 @@ pub const STOPPED: i32 = 133;
 /// Outcomes in one line of the log.
 const IN_A_LINE: usize = 24;
 
-/// Policies of a process: its main thread's, and that of another thread.
+/// Policies of a kind of process: its main thread's, and those of its other threads with their names.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {
     pub name: &'static str,
     pub main: PolicyName,
-    pub other: Option<PolicyName>,
+    pub others: &'static [(PolicyName, &'static str)],
 }
 
-const CORE: Kind = Kind { name: "core", main: PolicyName::CoreMain, other: Some(PolicyName::CoreVcpu) };
+/// The core.
+pub const CORE: Kind = Kind {
+    name: "core",
+    main: PolicyName::CoreMain,
+    others: &[(PolicyName::CoreVcpu, "vcpu0"), (PolicyName::CoreHugePages, "huge-pages")],
+};
 
-/// The policies that `bulkhead-device` gives its threads. A new type does not compile here before it is attacked too.
+/// The devices.
+pub const DEVICES: [Kind; 4] = [
+    Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
+    Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
+    Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
+    Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
+];
+
+/// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
+    let [blk, rng, console, uart] = DEVICES;
     match config {
-        DeviceConfig::Blk(_) => {
-            Kind { name: "blk", main: PolicyName::BlkMain, other: Some(PolicyName::BlkQueue) }
-        }
-        DeviceConfig::Rng(_) => {
-            Kind { name: "rng", main: PolicyName::RngMain, other: Some(PolicyName::RngQueue) }
-        }
-        DeviceConfig::Console(_) => {
-            Kind { name: "console", main: PolicyName::ConsoleMain, other: Some(PolicyName::ConsoleQueue) }
-        }
-        DeviceConfig::Uart(_) => Kind { name: "uart", main: PolicyName::UartMain, other: None },
+        DeviceConfig::Blk(_) => blk,
+        DeviceConfig::Rng(_) => rng,
+        DeviceConfig::Console(_) => console,
+        DeviceConfig::Uart(_) => uart,
     }
 }
 
@@ -96,21 +104,19 @@ impl Process {
         self.held.machine.split('-').nth(1).unwrap_or_default()
     }
 
-    /// Puts another thread, and then the main thread, under their policies. The other thread does what it is sent.
-    fn seal(&self) -> (Sealed, Option<Sender<Task>>) {
-        let other = self.kind.other.map(|policy| {
+    /// Puts other threads, and then the main thread, under their policies. The others do what they are sent.
+    fn seal(&self) -> (Sealed, Vec<Sender<Task>>) {
+        let other = |&(policy, name): &(PolicyName, &str)| {
             let (tasks, work) = mpsc::channel::<Task>();
             let (entered, has_entered) = mpsc::channel();
-            let name = if policy == PolicyName::CoreVcpu { "vcpu0" } else { "queue0" };
-            thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(move || other(policy, &entered, &work))
-                .expect("thread");
+            let thread = thread::Builder::new().name(name.to_owned());
+            thread.spawn(move || other(policy, &entered, &work)).expect("thread");
             has_entered.recv().expect("entered");
             tasks
-        });
+        };
+        let others = self.kind.others.iter().map(other).collect();
         let open = jail::open_descriptors().expect("descriptors");
-        (jail::seal(self.kind.main, &open).expect("seal"), other)
+        (jail::seal(self.kind.main, &open).expect("seal"), others)
     }
 
     /// Every thread tries everything under its policy.
@@ -118,9 +124,9 @@ impl Process {
         let watch = Watch::default();
         let (listeners, served) = mpsc::channel();
         watch.serve(served);
-        let (sealed, other) = self.seal();
+        let (sealed, others) = self.seal();
         listeners.send(sealed.descriptors().iter().map(AsRawFd::as_raw_fd).collect()).expect("watch");
-        if let (Some(other), Some(policy)) = (other, self.kind.other) {
+        for (other, (policy, _)) in others.iter().zip(self.kind.others) {
             let (done, is_done) = mpsc::channel();
             let (held, watch) = (self.held.clone(), watch.clone());
             other.send(Box::new(move || drop(done.send(try_all(&held, &watch))))).expect("other");
@@ -146,33 +152,33 @@ impl Process {
 
     /// Seals and reports as the real program does, unless the policy is broken before; then does what the word says.
     fn misbehave(&self, ready: impl Fn(Vec<PolicyName>) -> Report, all_are_ready: impl FnOnce()) {
-        let (sealed, other) = self.seal();
-        let on_main = self.word().ends_with("main");
-        let act = {
-            let (mode, word) = (self.mode().to_owned(), self.word().to_owned());
-            move || match mode.as_str() {
-                "violate" => violate(),
-                _ => mishaps::happen(word.split('_').next().unwrap_or_default()),
+        let (sealed, others) = self.seal();
+        let early = self.word().starts_with("early");
+        let act: Task = match self.mode() {
+            "violate" => Box::new(violate),
+            _ => {
+                let mishap = self.word().split('_').next().unwrap_or_default().to_owned();
+                Box::new(move || mishaps::happen(&mishap))
             }
         };
-        if self.word().starts_with("early") {
-            self.act(on_main, other.as_ref(), act);
-            thread::sleep(Duration::from_secs(20));
-        } else {
+        if !early {
             ready(sealed.policies()).send(&self.channel, &sealed);
             drop(sealed);
             all_are_ready();
-            self.act(on_main, other.as_ref(), act);
         }
-        std::mem::forget(other);
-    }
-
-    fn act(&self, on_main: bool, other: Option<&Sender<Task>>, act: impl FnOnce() + Send + 'static) {
-        match other {
-            Some(other) if !on_main => other.send(Box::new(act)).expect("other"),
-            // The UART has one thread.
-            _ => act(),
+        // 0 is the main thread. A device with fewer threads takes its last one.
+        let number: usize = self.word().rsplit('_').next().and_then(|word| word.parse().ok()).unwrap_or(0);
+        match others.get(number.min(others.len()).wrapping_sub(1)) {
+            Some(other) => other.send(act).expect("other"),
+            None => act(),
         }
+        if early {
+            // Without a call: none is allowed that waits so long on every thread.
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+        std::mem::forget(others);
     }
 }
 

@@ -29,6 +29,7 @@ mod sizes;
 mod table;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -38,6 +39,7 @@ use std::time::Instant;
 use bulkhead_ipc::jail::PolicyName;
 use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 
+use crate::hostile::{CORE, DEVICES};
 use crate::machine::{Bench, Run};
 use crate::table::Outcomes;
 
@@ -96,22 +98,29 @@ fn every_attempt_fails(bench: &Bench, write: bool) -> Result<(), String> {
     if geteuid().is_root() { outcomes.compare_with_docs(bench, write) } else { Ok(()) }
 }
 
-/// Name of the thread that has a policy in the hostile program, and the word for it in a machine's name.
-fn threads() -> impl Iterator<Item = (PolicyName, &'static str, &'static str)> {
-    PolicyName::ALL.into_iter().map(|policy| match policy {
-        PolicyName::CoreMain => (policy, "core_main", "bulkhead"),
-        PolicyName::CoreVcpu => (policy, "core_other", "vcpu0"),
-        policy if policy.file().ends_with("-main.json") => (policy, "devices_main", "bulkhead"),
-        policy => (policy, "devices_other", "queue0"),
-    })
+/// Each thread of the hostile program: its policy, its name, and the word for it in a machine's name. The same number on
+/// several devices is one word: they all do it in one machine.
+fn threads() -> Vec<(PolicyName, &'static str, String)> {
+    let mut threads = Vec::new();
+    for kind in DEVICES.iter().chain([&CORE]) {
+        let group = if kind.name == CORE.name { "core" } else { "devices" };
+        threads.push((kind.main, "bulkhead", format!("{group}_0")));
+        for ((policy, name), number) in kind.others.iter().zip(1..) {
+            threads.push((*policy, name, format!("{group}_{number}")));
+        }
+    }
+    threads
 }
 
-const WORDS: [&str; 4] = ["core_main", "core_other", "devices_main", "devices_other"];
+/// All words once.
+fn words() -> BTreeSet<String> {
+    threads().into_iter().map(|(_, _, word)| word).collect()
+}
 
 fn violations(bench: &Bench) -> Result<(), String> {
-    for word in WORDS {
+    for word in words() {
         let run = bench.run(&format!("violate-{word}"));
-        for (policy, _, thread) in threads().filter(|(_, of, _)| *of == word) {
+        for (policy, thread, _) in threads().into_iter().filter(|(_, _, of)| *of == word) {
             expect_report(&run, policy, thread)?;
         }
     }
@@ -128,12 +137,12 @@ fn expect_report(run: &Run, policy: PolicyName, thread: &str) -> Result<(), Stri
 
 /// The machine ends with the first of them, long before the deadline for READY.
 fn early_violations(bench: &Bench) -> Result<(), String> {
-    for word in WORDS {
+    for word in words() {
         let start = Instant::now();
         let run = bench.run(&format!("violate-early_{word}"));
-        let found = threads()
-            .filter(|(_, of, _)| *of == word)
-            .any(|(policy, _, thread)| expect_report(&run, policy, thread).is_ok());
+        let of_word = threads().into_iter().filter(|(_, _, of)| *of == word);
+        let found =
+            of_word.map(|(policy, thread, _)| expect_report(&run, policy, thread)).any(|it| it.is_ok());
         if !found || run.code != 4 || start.elapsed().as_secs() > 10 {
             return Err(format!(
                 "{word}: exit code {} after {:?}\n{}",
@@ -148,13 +157,11 @@ fn early_violations(bench: &Bench) -> Result<(), String> {
 
 fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
     for (mishap, end, says) in mishaps::ENDS {
-        for word in WORDS {
+        for word in words() {
             let run = bench.run(&format!("mishap-{mishap}_{word}"));
             let failed = |what: &str| Err(format!("{mishap} on {word}: {what} in\n{}", run.messages));
-            let processes: &[&str] = match word {
-                "core_main" | "core_other" => &["core"],
-                _ => &["disk0", "rng", "console", "serial"],
-            };
+            let devices = ["disk0", "rng", "console", "serial"];
+            let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
             for process in processes {
                 let ended = |line: &str| line.contains(&format!("{process} (process ")) && line.contains(end);
                 if !run.messages.lines().any(ended) {

@@ -103,10 +103,11 @@ impl ViolationListener {
 
 impl JailedProcess {
     /// What a thread tried after it entered its policy and before the process reported `Ready`, if it did: its listener is still
-    /// in the process then, from where this takes a copy. `main` and `other` are the policies of the main thread and of the
-    /// rest. The thread waits until the process is killed. `None` also where the host forbids to look.
+    /// in the process then, from where this takes a copy. `policy_of` knows the policies of the process: it is given the
+    /// name of the thread, none for the main thread. The thread waits until the process is killed. `None` also where the host
+    /// forbids to look.
     #[must_use]
-    pub fn early_violation(&self, main: PolicyName, other: PolicyName) -> Option<Violation> {
+    pub fn early_violation(&self, policy_of: impl Fn(Option<&str>) -> PolicyName) -> Option<Violation> {
         /// More descriptors than any process has before it is ready.
         const MOST: i32 = 1024;
         (0..MOST).find_map(|number| {
@@ -119,9 +120,12 @@ impl JailedProcess {
             if is.as_os_str() != "anon_inode:seccomp notify" {
                 return None;
             }
-            let violation = ViolationListener::new(other, copy).read().ok()??;
-            let policy = if violation.thread == self.pid() { main } else { other };
-            Some(Violation { policy, ..violation })
+            let violation = ViolationListener::new(policy_of(None), copy).read().ok()??;
+            if violation.thread == self.pid() {
+                return Some(violation);
+            }
+            let name = fs::read_to_string(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
+            Some(Violation { policy: policy_of(Some(name.trim_end())), ..violation })
         })
     }
 }

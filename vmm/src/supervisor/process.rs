@@ -43,15 +43,19 @@ impl Role {
 }
 
 impl Role {
-    /// The policies of its main thread and of its others.
-    pub const fn policies(self) -> Option<(PolicyName, PolicyName)> {
-        match self {
-            Self::Core => Some((PolicyName::CoreMain, PolicyName::CoreVcpu)),
-            Self::Blk => Some((PolicyName::BlkMain, PolicyName::BlkQueue)),
-            Self::Rng => Some((PolicyName::RngMain, PolicyName::RngQueue)),
-            Self::Console => Some((PolicyName::ConsoleMain, PolicyName::ConsoleQueue)),
-            Self::Uart => Some((PolicyName::UartMain, PolicyName::UartMain)),
-            Self::Supervisor => None,
+    /// The policy of a thread of this name, or of the main thread.
+    pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
+        match (self, thread) {
+            (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
+            (Self::Core | Self::Supervisor, Some("huge-pages")) => PolicyName::CoreHugePages,
+            (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
+            (Self::Blk, None) => PolicyName::BlkMain,
+            (Self::Blk, Some(_)) => PolicyName::BlkQueue,
+            (Self::Rng, None) => PolicyName::RngMain,
+            (Self::Rng, Some(_)) => PolicyName::RngQueue,
+            (Self::Console, None) => PolicyName::ConsoleMain,
+            (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
+            (Self::Uart, _) => PolicyName::UartMain,
         }
     }
 }

@@ -32,8 +32,8 @@ impl EventLoop<'_> {
             let Some(process) = self.processes.get(index).filter(|process| is_starting(process)) else {
                 continue;
             };
-            let Some((main, other)) = process.role.policies() else { continue };
-            if let Some(violation) = process.jailed.early_violation(main, other) {
+            let role = process.role;
+            if let Some(violation) = process.jailed.early_violation(|thread| role.policy_of(thread)) {
                 let text = format!("{}, before it was READY", describe_violation(&process.id, &violation));
                 self.forbidden(index, &text);
             }
