@@ -1,4 +1,6 @@
 //! What belongs to other processes of the machine: their descriptors, and KVM.
+//!
+//! Contains unsafe code: a message header made of zeroes.
 
 use super::*;
 

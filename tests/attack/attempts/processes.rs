@@ -11,8 +11,7 @@ fn others(held: &Held) -> impl Iterator<Item = u64> {
 }
 
 fn own() -> u64 {
-    // SAFETY: no memory is involved.
-    u64::from(unsafe { libc::getpid() }.unsigned_abs())
+    u64::from(nix::unistd::getpid().as_raw().unsigned_abs())
 }
 
 fn trace(held: &Held) -> Result {
