@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod early;
 mod liveness;
 mod orders;
 mod processes;
@@ -191,6 +192,8 @@ pub struct EventLoop<'a> {
     heartbeat: Instant,
     /// What users asked for and has not been carried out.
     orders: Vec<Order>,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
@@ -221,6 +224,7 @@ impl<'a> EventLoop<'a> {
             recoveries,
             heartbeat: Instant::now(),
             orders: Vec::new(),
+            early_look: Instant::now() + early::INTERVAL,
             peers: Vec::new(),
             started,
             phase,
@@ -242,7 +246,7 @@ impl<'a> EventLoop<'a> {
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
             let environment = &self.environment;
-            let others = [environment.server.deadline(), environment.muted];
+            let others = [environment.server.deadline(), environment.muted, self.early_deadline()];
             let deadlines = [self.deadline(), self.recovery_deadline()].into_iter().chain(others);
             let deadline = deadlines.flatten().min();
             for event in self.environment.poller.wait(deadline)? {
@@ -255,6 +259,7 @@ impl<'a> EventLoop<'a> {
             }
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }

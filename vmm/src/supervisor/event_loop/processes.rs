@@ -362,10 +362,20 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
-        // Not later: nothing the process does from here on is wanted.
-        let _gone = process.kill();
         let text = describe_violation(&process.id, &violation);
-        self.condemn(index, EventKind::Violation, &text);
+        self.forbidden(index, &text);
+    }
+
+    /// Ends a process that broke its policy.
+    pub(super) fn forbidden(&mut self, index: usize, text: &str) {
+        if let Some(process) = self.processes.get(index) {
+            // Not later: nothing the process does from here on is wanted.
+            let _gone = process.kill();
+        }
+        if !self.replaceable(index) {
+            self.explained(index);
+        }
+        self.condemn(index, EventKind::Violation, text);
     }
 
     /// Hands a new peer of a console or serial port to its device.
@@ -386,7 +396,8 @@ impl EventLoop<'_> {
     }
 }
 
-fn describe_violation(id: &str, violation: &Violation) -> String {
+/// With the name of the thread, while it is there.
+pub(super) fn describe_violation(id: &str, violation: &Violation) -> String {
     let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
     format!("{id} was killed: {violation} (the thread's name: {comm})")
