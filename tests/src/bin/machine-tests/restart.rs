@@ -167,6 +167,8 @@ fn prints_on(context: &Context) -> Outcome {
     let often = often(context)?;
     let mut running =
         machine.arguments(&["--memory", "64M", "--serial", &target, "--config", &often]).start()?;
+    // One that dies before it has ever served ends the machine.
+    wait_until(context, "the machine", || running.messages().iter().any(|line| line.contains("are ready")))?;
     let printed = || fs::read(&path).unwrap_or_default();
     wait_until(context, "the machine", || running.messages().iter().any(|line| line.contains("are ready")))?;
     let mut random = Stream::new(2);
