@@ -325,16 +325,17 @@ impl EventLoop<'_> {
                 self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
             }
             None => {
-                let how = self.resources.confinement.describe(&id, exit);
+                let how = self.resources.confinement.describe(&id, pid, exit);
                 self.fail(ExitCode::Process, &format!("{id} (process {pid}) {how}"));
             }
         }
     }
 
     fn note_death(&mut self, index: usize, exit: Exit, jail_error: Option<&JailError>) {
-        let id = self.processes.get(index).map_or("", |process| &process.id);
-        let why =
-            jail_error.map_or_else(|| self.resources.confinement.describe(id, exit), ToString::to_string);
+        let Some(process) = self.processes.get(index) else { return };
+        let (id, pid) = (&process.id, process.jailed.pid());
+        let how = || self.resources.confinement.describe(id, pid, exit);
+        let why = jail_error.map_or_else(how, ToString::to_string);
         self.note(EventKind::Death, Some(index), |entry| {
             entry.reason = Some(why);
             match exit {

@@ -260,7 +260,7 @@ impl EventLoop<'_> {
                 return;
             }
             (None, _, exit) => {
-                format!("{id} (process {pid}) {}", self.resources.confinement.describe(id, exit))
+                format!("{id} (process {pid}) {}", self.resources.confinement.describe(id, pid, exit))
             }
         };
         self.schedule(index, &text);
