@@ -18,7 +18,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{DeviceConfig, FromCore, FromDevice, MachineEnd, ToCore, ToDevice};
+use bulkhead_ipc::channel::message::{
+    DeviceConfig, FromCore, FromDevice, MachineEnd, Progress, ToCore, ToDevice,
+};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, PolicyName, Sealed};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -350,7 +352,7 @@ pub fn device() {
     loop {
         match recv::<ToDevice>(&process.channel).0 {
             ToDevice::Stop => exit(0),
-            ToDevice::Ping => process.channel.send(&FromDevice::Alive, &[]).expect("alive"),
+            ToDevice::Ping => process.channel.send(&FromDevice::Alive(Progress::Fine), &[]).expect("alive"),
             _ => {}
         }
     }

@@ -27,11 +27,10 @@ fn create_vcpu(held: &Held) -> Result {
     ioctl(held, 0xAE41, 7)
 }
 
-/// KVM_SET_USER_MEMORY_REGION: its own memory as guest memory.
-fn memory_region(held: &Held) -> Result {
-    let page = call(libc::SYS_mmap, [0, 4096, 3, 0x22, u64::MAX, 0])?.cast_unsigned();
-    let region = [5_u64, 1 << 40, 4096, page];
-    ioctl(held, 0x4020_AE46, address(&region))
+/// KVM_SET_MSRS: none.
+fn model_specific(held: &Held) -> Result {
+    let none = [0_u64; 2];
+    ioctl(held, 0x4008_AE89, address(&none))
 }
 
 fn registers(held: &Held) -> Result {
@@ -145,9 +144,9 @@ pub const ATTEMPTS: &[Attempt] = &[
         gap: CORE_OWNS_IT,
     },
     Attempt {
-        goal: "KVM_SET_USER_MEMORY_REGION on every descriptor",
+        goal: "KVM_SET_MSRS on every descriptor",
         calls: &["ioctl"],
-        run: memory_region,
+        run: model_specific,
         walls: NOT_KVM,
         gap: CORE_OWNS_IT,
     },

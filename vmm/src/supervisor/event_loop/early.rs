@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::EventLoop;
 use super::processes::describe_violation;
+use crate::supervisor::api::EventKind;
 use crate::supervisor::process::{Process, State};
 
 /// How often. A launch takes a tenth of it.
@@ -35,7 +36,7 @@ impl EventLoop<'_> {
             let role = process.role;
             if let Some(violation) = process.jailed.early_violation(|thread| role.policy_of(thread)) {
                 let text = format!("{}, before it was READY", describe_violation(&process.id, &violation));
-                self.forbidden(index, &text);
+                self.condemn(index, EventKind::Violation, &text);
             }
         }
     }

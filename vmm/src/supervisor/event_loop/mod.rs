@@ -190,10 +190,10 @@ pub struct EventLoop<'a> {
     recoveries: Vec<Recovery>,
     /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
-    /// What users asked for and has not been carried out.
-    orders: Vec<Order>,
     /// When the processes that are not READY are looked at.
     early_look: Instant,
+    /// What users asked for and has not been carried out.
+    orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
@@ -223,8 +223,8 @@ impl<'a> EventLoop<'a> {
             processes,
             recoveries,
             heartbeat: Instant::now(),
-            orders: Vec::new(),
             early_look: Instant::now() + early::INTERVAL,
+            orders: Vec::new(),
             peers: Vec::new(),
             started,
             phase,
@@ -246,8 +246,9 @@ impl<'a> EventLoop<'a> {
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
             let environment = &self.environment;
-            let others = [environment.server.deadline(), environment.muted, self.early_deadline()];
-            let deadlines = [self.deadline(), self.recovery_deadline()].into_iter().chain(others);
+            let others = [environment.server.deadline(), environment.muted];
+            let deadlines =
+                [self.deadline(), self.recovery_deadline(), self.early_deadline()].into_iter().chain(others);
             let deadline = deadlines.flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);

@@ -363,20 +363,11 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
+        // While the thread has a name.
         let text = describe_violation(&process.id, &violation);
-        self.forbidden(index, &text);
-    }
-
-    /// Ends a process that broke its policy.
-    pub(super) fn forbidden(&mut self, index: usize, text: &str) {
-        if let Some(process) = self.processes.get(index) {
-            // Not later: nothing the process does from here on is wanted.
-            let _gone = process.kill();
-        }
-        if !self.replaceable(index) {
-            self.explained(index);
-        }
-        self.condemn(index, EventKind::Violation, text);
+        // Not later: nothing the process does from here on is wanted.
+        let _gone = process.kill();
+        self.condemn(index, EventKind::Violation, &text);
     }
 
     /// Hands a new peer of a console or serial port to its device.
