@@ -74,10 +74,10 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   serial = \"file=boot.log\"
   on-panic = \"restart\"
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
-  require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
-  limits.root = { memory = \"64M\", cpu = 50 }
   rng = { restart = \"always\" }                       # a table where a device has a policy of its own
   console = { target = \"attach\", restart = \"never\" }
+  require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
+  limits.root = { memory = \"64M\", cpu = 50 }
   [[disk]]
   path = \"root.img\"
   id = \"root\"
@@ -344,12 +344,12 @@ mod tests {
             "file=s",
             "--name=n",
             "--restart=3/60",
+            "--restart=b=never",
+            "--hang-deadline=1",
             "--require=landlock,cgroup",
             "--limit=b:memory=64M",
             "--uids=off",
             "--cgroup=/sys/fs/cgroup/x",
-            "--restart=b=never",
-            "--hang-deadline=1",
             "--on-reboot=exit",
             "--on-panic=restart",
             "--log-level=debug",
@@ -362,12 +362,12 @@ mod tests {
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
+        assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
+        assert_eq!(run.hang_deadline, Some(1));
         assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
         assert_eq!(run.limits, ["b:memory=64M".parse().unwrap()]);
         assert_eq!(run.uids, Some(UidChoice::Off));
         assert!(matches!(run.cgroup, Some(CgroupChoice::Path(_))));
-        assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
-        assert_eq!(run.hang_deadline, Some(1));
         assert_eq!(run.on_reboot, Some(EndAction::Exit));
         assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
     }

@@ -203,16 +203,16 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
-        assert_eq!(run.cgroup, Some(CgroupChoice::Off));
-        assert_eq!(run.uids, "200000:1000".parse().ok());
-        assert_eq!(run.limits, ["root:memory=64M,cpu=50,read-iops=100".parse().unwrap()]);
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
         assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
         assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
+        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
+        assert_eq!(run.cgroup, Some(CgroupChoice::Off));
+        assert_eq!(run.uids, "200000:1000".parse().ok());
+        assert_eq!(run.limits, ["root:memory=64M,cpu=50,read-iops=100".parse().unwrap()]);
     }
 
     #[test]

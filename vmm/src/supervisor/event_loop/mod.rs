@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod early;
 mod liveness;
 mod orders;
 mod processes;
@@ -189,6 +190,8 @@ pub struct EventLoop<'a> {
     recoveries: Vec<Recovery>,
     /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
     /// What users asked for and has not been carried out.
     orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
@@ -220,6 +223,7 @@ impl<'a> EventLoop<'a> {
             processes,
             recoveries,
             heartbeat: Instant::now(),
+            early_look: Instant::now() + early::INTERVAL,
             orders: Vec::new(),
             peers: Vec::new(),
             started,
@@ -243,7 +247,8 @@ impl<'a> EventLoop<'a> {
         while self.processes.iter().any(|process| process.state != State::Ended) {
             let environment = &self.environment;
             let others = [environment.server.deadline(), environment.muted];
-            let deadlines = [self.deadline(), self.recovery_deadline()].into_iter().chain(others);
+            let deadlines =
+                [self.deadline(), self.recovery_deadline(), self.early_deadline()].into_iter().chain(others);
             let deadline = deadlines.flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
@@ -255,6 +260,7 @@ impl<'a> EventLoop<'a> {
             }
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }

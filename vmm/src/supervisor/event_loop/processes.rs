@@ -363,9 +363,10 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
+        // While the thread has a name.
+        let text = describe_violation(&process.id, &violation);
         // Not later: nothing the process does from here on is wanted.
         let _gone = process.kill();
-        let text = describe_violation(&process.id, &violation);
         self.condemn(index, EventKind::Violation, &text);
     }
 
@@ -387,7 +388,8 @@ impl EventLoop<'_> {
     }
 }
 
-fn describe_violation(id: &str, violation: &Violation) -> String {
+/// With the name of the thread, while it is there.
+pub(super) fn describe_violation(id: &str, violation: &Violation) -> String {
     let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
     format!("{id} was killed: {violation} (the thread's name: {comm})")
