@@ -43,7 +43,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
@@ -386,14 +386,13 @@ fn attach_isa_devices(
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let devices: [Arc<dyn IsaDevice>; 8] = [
+    let devices: [Arc<dyn IsaDevice>; 7] = [
         rtc,
         Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
         Arc::new(DebugPort::new()),
-        Arc::new(PostPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {
