@@ -10,6 +10,7 @@ use super::pci::{
     ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Pin, Register, Window, header,
 };
 use super::sync::lock;
+use super::timers::{Timer, Timers};
 
 pub(super) use pm_block::{PM_BLOCK_SIZE, PmBlock, S5_SLEEP_TYPE, register};
 
@@ -75,6 +76,7 @@ pub(super) struct Piix4Pm {
     config: ConfigSpace,
     host: Arc<dyn Host>,
     sci: IrqLine,
+    timers: Arc<Timers>,
     state: Mutex<State>,
 }
 
@@ -87,7 +89,7 @@ struct State {
 }
 
 impl Piix4Pm {
-    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine) -> Result<Self, ConfigError> {
+    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine, timers: Arc<Timers>) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x7113,
@@ -103,7 +105,7 @@ impl Piix4Pm {
         builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0])?;
         builder.interrupt_pin(Pin::A);
         builder.registers(&REGISTERS)?;
-        Ok(Self { config: builder.build(), host, sci, state: Mutex::default() })
+        Ok(Self { config: builder.build(), host, sci, timers, state: Mutex::default() })
     }
 
     /// The power button was pressed and released.
@@ -113,7 +115,15 @@ impl Piix4Pm {
         self.update_sci(&state);
     }
 
+    /// A deadline of the machine has come, the timer's perhaps.
+    pub(super) fn timer_expired(&self) {
+        let mut state = lock(&self.state);
+        state.pm.set_time(self.host.monotonic());
+        self.update_sci(&state);
+    }
+
     fn update_sci(&self, state: &State) {
+        self.timers.set(Timer::Pm, state.pm.deadline());
         let gpe = state.gpe_status & state.gpe_enable != 0;
         self.sci.set(state.pm.sci_enabled() && (gpe || state.pm.has_event()));
     }

@@ -23,7 +23,9 @@ const RAM: u64 = 4 << 20;
 fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
-    let machine = Machine::new(MachineConfig { cpus, address_bits: 40 }, ram, host.clone()).unwrap();
+    let machine =
+        Machine::new(MachineConfig { cpus, address_bits: 40, firmware: Vec::new() }, ram, host.clone())
+            .unwrap();
     (host, machine)
 }
 
