@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_vmm::machine::{Host, MappedDoorbell, PowerEvent};
+use bulkhead_vmm::machine::{Host, MappedDoorbell, MemorySlot, PowerEvent};
 
 /// The machine's host.
 pub struct VirtualHost {
@@ -23,6 +23,8 @@ struct State {
     /// Changes of a line that nobody has asked for yet.
     edges: Vec<(u8, bool)>,
     power: Vec<PowerEvent>,
+    /// When the tree wants to be woken, in time since power-on.
+    timer: Option<Duration>,
 }
 
 impl State {
@@ -61,6 +63,18 @@ impl VirtualHost {
         self.now.fetch_max(nanoseconds, Ordering::AcqRel);
     }
 
+    /// Takes what the tree was to be woken for by now.
+    pub fn take_expired(&self) -> bool {
+        let now = self.monotonic();
+        self.state().timer.take_if(|deadline| *deadline <= now).is_some()
+    }
+
+    /// When the tree wants to be woken next, in nanoseconds since power-on.
+    pub fn next_timer(&self) -> Option<u64> {
+        let timer = self.state().timer?;
+        u64::try_from(timer.as_nanos()).ok()
+    }
+
     /// Drives an interrupt line from outside of the tree.
     pub fn force(&self, line: u8, level: bool) {
         self.state().change(|state| state.forced = with_bit(state.forced, line, level));
@@ -88,6 +102,13 @@ impl Host for VirtualHost {
 
     /// There is no KVM to ring doorbells for: every write reaches the tree.
     fn topology_changed(&self, _doorbells: &[MappedDoorbell]) {}
+
+    /// There is no KVM to change slots of: every access reaches the tree.
+    fn memory_changed(&self, _slots: &[MemorySlot]) {}
+
+    fn set_timer(&self, deadline: Option<Duration>) {
+        self.state().timer = deadline;
+    }
 
     fn monotonic(&self) -> Duration {
         Duration::from_nanos(self.now())

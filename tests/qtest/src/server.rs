@@ -82,7 +82,7 @@ impl Server {
                 self.machine.write(Space::Memory, address, &data);
                 ok()
             }
-            Request::StepToNextTimer => self.clock(self.host.now()),
+            Request::StepToNextTimer => self.clock(self.host.next_timer().unwrap_or(0)),
             Request::Step(nanoseconds) => self.clock(self.host.now().saturating_add(nanoseconds)),
             Request::SetClock(nanoseconds) => self.clock(nanoseconds),
             Request::Intercept { device, output } => self.intercept(device, output),
@@ -99,8 +99,14 @@ impl Server {
         u64::from_le_bytes(bytes)
     }
 
-    /// Moves the clock to a moment and answers where it stands.
+    /// Moves the clock to a moment, stopping at every timer on the way, and answers where it stands.
     fn clock(&self, to: u64) -> String {
+        while let Some(timer) = self.host.next_timer().filter(|timer| *timer <= to) {
+            self.host.advance_to(timer);
+            if self.host.take_expired() {
+                self.machine.timer_expired();
+            }
+        }
         self.host.advance_to(to);
         format!("OK {}\n", self.host.now())
     }
