@@ -170,7 +170,8 @@ pub fn property<'a>(list: &'a str, key: &str) -> Option<&'a str> {
 
 fn chardev(value: &str) -> Option<(String, Address)> {
     let path = PathBuf::from(property(value, "path").filter(|_| value.starts_with("socket"))?);
-    let server = matches!(property(value, "server"), Some("on")) || value.split(',').any(|word| word == "server");
+    let server =
+        matches!(property(value, "server"), Some("on")) || value.split(',').any(|word| word == "server");
     let address = if server { Address::Listen(path) } else { Address::Connect(path) };
     Some((property(value, "id")?.to_owned(), address))
 }

@@ -120,7 +120,11 @@ impl Qmp {
                 }
                 // Where the next document begins is anybody's guess: the rest is dropped.
                 Some(Err(failure)) => {
-                    text.push_str(&line(&error("GenericError", &format!("JSON parse error, {failure}"), None)));
+                    text.push_str(&line(&error(
+                        "GenericError",
+                        &format!("JSON parse error, {failure}"),
+                        None,
+                    )));
                     break;
                 }
             }

@@ -60,7 +60,9 @@ impl Stream {
                 let output = io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
                 Ok(Self::connected(input, output))
             }
-            Address::Connect(path) => Self::of_socket(UnixStream::connect(path).map_err(failed)?).map_err(failed),
+            Address::Connect(path) => {
+                Self::of_socket(UnixStream::connect(path).map_err(failed)?).map_err(failed)
+            }
             Address::Listen(path) => Ok(Self::Listening(UnixListener::bind(path).map_err(failed)?)),
         }
     }

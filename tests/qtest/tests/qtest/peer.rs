@@ -60,7 +60,8 @@ impl Peer {
     pub fn start(program: &str, arguments: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (qtest, qmp) = (folder.path().join("qtest"), folder.path().join("qmp"));
-        let (qtest_socket, qmp_socket) = (UnixListener::bind(&qtest).unwrap(), UnixListener::bind(&qmp).unwrap());
+        let (qtest_socket, qmp_socket) =
+            (UnixListener::bind(&qtest).unwrap(), UnixListener::bind(&qmp).unwrap());
         let mut command = Command::new(program);
         command.args(["-qtest", &format!("unix:{}", qtest.display()), "-qtest-log", "/dev/null"]);
         command.args(["-chardev", &format!("socket,path={},id=char0", qmp.display())]);

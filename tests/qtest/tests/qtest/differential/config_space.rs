@@ -62,11 +62,16 @@ fn judge(what: &str, mut found: Differences, reviewed: &[ConfigDifference]) {
     found.sort_unstable();
     let listed: Differences = reviewed.iter().map(|row| (row.devfn, row.register, row.bits)).collect();
     let show = |rows: Vec<&(u64, u64, u8)>| -> String {
-        rows.iter().map(|(devfn, register, bits)| format!("({devfn:#04x}, {register:#04x}, {bits:#04x})\n")).collect()
+        rows.iter()
+            .map(|(devfn, register, bits)| format!("({devfn:#04x}, {register:#04x}, {bits:#04x})\n"))
+            .collect()
     };
     let new = show(found.iter().filter(|row| !listed.contains(row)).collect());
     let gone = show(listed.iter().filter(|row| !found.contains(row)).collect());
-    assert!(new.is_empty() && gone.is_empty(), "{what}: not in the table:\n{new}in the table, but not so:\n{gone}");
+    assert!(
+        new.is_empty() && gone.is_empty(),
+        "{what}: not in the table:\n{new}in the table, but not so:\n{gone}"
+    );
 }
 
 #[test]
