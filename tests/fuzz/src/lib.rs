@@ -47,6 +47,6 @@ pub const TARGETS: [Target; 8] = [
         name: "vhost_user_frontend",
         run: vhost_user_frontend,
         seeds: virtqueues::frontend_seeds,
-        inputs: 3000,
+        inputs: 1500,
     },
 ];

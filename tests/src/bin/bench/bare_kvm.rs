@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use bulkhead_tests::harness::Outcome;
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -22,7 +22,8 @@ fn failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> String + '_ {
 
 /// Runs a payload until it powers off; returns what it wrote to the UART.
 pub fn run(payload: &Path) -> Outcome<String> {
-    let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?;
+    let kvm = Kvm::new().map_err(failed("/dev/kvm"))?;
+    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
     let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)])
         .map_err(|error| format!("guest memory: {error}"))?;
     // The address is only handed to KVM; the bench itself writes before the guest runs.
@@ -40,6 +41,9 @@ pub fn run(payload: &Path) -> Outcome<String> {
     let image = fs::read(payload).map_err(|error| format!("{}: {error}", payload.display()))?;
     let entry = load(&memory, &image).ok_or(format!("{} is no payload", payload.display()))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+    // Long mode is there only for a guest whose CPUID says so.
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     enter_at(&vcpu, entry)?;
     answer(&mut vcpu)
 }
