@@ -12,11 +12,11 @@ use std::thread;
 use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
-
 use nix::sys::timerfd::TimerFd;
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
+use super::huge_pages;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -52,6 +52,9 @@ impl Core {
         let kvm = descriptors.take(start.kvm)?;
         let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
+        if !start.huge_pages {
+            ram.refuse_huge_pages();
+        }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
@@ -65,6 +68,9 @@ impl Core {
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(timer.as_fd().as_raw_fd());
         let vcpus = spawn(vcpus, gate, &reports)?;
+        if start.huge_pages {
+            huge_pages::watch(&ram)?;
+        }
         Ok(Self { machine, vcpus, virtio, registers, reports, timer, descriptors: held, _vm: vm })
     }
 }

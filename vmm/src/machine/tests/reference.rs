@@ -211,7 +211,7 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let bytes: Vec<u8> = (ROM..1 << 32).map(rom_byte).collect();
-        let (host, machine) = machine_with(1, vec![Rom::new(ROM, &bytes)]);
+        let (host, machine) = machine_with(1, vec![Rom::chip(ROM, &bytes)]);
         let functions: Vec<_> =
             (FIRST_SLOT..=LAST_SLOT).map(|slot| (slot, TestFunction::new(low_byte(slot)))).collect();
         for (slot, function) in &functions {
@@ -391,7 +391,7 @@ fn apply(rig: &Rig, model: &mut Model, step: &Step) -> Result<(), TestCaseError>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn decoding_is_what_the_datasheets_say(steps in proptest::collection::vec(step(), 1..60),
