@@ -23,15 +23,6 @@ impl Pair {
         Self { ours: Peer::start(OURS, arguments), theirs: Peer::start(QEMU, arguments) }
     }
 
-    /// RST# for both.
-    fn reset(&mut self) {
-        for peer in [&mut self.ours, &mut self.theirs] {
-            assert!(peer.execute("system_reset").contains("return"));
-            // QEMU resets later, in its main loop.
-            peer.event("RESET");
-        }
-    }
-
     /// A line that has to succeed on both; what they say may differ.
     fn both(&mut self, line: &str) -> (String, String) {
         (self.ours.ok(line), self.theirs.ok(line))
