@@ -1,5 +1,7 @@
 //! A bounded run of every fuzz target, the same in every run. An input that panics is written to a file and named.
 
+#![cfg(test)]
+
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
