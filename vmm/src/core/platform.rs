@@ -31,7 +31,7 @@ impl Platform {
         let interrupts = Arc::new(Interrupts::new(&vm)?);
         let doorbells = Arc::new(Doorbells::new(&vm));
         let supported = vm.supported_cpuid()?;
-        let config = MachineConfig { cpus, address_bits: address_bits(&supported) };
+        let config = MachineConfig::new(cpus, address_bits(&supported));
         let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         let vcpus = (0..cpus)

@@ -21,6 +21,8 @@ pub(crate) struct Recorded {
     pub(crate) power: Vec<PowerEvent>,
     /// The doorbells told last.
     pub(crate) doorbells: Vec<MappedDoorbell>,
+    /// Every slot and CPU that the guest ejected.
+    pub(crate) ejected: Vec<u8>,
     monotonic: Duration,
     wall_clock: Duration,
 }
@@ -56,6 +58,14 @@ impl Host for Recorder {
 
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         lock(&self.0).doorbells = doorbells.to_vec();
+    }
+
+    fn pci_ejected(&self, slot: u8) {
+        lock(&self.0).ejected.push(slot);
+    }
+
+    fn cpu_ejected(&self, cpu: u8) {
+        lock(&self.0).ejected.push(cpu);
     }
 
     fn monotonic(&self) -> Duration {

@@ -1,6 +1,7 @@
 //! The machine as a whole, with a recorder for a host.
 
 mod flat_view;
+mod hotplug;
 mod hostile;
 mod interrupts;
 mod platform;
@@ -23,7 +24,7 @@ const RAM: u64 = 4 << 20;
 fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
-    let machine = Machine::new(MachineConfig { cpus, address_bits: 40 }, ram, host.clone()).unwrap();
+    let machine = Machine::new(MachineConfig::new(cpus, 40), ram, host.clone()).unwrap();
     (host, machine)
 }
 
