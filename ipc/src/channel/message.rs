@@ -13,6 +13,10 @@ use crate::channel::ChannelError;
 use crate::jail::{Enforcement, PolicyName};
 use crate::log::LogLevel;
 
+/// The version of these messages. A supervisor starts only device programs that speak its own version; increase it with every
+/// release that changes a message.
+pub const PROTOCOL: u32 = 1;
+
 /// Index of a descriptor among those that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub u8);

@@ -1,8 +1,13 @@
 //! The command line: one place that says what a user can write.
 
+mod device;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use device::{
+    DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+};
 use serde::Deserialize;
 
 use super::config::{DiskSpec, RestartPolicy, Size, StreamTarget};
@@ -88,6 +93,10 @@ pub enum Command {
     Stop(StopArgs),
     /// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
     Console(ConsoleArgs),
+    /// List, restart or upgrade the devices of a machine that runs
+    Device(DeviceArgs),
+    /// Print what happened to the processes of a machine, one JSON object on each line
+    Events(EventsArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
 }

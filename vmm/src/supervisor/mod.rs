@@ -8,8 +8,10 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod device;
 pub mod doctor;
 pub mod event_loop;
+pub mod events;
 pub mod exit_code;
 pub mod heap;
 pub mod launch;
@@ -57,6 +59,14 @@ pub fn main() -> ExitCode {
         },
         Command::Console(args) => match console::console(&args) {
             Ok(code) => code,
+            Err(error) => fail(&error, client_code(&error)),
+        },
+        Command::Device(args) => match device::device(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Events(args) => match events::events(&args) {
+            Ok(()) => ExitCode::Success,
             Err(error) => fail(&error, client_code(&error)),
         },
         Command::Doctor(args) => {

@@ -27,6 +27,10 @@ impl EventLoop<'_> {
             }
             Request::Attach { device, size } => self.attach(client, device, size, fds),
             Request::Resize { columns, rows } => self.resize(client, columns, rows),
+            Request::Devices
+            | Request::DeviceRestart { .. }
+            | Request::DeviceUpgrade { .. }
+            | Request::Events { .. } => Err("not served yet".to_owned()),
         };
         let response = answer.unwrap_or_else(|message| Response::Error { message });
         self.environment.server.respond(client, &response, &self.environment.poller);
