@@ -38,6 +38,16 @@ pub enum ToCore {
         /// Which device.
         id: String,
     },
+    /// A device process was started while the machine runs: show its virtio function to the guest. Answered by
+    /// [`FromCore::DeviceAdded`] or [`FromCore::DeviceRefused`].
+    DeviceAdd(DeviceLink),
+    /// Ask the guest to let go of a virtio device. [`FromCore::DeviceRemoved`] comes when it did.
+    DeviceRemove {
+        /// Which device.
+        id: String,
+        /// Pull it out without asking.
+        force: bool,
+    },
     /// Press the ACPI power button.
     Stop,
 }
@@ -85,6 +95,8 @@ pub enum LinkKind {
     VirtioVhostUser {
         /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
         virtio_id: u16,
+        /// Its slot on PCI bus 0, 2–31.
+        slot: u8,
     },
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
@@ -109,6 +121,23 @@ pub enum FromCore {
     },
     /// [`ToCore::DeviceReplaced`] was received: what is said about the device from here on concerns the new process.
     DeviceReplaced {
+        /// Which device.
+        id: String,
+    },
+    /// The function of [`ToCore::DeviceAdd`] is in its slot and the guest was told.
+    DeviceAdded {
+        /// Which device.
+        id: String,
+    },
+    /// A device cannot be added, or there is none to be removed.
+    DeviceRefused {
+        /// Which device.
+        id: String,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// The guest let go of a device, asked or not, or it was pulled out: nothing in the core belongs to it any more.
+    DeviceRemoved {
         /// Which device.
         id: String,
     },

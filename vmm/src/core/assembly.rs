@@ -3,6 +3,7 @@
 //! Two things take time and wait on others: KVM, and the device processes, which are still starting. They go on side by
 //! side, each on a thread; what needs both comes after.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -19,7 +20,7 @@ use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::kvm::{Vcpu, VcpuStop, VcpuThreads};
 use crate::machine::{IsaDevice, Machine};
 use crate::virtio::VirtioPci;
 
@@ -28,15 +29,16 @@ const GREETER_STACK: usize = 256 * 1024;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
-    pub machine: Arc<Machine>,
+    /// Its `vm` lives as long as the vCPUs run.
+    pub platform: Platform,
+    pub ram: GuestRam,
     pub vcpus: VcpuThreads,
-    pub virtio: Vec<Arc<VirtioPci>>,
+    /// By slot.
+    pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
-    /// Lives as long as the vCPUs run.
-    _vm: Vm,
 }
 
 impl Core {
@@ -52,23 +54,22 @@ impl Core {
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
-        let Platform { vm, machine, .. } = platform;
-        boot(&machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
+        boot(&platform.machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
-        held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
+        held.extend(platform.vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
-        held.extend(virtio.iter().flat_map(|device| device.descriptors()));
+        held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         let vcpus = spawn(vcpus, &reports)?;
-        Ok(Self { machine, vcpus, virtio, registers, reports, descriptors: held, _vm: vm })
+        Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }
 
 impl Core {
     /// The virtio device of this name.
     pub(super) fn virtio(&self, id: &str) -> Option<&VirtioPci> {
-        self.virtio.iter().find(|device| device.id() == id).map(|device| &**device)
+        self.virtio.values().find(|device| device.id() == id).map(|device| &**device)
     }
 
     /// The register device of this name.

@@ -47,6 +47,10 @@ impl Host for CoreHost {
         }
     }
 
+    fn pci_ejected(&self, slot: u8) {
+        self.reports.ejected(slot);
+    }
+
     fn monotonic(&self) -> Duration {
         self.started.elapsed()
     }

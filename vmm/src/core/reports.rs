@@ -24,6 +24,8 @@ struct Waiting {
     /// The first one counts: what a guest does after it has powered off changes nothing.
     end: Option<MachineEnd>,
     reports: VecDeque<FromCore>,
+    /// Slots that the guest has ejected, a bit for each.
+    ejected: u32,
 }
 
 impl Reports {
@@ -48,9 +50,23 @@ impl Reports {
         self.wake();
     }
 
-    /// A successor's connection is about to be made.
-    pub(super) fn device_replaced(&self, id: &str) {
-        self.lock().reports.push_back(FromCore::DeviceReplaced { id: id.to_owned() });
+    /// The guest ejected what was in a slot: what belongs to it can go.
+    pub(super) fn ejected(&self, slot: u8) {
+        self.lock().ejected |= 1_u32.checked_shl(slot.into()).unwrap_or(0);
+        self.wake();
+    }
+
+    /// A slot that was ejected, if there is another.
+    pub(super) fn next_ejected(&self) -> Option<u8> {
+        let mut waiting = self.lock();
+        let slot = u8::try_from(waiting.ejected.trailing_zeros()).ok()?;
+        waiting.ejected &= waiting.ejected.wrapping_sub(1);
+        (slot < 32).then_some(slot)
+    }
+
+    /// Tells the supervisor something that it waits for.
+    pub(super) fn tell(&self, report: FromCore) {
+        self.lock().reports.push_back(report);
         self.wake();
     }
 

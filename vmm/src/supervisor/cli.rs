@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
-    DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRemoveArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 
@@ -93,7 +93,7 @@ pub enum Command {
     Stop(StopArgs),
     /// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
     Console(ConsoleArgs),
-    /// List, restart or upgrade the devices of a machine that runs
+    /// List, add, remove, restart or upgrade the devices of a machine that runs
     Device(DeviceArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),

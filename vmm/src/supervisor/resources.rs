@@ -1,6 +1,8 @@
 //! The host's side of a machine: every file, device and socket that it needs, opened and checked before any process
 //! exists. All are close-on-exec; each process gets its own by name.
 
+mod added;
+mod slots;
 mod stream;
 
 use std::fs::{self, File, OpenOptions};
@@ -13,10 +15,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+pub use added::NewDevice;
+use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, SERIAL, Size};
+use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::doctor::kvm::{self, KvmError};
 
 /// The unit of a disk's size, in bytes.
@@ -117,6 +121,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// No slot.
+    #[error("device {0}: no PCI slot is free")]
+    NoSlot(String),
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
@@ -158,8 +165,10 @@ pub struct Resources {
     pub kernel: File,
     /// The initial RAM file system.
     pub initrd: Option<File>,
-    /// The disks in the order of their slots.
+    /// The disks.
     pub disks: Vec<Disk>,
+    /// The PCI slots of the virtio devices.
+    pub slots: Slots,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
     /// The host's side of the serial port.
@@ -187,6 +196,11 @@ impl Resources {
         for disk in &config.disks {
             disks.push(open_disk(disk, &disks)?);
         }
+        let mut slots = Slots::default();
+        let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+            slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+        }
         let kvm = kvm::open()?;
         kvm::check(&kvm, config.cpus)?;
         Ok(Self {
@@ -194,6 +208,7 @@ impl Resources {
             kernel,
             initrd,
             disks,
+            slots,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,

@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod hotplug;
 mod processes;
 mod recovery;
 mod requests;
@@ -29,6 +30,7 @@ use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
+use hotplug::Change;
 use recovery::{HEARTBEAT, Recovery};
 
 /// From the start of the first process until all have reported READY.
@@ -138,7 +140,7 @@ impl Environment {
 /// One run of a machine.
 pub struct EventLoop<'a> {
     config: &'a MachineConfig,
-    resources: &'a Resources,
+    resources: &'a mut Resources,
     environment: &'a mut Environment,
     processes: Vec<Process>,
     /// What is to be done for each of `processes` when it ends, by the same index.
@@ -147,6 +149,8 @@ pub struct EventLoop<'a> {
     heartbeat: Instant,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
+    /// Devices that are being added or removed.
+    changes: Vec<Change>,
     started: Instant,
     phase: Phase,
     end: Option<End>,
@@ -157,7 +161,7 @@ impl<'a> EventLoop<'a> {
     /// Starts every process.
     pub fn launch(
         config: &'a MachineConfig,
-        resources: &'a Resources,
+        resources: &'a mut Resources,
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
@@ -173,6 +177,7 @@ impl<'a> EventLoop<'a> {
             recoveries,
             heartbeat: Instant::now() + HEARTBEAT,
             peers: Vec::new(),
+            changes: Vec::new(),
             started,
             phase,
             end: None,
@@ -190,7 +195,12 @@ impl<'a> EventLoop<'a> {
             self.attach_again(device);
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
-            let deadlines = [self.deadline(), self.recovery_deadline(), self.environment.server.deadline()];
+            let deadlines = [
+                self.deadline(),
+                self.recovery_deadline(),
+                self.change_deadline(),
+                self.environment.server.deadline(),
+            ];
             let deadline = deadlines.into_iter().flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
@@ -199,10 +209,12 @@ impl<'a> EventLoop<'a> {
             self.environment.server.expire(now, &self.environment.poller);
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.carry_out(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
         }
+        self.settle_changes();
         // All have ended without a cause only when each of them exited with code 0 by itself.
         Ok(self.end.unwrap_or(End::Failed(ExitCode::Process)))
     }

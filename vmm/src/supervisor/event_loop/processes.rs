@@ -30,6 +30,9 @@ enum Message {
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
     DeviceReplaced { id: String },
+    DeviceAdded { id: String },
+    DeviceRefused { id: String, reason: String },
+    DeviceRemoved { id: String },
     Alive,
     Failed(String),
 }
@@ -42,6 +45,9 @@ fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::Ended(end), _) => Message::Ended(end),
             (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
             (FromCore::DeviceReplaced { id }, _) => Message::DeviceReplaced { id },
+            (FromCore::DeviceAdded { id }, _) => Message::DeviceAdded { id },
+            (FromCore::DeviceRefused { id, reason }, _) => Message::DeviceRefused { id, reason },
+            (FromCore::DeviceRemoved { id }, _) => Message::DeviceRemoved { id },
         }
     } else {
         match process.channel.recv::<FromDevice>(now)? {
@@ -111,10 +117,15 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
+            Message::DeviceAdded { id } => self.device_added(&id),
+            Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
+            Message::DeviceRemoved { id } => self.device_removed(&id),
             Message::Alive => self.alive(index),
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {}", harmless(&reason));
-                if self.replaceable(index) {
+                if self.added_is_condemned(index, &text) {
+                    self.say(LogLevel::Error, &text);
+                } else if self.replaceable(index) {
                     self.condemn(index, &text);
                 } else {
                     self.explained(index);
@@ -182,7 +193,7 @@ impl EventLoop<'_> {
             self.say(LogLevel::Info, &text);
             self.take_terminal();
             heap::trim();
-        } else {
+        } else if !self.added_is_ready(id) {
             self.hand_to_core(index, id);
         }
     }
@@ -276,6 +287,9 @@ impl EventLoop<'_> {
         poller.remove(&process.jailed);
         poller.remove(&process.log);
         process.listeners.iter().for_each(|listener| poller.remove(listener));
+        if self.ends_with_change(index) {
+            return;
+        }
         if self.replaceable(index) {
             self.lost(index, exit, jail_error);
             return;

@@ -126,6 +126,10 @@ impl EventLoop<'_> {
 
     /// A process did what none may do: it is killed and replaced, or the machine ends.
     pub(super) fn condemn(&mut self, index: usize, text: &str) {
+        if self.added_is_condemned(index, text) {
+            self.say(LogLevel::Error, text);
+            return;
+        }
         if !self.replaceable(index) {
             self.fail(ExitCode::Process, text);
             return;
@@ -331,7 +335,13 @@ impl EventLoop<'_> {
         }
     }
 
-    fn tell_core(&mut self, message: &ToCore, stream: Option<UnixStream>) {
+    /// A device is no more: nothing will be done for it.
+    pub(super) fn retire(&mut self, index: usize) {
+        self.enter(index, Stage::GivenUp);
+        self.alive(index);
+    }
+
+    pub(super) fn tell_core(&mut self, message: &ToCore, stream: Option<UnixStream>) {
         let core = self.processes.iter().find(|p| p.role == Role::Core && p.state != State::Ended);
         let Some(core) = core else { return };
         let fds: Vec<_> = stream.iter().map(AsFd::as_fd).collect();

@@ -1,6 +1,7 @@
 //! What API clients ask.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{ToCore, ToDevice};
 
@@ -27,6 +28,17 @@ impl EventLoop<'_> {
             }
             Request::Attach { device, size } => self.attach(client, device, size, fds),
             Request::Resize { columns, rows } => self.resize(client, columns, rows),
+            Request::DeviceAdd { device } => match self.add_device(client, &device) {
+                Ok(()) => return,
+                Err(message) => Err(message),
+            },
+            Request::DeviceRemove { device, force, timeout } => {
+                let limit = Duration::from_secs(timeout.into());
+                match self.remove_device(client, &device, force, limit) {
+                    Ok(()) => return,
+                    Err(message) => Err(message),
+                }
+            }
             Request::Devices
             | Request::DeviceRestart { .. }
             | Request::DeviceUpgrade { .. }
