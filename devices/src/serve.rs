@@ -238,7 +238,7 @@ fn control_message(
     };
     match (message, console) {
         (ToDevice::Stop, _) => return Ok(false),
-        (ToDevice::Ping, _) => channel.send(&FromDevice::Alive, &[])?,
+        (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
         (ToDevice::Attach, Some(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
             Ok([stream]) => {
                 console.attach(stream);

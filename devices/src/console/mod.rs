@@ -94,6 +94,10 @@ impl VirtioDevice for Console {
         0
     }
 
+    fn serves_at_once(&self, queue: u16) -> bool {
+        usize::from(queue) != RECEIVE
+    }
+
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let Some((peer, arrivals)) = self.stream.take() else { return Vec::new() };
         let port = Port { peer, arrivals, receive: Chain::new(), transmit: Chain::new(), sending: None };
@@ -252,6 +256,10 @@ impl QueueHandler for Port {
             }
             None => Next::Event,
         })
+    }
+
+    fn waits_for_host(&self) -> bool {
+        self.sending.is_some()
     }
 
     fn release(&mut self, ring: &mut Vring) {

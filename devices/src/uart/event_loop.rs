@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{FromDevice, Progress, ToDevice};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::vfio_user::{Connection, Served};
 use nix::errno::Errno;
@@ -149,7 +149,7 @@ impl<'a> EventLoop<'a> {
                     tracing::warn!("Attach without exactly one descriptor is ignored");
                 }
             }
-            ToDevice::Ping => self.channel.send(&FromDevice::Alive, &[])?,
+            ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Resize { .. } => {}
             ToDevice::Start(_) => tracing::warn!("a second Start is ignored"),

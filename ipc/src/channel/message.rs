@@ -50,6 +50,8 @@ pub enum ToCore {
     },
     /// Press the ACPI power button.
     Stop,
+    /// Answer [`FromCore::Alive`]: a core that hangs does not.
+    Ping,
 }
 
 /// What the core needs to build the machine.
@@ -141,6 +143,8 @@ pub enum FromCore {
         /// Which device.
         id: String,
     },
+    /// The answer to [`ToCore::Ping`].
+    Alive,
 }
 
 /// How a machine ended.
@@ -275,9 +279,26 @@ pub enum FromDevice {
         policies: Vec<PolicyName>,
     },
     /// The answer to [`ToDevice::Ping`].
-    Alive,
+    Alive(Progress),
     /// The device cannot serve; a sentence for a person. The process exits after it.
     Failed(String),
+}
+
+/// What the queues of a device have come to since the [`ToDevice::Ping`] before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Progress {
+    /// Nothing is to be done, or something was.
+    Fine,
+    /// A queue has requests, all that could be begun are under way, and none has come to its end: the host is slow.
+    WaitsForHost {
+        /// Which queue.
+        queue: u16,
+    },
+    /// A queue has requests and its thread does nothing about them.
+    Stalled {
+        /// Which queue.
+        queue: u16,
+    },
 }
 
 /// The descriptors of one message, each to be taken once.

@@ -107,6 +107,7 @@ impl EventLoop {
                 Ok(None) => {}
                 Err(error) => core.reports.tell(answer(id, Err(error))),
             },
+            Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
             Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
             Err(ChannelError::Deadline) => {}
             Err(error) => return Err(error.into()),

@@ -10,7 +10,7 @@ pub use device::{
 };
 use serde::Deserialize;
 
-use super::config::{DiskSpec, RestartPolicy, Size, StreamTarget};
+use super::config::{DiskSpec, RestartRule, Size, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -38,8 +38,13 @@ Kernel command line:
 Devices that die:
   A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
   at once the first time, then after 10 ms, 100 ms and 1 s. The guest sees a pause. A device that
-  dies more often than --restart allows is given up: the guest finds it broken and runs on. With
-  --restart never the machine ends instead (exit code 4). restart= of a --disk is for that disk.
+  dies more often than --restart allows is given up: the guest finds it broken and runs on, and
+  `bulkhead device restart NAME DEVICE` brings it back. With --restart never the machine ends
+  instead (exit code 4). --restart DEVICE=POLICY and restart= of a --disk are for that device:
+  --restart 5/10 --restart serial=never --restart rng=3/60/100 (first pause 100 ms).
+  A process hangs when it does not answer for --hang-deadline seconds, or does nothing about the
+  requests in a queue for --stall-deadline seconds; one that waits for the host's disk does not.
+  0 turns a check off. A core that does not answer for 4 times as long ends the machine.
 
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
@@ -53,10 +58,11 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   kernel = \"vmlinuz\"            # relative paths start at the folder of this file
   memory = \"512M\"
   cpus = 2
-  rng = true
   serial = \"file=boot.log\"
   on-panic = \"restart\"
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
+  rng = { restart = \"always\" }                       # a table where a device has a policy of its own
+  console = { target = \"attach\", restart = \"never\" }
   [[disk]]
   path = \"root.img\"
   id = \"root\"
@@ -142,8 +148,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
     /// When a device process dies: always, never (the machine ends), or at most MAX times within SECONDS [default: 5/10]
-    #[arg(long, value_name = "always|never|MAX/SECONDS")]
-    pub restart: Option<RestartPolicy>,
+    #[arg(long = "restart", value_name = "[DEVICE=]always|never|MAX/SECONDS[/MS]")]
+    pub restart: Vec<RestartRule>,
+    /// A process that does not answer for so long is killed and replaced; 0 does not ask [default: 5]
+    #[arg(long, value_name = "SECONDS")]
+    pub hang_deadline: Option<u32>,
+    /// So is one that does nothing about the requests in a queue for so long; 0 does not look [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub stall_deadline: Option<u32>,
     /// When the guest reboots: start it anew, or end [default: restart]
     #[arg(long, value_name = "ACTION")]
     pub on_reboot: Option<EndAction>,
@@ -284,6 +296,8 @@ mod tests {
             "file=s",
             "--name=n",
             "--restart=3/60",
+            "--restart=b=never",
+            "--hang-deadline=1",
             "--on-reboot=exit",
             "--on-panic=restart",
             "--log-level=debug",
@@ -296,7 +310,8 @@ mod tests {
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
-        assert_eq!(run.restart, "3/60".parse().ok());
+        assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
+        assert_eq!(run.hang_deadline, Some(1));
         assert_eq!(run.on_reboot, Some(EndAction::Exit));
         assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
     }

@@ -25,6 +25,7 @@ use super::cli::LogLevel;
 use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
+use super::programs::Programs;
 use super::resources::{Disk, Resources, Stream};
 use super::terminal;
 
@@ -177,7 +178,11 @@ const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
 }
 
 /// Starts every process of the machine, the core first. On an error none is left.
-pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Process>, LaunchError> {
+pub fn launch(
+    config: &MachineConfig,
+    resources: &Resources,
+    programs: &Programs,
+) -> Result<Vec<Process>, LaunchError> {
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
@@ -187,23 +192,24 @@ pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Proce
     }
     processes.push(start_core(config, resources, &plans, &links)?);
     for (plan, (_, socket)) in plans.iter().zip(&links) {
-        processes.push(start_device(config, resources, plan, socket)?);
+        processes.push(start_device(config, resources, programs.of(plan.id(), resources), plan, socket)?);
     }
     Ok(processes)
 }
 
-/// Starts the process of one device anew, with the resources that its predecessor had. Returns it and the core's end of the
-/// stream between them.
+/// Starts another process for a device, of this program and with the resources that its predecessor has or had. Returns it and
+/// the core's end of the stream between them.
 pub fn relaunch(
     config: &MachineConfig,
     resources: &Resources,
     id: &str,
+    program: &OwnedFd,
 ) -> Result<(Process, UnixStream), LaunchError> {
     let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
     let plans = Plan::all(resources);
     let plan = plans.iter().find(|plan| plan.id() == id).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
     let (core, device) = UnixStream::pair().map_err(io)?;
-    Ok((start_device(config, resources, plan, &device)?, core))
+    Ok((start_device(config, resources, program, plan, &device)?, core))
 }
 
 /// What the core and the process of this device speak, and where the guest finds it.
@@ -214,6 +220,7 @@ pub fn link_of(resources: &Resources, id: &str) -> Option<LinkKind> {
 fn start_device<'a>(
     config: &MachineConfig,
     resources: &'a Resources,
+    file: &OwnedFd,
     plan: &Plan<'a>,
     socket: &'a UnixStream,
 ) -> Result<Process, LaunchError> {
@@ -228,7 +235,7 @@ fn start_device<'a>(
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {
-        file: &resources.device_program,
+        file,
         null: &resources.null,
         arguments: &[title, plan.role().name().to_owned()],
         limits: plan.limits(),

@@ -1,10 +1,10 @@
 //! One process of the machine, as the supervisor sees it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, ViolationListener};
+use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, PolicyName, ViolationListener};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,15 @@ impl Process {
             Ok(()) | Err(JailError::Deadline | JailError::Vanished) => None,
             Err(error) => Some(error),
         }
+    }
+
+    /// It has said READY, with the listeners of its policies.
+    pub fn ready(&mut self, policies: &[PolicyName], listeners: Vec<OwnedFd>) {
+        self.state = State::Ready;
+        // It runs, so its jail is complete; asking closes the descriptor on which it would have reported.
+        let _none = self.jail_error();
+        let pairs = policies.iter().zip(listeners);
+        self.listeners = pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
     }
 
     /// Kills it; when it is gone the pidfd says so.

@@ -9,7 +9,7 @@ use super::api::server::{Server, ServerError};
 use super::cli::{LogLevel, RunArgs};
 use super::config::{self, ConfigError, MachineConfig};
 use super::doctor::kvm::KvmError;
-use super::event_loop::{End, Environment, EventLoop, signals};
+use super::event_loop::{Environment, EventLoop, signals};
 use super::exit_code::ExitCode;
 use super::launch::LaunchError;
 use super::logs::Log;
@@ -72,13 +72,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
         if end.restarts(&config) {
             continue;
         }
-        return Ok(match end {
-            End::PowerOff | End::Reset => ExitCode::Success,
-            End::Panicked => ExitCode::GuestPanic,
-            End::Failed(code) => code,
-            End::Signal(number) => ExitCode::Signal(number),
-            End::Forced => ExitCode::Forced,
-        });
+        return Ok(end.exit_code());
     }
 }
 

@@ -9,8 +9,8 @@ use std::process::exit;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, MachineEnd, ToCore,
-    ToDevice,
+    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, MachineEnd, Progress,
+    ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
@@ -117,6 +117,7 @@ pub fn core() {
                 assert_eq!(fds.len(), 1);
                 control.channel.send(&FromCore::DeviceReplaced { id }, &[]).unwrap();
             }
+            (ToCore::Ping, _) => control.channel.send(&FromCore::Alive, &[]).unwrap(),
             (ToCore::DeviceGivenUp { id }, _) => eprintln!("INFO stand-in: {id} has no process"),
             _ => {}
         }
@@ -178,7 +179,7 @@ pub fn device() {
         match control.recv::<ToDevice>() {
             (ToDevice::Stop, _) if id == "stubborn" => {}
             (ToDevice::Stop, _) => exit(0),
-            (ToDevice::Ping, _) => control.channel.send(&FromDevice::Alive, &[]).unwrap(),
+            (ToDevice::Ping, _) => control.channel.send(&FromDevice::Alive(Progress::Fine), &[]).unwrap(),
             (ToDevice::Attach, fds) => {
                 let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();

@@ -91,6 +91,10 @@ pub enum EventKind {
     Hang,
     /// It made a system call that its policy forbids, and was killed.
     Violation,
+    /// It said that it cannot go on, sent nonsense, or the core gave its connection up.
+    Failure,
+    /// A queue has made no progress for long because the host is slow. Nothing is done about it.
+    Waits,
     /// It ended.
     Death,
     /// A successor is to be started, after `pause_ms`.
@@ -105,6 +109,10 @@ pub enum EventKind {
     GivenUp,
     /// Every process of the machine is ready.
     Running,
+    /// A device was added and the guest was told.
+    Added,
+    /// A device was removed.
+    Removed,
     /// The machine ends.
     End,
 }

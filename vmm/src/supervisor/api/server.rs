@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use nix::unistd::geteuid;
 use thiserror::Error;
 
-use super::{Request, Response, packet, socket_name};
+use super::{EventEntry, Request, Response, packet, socket_name};
+use crate::supervisor::history::History;
 use crate::supervisor::poller::{Poller, Source};
 
 /// The most clients at one time.
@@ -44,6 +45,8 @@ struct Client {
     /// When it is disconnected unless it asked something; `None` afterwards.
     deadline: Option<Instant>,
     attachment: Option<Attachment>,
+    /// Wants to hear of each event.
+    follows: bool,
 }
 
 /// The listening socket and its clients. All that may not ask are disconnected at once.
@@ -84,7 +87,7 @@ impl Server {
         }
         if poller.add(&socket, Source::Client(self.next)).is_ok() {
             let deadline = Instant::now().checked_add(REQUEST_DEADLINE);
-            self.clients.insert(self.next, Client { socket, deadline, attachment: None });
+            self.clients.insert(self.next, Client { socket, deadline, attachment: None, follows: false });
             self.next = self.next.wrapping_add(1);
         }
     }
@@ -116,6 +119,26 @@ impl Server {
         let bytes = serde_json::to_vec(response).unwrap_or_default();
         if packet::send(client.socket.as_fd(), &bytes, None).is_err() {
             self.close(id, poller);
+        }
+    }
+
+    /// Tells a client all that has happened and, when it `follows`, what happens from here on.
+    pub fn tell_all(&mut self, id: u16, history: &History, follow: bool, poller: &Poller) {
+        let packets = history.packets();
+        let last = packets.len().saturating_sub(1);
+        for (number, events) in packets.into_iter().enumerate() {
+            self.respond(id, &Response::Events { events, more: number < last }, poller);
+        }
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.follows = follow;
+        }
+    }
+
+    /// Tells an event to the clients that follow.
+    pub fn publish(&mut self, event: &EventEntry, poller: &Poller) {
+        let follows = self.clients.iter().filter(|(_, client)| client.follows).map(|(id, _)| *id);
+        for id in follows.collect::<Vec<_>>() {
+            self.respond(id, &Response::Events { events: vec![event.clone()], more: false }, poller);
         }
     }
 

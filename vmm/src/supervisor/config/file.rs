@@ -9,9 +9,11 @@ use thiserror::Error;
 
 use super::disk::DiskSpec;
 use super::nearest::hint;
-use super::restart::RestartPolicy;
+use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
 use super::stream::StreamTarget;
+use super::table::{RngSpec, StreamSpec};
+use super::{CONSOLE, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -53,11 +55,13 @@ struct File {
     cpus: Option<u32>,
     memory: Option<Size>,
     disk: Vec<DiskSpec>,
-    rng: Option<bool>,
-    console: Option<StreamTarget>,
-    serial: Option<StreamTarget>,
+    rng: Option<RngSpec>,
+    console: Option<StreamSpec>,
+    serial: Option<StreamSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
+    hang_deadline: Option<u32>,
+    stall_deadline: Option<u32>,
     on_reboot: Option<EndAction>,
     on_panic: Option<EndAction>,
     log_level: Option<LogLevel>,
@@ -91,6 +95,15 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         StreamTarget::Unix(path) => StreamTarget::Unix(at(path)),
         other => other,
     };
+    let of = |device: Option<&str>, policy: Option<RestartPolicy>| {
+        policy.map(|policy| RestartRule { device: device.map(str::to_owned), policy })
+    };
+    let rules = [
+        of(None, file.restart),
+        of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
+        of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
+        of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
+    ];
     Ok(RunArgs {
         kernel: file.kernel.map(at),
         initrd: file.initrd.map(at),
@@ -98,12 +111,14 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         cpus: file.cpus,
         memory: file.memory,
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
-        rng: file.rng.map(|on| if on { Switch::On } else { Switch::Off }),
-        console: file.console.map(target),
-        serial: file.serial.map(target),
+        rng: file.rng.map(|rng| if rng.on { Switch::On } else { Switch::Off }),
+        console: file.console.map(|console| target(console.target)),
+        serial: file.serial.map(|serial| target(serial.target)),
         config: None,
         name: file.name,
-        restart: file.restart,
+        restart: rules.into_iter().flatten().collect(),
+        hang_deadline: file.hang_deadline,
+        stall_deadline: file.stall_deadline,
         on_reboot: file.on_reboot,
         on_panic: file.on_panic,
         log_level: file.log_level,
@@ -141,11 +156,13 @@ mod tests {
             cmdline = "root=/dev/vda"
             cpus = 2
             memory = "1G"
-            rng = true
-            console = "attach"
+            rng = { restart = "always" }
+            console = { target = "attach", restart = "never" }
             serial = "file=out.log"
             name = "web"
             restart = { max = 3 }
+            hang-deadline = 7
+            stall-deadline = 0
             on-reboot = "exit"
             on-panic = "restart"
             log-level = "debug"
@@ -165,7 +182,12 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!(run.restart.unwrap().pause(3), None);
+        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!(run.console, Some(StreamTarget::Attach));
+        let rules: Vec<String> =
+            run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
+        assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
+        assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
     }
 
     #[test]

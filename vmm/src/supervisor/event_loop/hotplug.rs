@@ -12,7 +12,7 @@ use bulkhead_ipc::channel::message::{DeviceLink, FdIndex, ToCore, ToDevice};
 
 use super::recovery::Recovery;
 use super::{EventLoop, Phase, STOP_DEADLINE};
-use crate::supervisor::api::{AddRequest, Response};
+use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
     CONSOLE, CORE, DiskConfig, DiskSpec, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
@@ -185,7 +185,9 @@ impl EventLoop<'_> {
             let change = self.changes.remove(position);
             let slot = self.resources.slots.of(id).unwrap_or_default();
             self.say(LogLevel::Info, &format!("device {id} was added in PCI slot {slot}"));
-            self.answer(&change);
+            let index = self.processes.iter().position(|process| process.id == id);
+            self.note(EventKind::Added, index, |_| ());
+            self.answer_change(&change);
         }
     }
 
@@ -199,7 +201,7 @@ impl EventLoop<'_> {
             self.stop_process(id);
         } else {
             let change = self.changes.remove(position);
-            self.answer(&change);
+            self.answer_change(&change);
         }
     }
 
@@ -264,7 +266,7 @@ impl EventLoop<'_> {
                         change.id,
                         limit.as_secs()
                     ));
-                    self.answer(&change);
+                    self.answer_change(&change);
                     continue;
                 }
                 Stage::Stopping(_) if late && !ended => {
@@ -284,8 +286,9 @@ impl EventLoop<'_> {
 
     /// Starts the process of an added device. Returns the core's end of the stream to it.
     fn start_added(&mut self, id: &str, policy: RestartPolicy) -> Result<UnixStream, String> {
+        let program = self.environment.programs.of(id, self.resources);
         let (process, stream) =
-            relaunch(self.config, self.resources, id).map_err(|error| error.to_string())?;
+            relaunch(self.config, self.resources, id, program).map_err(|error| error.to_string())?;
         let recovery = Recovery::new(policy);
         let free = self.processes.iter().position(|process| process.id.is_empty());
         let index = free.unwrap_or(self.processes.len());
@@ -296,6 +299,7 @@ impl EventLoop<'_> {
                 self.recoveries.push(recovery);
             }
         }
+        self.note(EventKind::Start, Some(index), |_| ());
         self.watch_process(index).map_err(|error| format!("its process cannot be watched: {error}"))?;
         Ok(stream)
     }
@@ -317,11 +321,12 @@ impl EventLoop<'_> {
         self.resources.remove(&change.id);
         if change.failure.is_none() {
             self.say(LogLevel::Info, &format!("device {} was removed", change.id));
+            self.note(EventKind::Removed, None, |entry| entry.process = Some(change.id.clone()));
         }
-        self.answer(change);
+        self.answer_change(change);
     }
 
-    fn answer(&mut self, change: &Change) {
+    fn answer_change(&mut self, change: &Change) {
         let response = match &change.failure {
             None => Response::Done,
             Some(reason) => Response::Error { message: format!("device {}: {reason}", change.id) },

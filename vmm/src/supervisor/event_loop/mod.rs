@@ -6,6 +6,8 @@
 //! one is reaped the loop is left.
 
 mod hotplug;
+mod liveness;
+mod orders;
 mod processes;
 mod recovery;
 mod requests;
@@ -20,18 +22,22 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::api::server::Server;
+use super::api::{EventEntry, EventKind};
 use super::cli::{EndAction, LogLevel};
 use super::config::{CONSOLE, MachineConfig, SERIAL};
 use super::exit_code::ExitCode;
+use super::history::History;
 use super::launch::{LaunchError, launch};
 use super::logs::Log;
 use super::notify::Notifier;
 use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
+use super::programs::Programs;
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
 use hotplug::Change;
-use recovery::{HEARTBEAT, Recovery};
+use orders::Order;
+use recovery::Recovery;
 
 /// From the start of the first process until all have reported READY.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -60,6 +66,17 @@ pub enum End {
 }
 
 impl End {
+    /// The exit code of `bulkhead run` after it.
+    pub const fn exit_code(self) -> ExitCode {
+        match self {
+            Self::PowerOff | Self::Reset => ExitCode::Success,
+            Self::Panicked => ExitCode::GuestPanic,
+            Self::Failed(code) => code,
+            Self::Signal(number) => ExitCode::Signal(number),
+            Self::Forced => ExitCode::Forced,
+        }
+    }
+
     /// Whether the configuration says to start the machine anew after this.
     pub fn restarts(self, config: &MachineConfig) -> bool {
         match self {
@@ -100,6 +117,10 @@ pub struct Environment {
     pub log: Log,
     /// The service manager.
     pub notifier: Notifier,
+    /// What happened.
+    pub history: History,
+    /// The programs of the devices.
+    pub programs: Programs,
 }
 
 /// The signals that are read as events; they must be blocked before anything is opened.
@@ -120,7 +141,8 @@ impl Environment {
             log.say(LogLevel::Warn, &format!("the service manager is told nothing: {error}"));
             Notifier::default()
         });
-        Ok(Self { poller, server, signals, terminal: None, log, notifier })
+        let (history, programs) = (History::default(), Programs::default());
+        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs })
     }
 
     /// Watches the sockets of serial port and console.
@@ -145,8 +167,10 @@ pub struct EventLoop<'a> {
     processes: Vec<Process>,
     /// What is to be done for each of `processes` when it ends, by the same index.
     recoveries: Vec<Recovery>,
-    /// When the devices are asked again whether they are alive.
+    /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
+    /// What users asked for and has not been carried out.
+    orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     /// Devices that are being added or removed.
@@ -154,6 +178,8 @@ pub struct EventLoop<'a> {
     started: Instant,
     phase: Phase,
     end: Option<End>,
+    /// What was said about the end.
+    why: Option<String>,
     escapes: Escapes,
 }
 
@@ -165,7 +191,7 @@ impl<'a> EventLoop<'a> {
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
-        let processes = launch(config, resources)?;
+        let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
@@ -175,12 +201,14 @@ impl<'a> EventLoop<'a> {
             environment,
             processes,
             recoveries,
-            heartbeat: Instant::now() + HEARTBEAT,
+            heartbeat: Instant::now(),
+            orders: Vec::new(),
             peers: Vec::new(),
             changes: Vec::new(),
             started,
             phase,
             end: None,
+            why: None,
             escapes: Escapes::new(false),
         })
     }
@@ -190,6 +218,7 @@ impl<'a> EventLoop<'a> {
         self.environment.log.say(LogLevel::Debug, &self.timing("all processes created"));
         for index in 0..self.processes.len() {
             self.watch_process(index)?;
+            self.note(EventKind::Start, Some(index), |_| ());
         }
         for device in [SERIAL, CONSOLE] {
             self.attach_again(device);
@@ -216,7 +245,33 @@ impl<'a> EventLoop<'a> {
         }
         self.settle_changes();
         // All have ended without a cause only when each of them exited with code 0 by itself.
-        Ok(self.end.unwrap_or(End::Failed(ExitCode::Process)))
+        let end = self.end.unwrap_or(End::Failed(ExitCode::Process));
+        let why = self.why.take();
+        for order in std::mem::take(&mut self.orders) {
+            self.answer(order, &["the machine has ended".to_owned()]);
+        }
+        self.note(EventKind::End, None, |entry| {
+            entry.reason = why;
+            // A machine that starts anew has no exit code yet.
+            entry.exit_code = (!end.restarts(self.config)).then(|| end.exit_code().number().into());
+        });
+        Ok(end)
+    }
+
+    /// Notes an event for `bulkhead events`.
+    fn note(&mut self, kind: EventKind, index: Option<usize>, fill: impl FnOnce(&mut EventEntry)) {
+        let process = index.and_then(|index| self.processes.get(index));
+        let entry = self.environment.history.note(kind, |entry| {
+            entry.process = process.map(|process| process.id.clone());
+            entry.pid = process.map(|process| process.jailed.pid());
+            fill(entry);
+        });
+        self.environment.server.publish(&entry, &self.environment.poller);
+    }
+
+    /// Says why the machine ends, the first time.
+    fn ends_because(&mut self, text: &str) {
+        self.why.get_or_insert_with(|| text.to_owned());
     }
 
     const fn deadline(&self) -> Option<Instant> {
@@ -264,6 +319,9 @@ impl<'a> EventLoop<'a> {
             Source::Exit(index) => self.exited(index.into()),
             Source::Log(index) => self.log_line(index.into()),
             Source::Violation(index, listener) => self.violation(index.into(), listener.into(), event),
+            Source::StandbyControl(index) => self.standby_control(index.into()),
+            Source::StandbyExit(index) => self.standby_exited(index.into()),
+            Source::StandbyLog(index) => self.standby_log(index.into()),
         }
     }
 
@@ -329,6 +387,7 @@ impl<'a> EventLoop<'a> {
                 continue;
             }
             let number = u8::try_from(number).unwrap_or_default();
+            self.ends_because(&format!("signal {number} came"));
             self.interrupt(End::Signal(number));
         }
     }
@@ -377,6 +436,7 @@ impl<'a> EventLoop<'a> {
 
     fn force(&mut self, why: &str) {
         self.say(LogLevel::Info, why);
+        self.ends_because(why);
         self.interrupt(End::Forced);
     }
 
