@@ -48,6 +48,13 @@ pub enum ToCore {
         /// Pull it out without asking.
         force: bool,
     },
+    /// Plug in the possible CPU of this index, or ask the guest to let it go. [`FromCore::CpuRemoved`] comes when it did.
+    Cpu {
+        /// Its index, from 0.
+        index: u8,
+        /// Plug in.
+        insert: bool,
+    },
     /// Press the ACPI power button.
     Stop,
     /// Answer [`FromCore::Alive`]: a core that hangs does not.
@@ -63,8 +70,8 @@ pub struct CoreStart {
     pub log: LogLevel,
     /// What a forbidden system call does.
     pub enforcement: Enforcement,
-    /// Number of vCPUs.
-    pub cpus: u8,
+    /// The vCPUs.
+    pub processors: Processors,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
     /// Kernel command line.
@@ -77,6 +84,34 @@ pub struct CoreStart {
     pub initrd: Option<FdIndex>,
     /// One link for each device process.
     pub devices: Vec<DeviceLink>,
+}
+
+/// The processors that the guest sees, and may see later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processors {
+    /// How many of them are there at the start.
+    pub present: u8,
+    /// The local APIC ids of all, in ascending order.
+    pub apic_ids: Vec<u8>,
+    /// The bits of an APIC id from this one on name the core.
+    pub core_shift: u8,
+    /// The bits of an APIC id from this one on name the package.
+    pub package_shift: u8,
+    /// CPUID without the numbers that each processor has for itself.
+    pub cpuid: Vec<CpuidLeaf>,
+}
+
+/// What CPUID answers for one leaf and subleaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidLeaf {
+    /// EAX on entry.
+    pub leaf: u32,
+    /// ECX on entry.
+    pub subleaf: u32,
+    /// `KVM_CPUID_FLAG_…`: whether the subleaf counts.
+    pub flags: u32,
+    /// EAX, EBX, ECX and EDX.
+    pub registers: [u32; 4],
 }
 
 /// A stream to a device process.
@@ -142,6 +177,11 @@ pub enum FromCore {
     DeviceRemoved {
         /// Which device.
         id: String,
+    },
+    /// The guest let go of a CPU, which runs no more.
+    CpuRemoved {
+        /// Its index.
+        index: u8,
     },
     /// The answer to [`ToCore::Ping`].
     Alive,

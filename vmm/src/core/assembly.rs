@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
+use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd, Processors};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
 
@@ -52,7 +52,7 @@ impl Core {
         let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start.processors, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
         boot(&platform.machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
@@ -61,7 +61,7 @@ impl Core {
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
         held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        let vcpus = spawn(vcpus, &reports)?;
+        let vcpus = spawn(vcpus, start.processors.present, &reports)?;
         Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }
@@ -82,7 +82,7 @@ impl Core {
 fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
-    cpus: u8,
+    processors: &Processors,
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -92,7 +92,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(links, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, cpus, reports);
+        let platform = Platform::create(kvm, ram, processors, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -139,7 +139,7 @@ fn boot(
     Ok(())
 }
 
-fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(vcpus: Vec<Vcpu>, present: u8, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -151,5 +151,5 @@ fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreEr
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, present.into(), prepare, on_stop)?)
 }

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::assembly::Core;
+use super::reports::Ejected;
 use super::{CoreError, SEND_DEADLINE};
 
 /// Tokens of the loop's own descriptors; the device in slot `n` has `DEVICES + n`.
@@ -57,8 +58,14 @@ impl EventLoop {
                 match event.data() {
                     CONTROL => self.control(channel, core)?,
                     REPORTS => {
-                        while let Some(slot) = core.reports.next_ejected() {
-                            self.removed(core, slot);
+                        while let Some(ejected) = core.reports.next_ejected() {
+                            match ejected {
+                                Ejected::Slot(slot) => self.removed(core, slot),
+                                Ejected::Cpu(index) => {
+                                    core.vcpus.set_online(index.into(), false);
+                                    core.reports.tell(FromCore::CpuRemoved { index });
+                                }
+                            }
                         }
                         if let Some(end) = send_reports(channel, core)? {
                             // A machine that is off executes nothing more.
@@ -107,6 +114,13 @@ impl EventLoop {
                 Ok(None) => {}
                 Err(error) => core.reports.tell(answer(id, Err(error))),
             },
+            Ok((ToCore::Cpu { index, insert: true }, _)) => {
+                core.vcpus.set_online(index.into(), true);
+                core.platform.machine.insert_cpu(index);
+            }
+            Ok((ToCore::Cpu { index, insert: false }, _)) => {
+                core.platform.machine.request_cpu_removal(index);
+            }
             Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
             Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
             Err(ChannelError::Deadline) => {}

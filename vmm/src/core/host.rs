@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_ipc::channel::message::MachineEnd;
 
-use super::reports::Reports;
+use super::reports::{Ejected, Reports};
 use crate::kvm::{Doorbells, Interrupts};
 use crate::machine::{Host, MappedDoorbell, PowerEvent};
 
@@ -48,7 +48,11 @@ impl Host for CoreHost {
     }
 
     fn pci_ejected(&self, slot: u8) {
-        self.reports.ejected(slot);
+        self.reports.ejected(Ejected::Slot(slot));
+    }
+
+    fn cpu_ejected(&self, cpu: u8) {
+        self.reports.ejected(Ejected::Cpu(cpu));
     }
 
     fn monotonic(&self) -> Duration {

@@ -24,8 +24,17 @@ struct Waiting {
     /// The first one counts: what a guest does after it has powered off changes nothing.
     end: Option<MachineEnd>,
     reports: VecDeque<FromCore>,
-    /// Slots that the guest has ejected, a bit for each.
-    ejected: u32,
+    /// Not more than there are slots and CPUs: to be ejected again, each must be plugged in again.
+    ejected: VecDeque<Ejected>,
+}
+
+/// What the guest let go of.
+#[derive(Clone, Copy)]
+pub(super) enum Ejected {
+    /// The function in a PCI slot.
+    Slot(u8),
+    /// A CPU, by its index.
+    Cpu(u8),
 }
 
 impl Reports {
@@ -50,18 +59,15 @@ impl Reports {
         self.wake();
     }
 
-    /// The guest ejected what was in a slot: what belongs to it can go.
-    pub(super) fn ejected(&self, slot: u8) {
-        self.lock().ejected |= 1_u32.checked_shl(slot.into()).unwrap_or(0);
+    /// The guest let go of something: what belongs to it can go.
+    pub(super) fn ejected(&self, what: Ejected) {
+        self.lock().ejected.push_back(what);
         self.wake();
     }
 
-    /// A slot that was ejected, if there is another.
-    pub(super) fn next_ejected(&self) -> Option<u8> {
-        let mut waiting = self.lock();
-        let slot = u8::try_from(waiting.ejected.trailing_zeros()).ok()?;
-        waiting.ejected &= waiting.ejected.wrapping_sub(1);
-        (slot < 32).then_some(slot)
+    /// The next thing that the guest let go of.
+    pub(super) fn next_ejected(&self) -> Option<Ejected> {
+        self.lock().ejected.pop_front()
     }
 
     /// Tells the supervisor something that it waits for.

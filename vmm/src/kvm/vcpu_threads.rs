@@ -35,30 +35,34 @@ struct Gate {
 #[derive(Default)]
 struct State {
     running: bool,
+    /// Of each vCPU, whether it is plugged in.
+    online: Vec<bool>,
     /// Threads that stand at the gate, or have ended.
     waiting: usize,
 }
 
 impl VcpuThreads {
-    /// Makes one thread for each vCPU and returns when all stand at the gate. `prepare` runs first in each (its seccomp
+    /// Makes one thread for each vCPU, of which the first `online` are plugged in, and returns when all stand at the gate. `prepare` runs first in each (its seccomp
     /// filter) and says why a vCPU must not run, `on_stop` when a vCPU cannot go on.
     ///
     /// # Errors
     /// The operating system gave no thread.
     pub fn spawn(
         vcpus: Vec<Vcpu>,
+        online: usize,
         prepare: impl Fn() -> Result<(), String> + Clone + Send + 'static,
         on_stop: impl Fn(VcpuStop) + Clone + Send + 'static,
     ) -> Result<Self, KvmError> {
         install_kick_handler();
         let gate = Arc::new(Gate::default());
+        gate.lock().online = (0..vcpus.len()).map(|index| index < online).collect();
         let mut threads = Vec::with_capacity(vcpus.len());
-        for mut vcpu in vcpus {
-            let (id, gate, prepare, on_stop) = (vcpu.id(), gate.clone(), prepare.clone(), on_stop.clone());
+        for (id, mut vcpu) in vcpus.into_iter().enumerate() {
+            let (gate, prepare, on_stop) = (gate.clone(), prepare.clone(), on_stop.clone());
             let thread = Builder::new().name(format!("vcpu{id}")).stack_size(STACK_BYTES).spawn(move || {
                 arm_kick(&mut vcpu);
                 on_stop(match prepare() {
-                    Ok(()) => run(&mut vcpu, &gate),
+                    Ok(()) => run(&mut vcpu, id, &gate),
                     Err(reason) => VcpuStop::Failed(reason),
                 });
                 IMMEDIATE_EXIT.set(ptr::null_mut());
@@ -88,6 +92,16 @@ impl VcpuThreads {
         self.wait_at_gate();
     }
 
+    /// Plugs a vCPU in or out. One that is out stays at the gate whatever the guest sends it; it has left the guest soon
+    /// after this returns.
+    pub fn set_online(&self, index: usize, online: bool) {
+        if let Some(place) = self.gate.lock().online.get_mut(index) {
+            *place = online;
+        }
+        self.gate.changed.notify_all();
+        self.threads.get(index).into_iter().for_each(kick);
+    }
+
     fn wait_at_gate(&self) {
         let mut state = self.gate.lock();
         while state.waiting < self.threads.len() {
@@ -96,16 +110,23 @@ impl VcpuThreads {
     }
 }
 
+impl State {
+    /// Whether a vCPU may run.
+    fn lets(&self, index: usize) -> bool {
+        self.running && self.online.get(index).is_some_and(|online| *online)
+    }
+}
+
 impl Gate {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self) {
+    fn wait(&self, index: usize) {
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while !state.running {
+        while !state.lets(index) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
@@ -118,15 +139,16 @@ impl Gate {
 }
 
 /// Runs until the vCPU cannot go on. The gate is looked at after a kick alone, so that the guest's exits take no lock.
-fn run(vcpu: &mut Vcpu, gate: &Gate) -> VcpuStop {
-    gate.wait();
+fn run(vcpu: &mut Vcpu, index: usize, gate: &Gate) -> VcpuStop {
+    gate.wait(index);
     loop {
         match vcpu.step() {
             Step::Continue => {}
             Step::Interrupted => {
                 vcpu.clear_immediate_exit();
-                if !gate.lock().running {
-                    gate.wait();
+                let may_run = gate.lock().lets(index);
+                if !may_run {
+                    gate.wait(index);
                 }
             }
             Step::Stop(stop) => return stop,

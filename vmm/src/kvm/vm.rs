@@ -6,9 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, call};
@@ -23,7 +21,6 @@ pub struct Vm {
     pub(super) kvm: Kvm,
     pub(super) fd: Arc<VmFd>,
     pub(super) ram: GuestRam,
-    pub(super) cpus: u8,
 }
 
 impl Vm {
@@ -31,12 +28,12 @@ impl Vm {
     ///
     /// # Errors
     /// The ioctl that failed. What KVM must offer, and for how many vCPUs, the supervisor has asked before.
-    pub fn create(kvm: OwnedFd, ram: &GuestRam, cpus: u8) -> Result<Self, KvmError> {
+    pub fn create(kvm: OwnedFd, ram: &GuestRam) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned and open, and ownership moves into `Kvm`; the first ioctl below fails on
         // anything other than /dev/kvm.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus };
+        let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone() };
         // RAM first: a memory slot takes effect after an SRCU grace period, which lasts some µs here and up to two timer
         // ticks (8 ms) once the interrupt controllers have queued their own, slower one.
         vm.map_ram()?;
@@ -58,14 +55,6 @@ impl Vm {
     pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         // SAFETY: both belong to `self`, which the result borrows.
         unsafe { [BorrowedFd::borrow_raw(self.kvm.as_raw_fd()), BorrowedFd::borrow_raw(self.fd.as_raw_fd())] }
-    }
-
-    /// What the host's processor and KVM can show to a guest, for [`super::Vcpu::create`].
-    ///
-    /// # Errors
-    /// KVM refused to tell.
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
     }
 
     #[expect(clippy::disallowed_methods, reason = "what the host's addresses are for")]

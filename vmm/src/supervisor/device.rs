@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use super::api::client::{ClientError, Connection};
 use super::api::{AddRequest, DeviceEntry, ProgramInfo, Request, Response};
-use super::cli::{DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs};
+use super::cli::{DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs};
 use super::exit_code::ExitCode;
 
 /// How long a restart or upgrade may take: the old process finishes what is in flight first, on a slow disk maybe.
@@ -99,6 +99,13 @@ pub fn device(args: &DeviceArgs) -> Result<String, DeviceError> {
         }
         DeviceCommand::Upgrade(args) => upgrade(args),
     }
+}
+
+/// `bulkhead resize`: asks for another number of CPUs and waits until they are there, or gone.
+pub fn resize(args: &ResizeArgs) -> Result<String, DeviceError> {
+    let request = Request::Cpus { count: args.cpus, timeout: args.timeout };
+    let limit = Duration::from_secs(args.timeout.into()) + REMOVE_SLACK;
+    done(&Connection::to_name(&args.name)?, &request, None, limit)
 }
 
 fn devices(connection: &Connection) -> Result<(Vec<DeviceEntry>, u32), ClientError> {

@@ -254,7 +254,7 @@ fn start_core(
         machine: config.name.clone(),
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
-        cpus: config.cpus,
+        processors: resources.processors.clone(),
         memory_bytes: config.memory,
         cmdline: config.cmdline.clone(),
         kvm: fds.add(&resources.kvm),
@@ -270,7 +270,7 @@ fn start_core(
             })
             .collect(),
     });
-    let cpus = u64::from(config.cpus);
+    let cpus = u64::from(config.topology.count());
     let limits = Limits {
         // A stack of 2 MiB and its guard for each vCPU thread.
         data: Some((256 << 20) + (cpus << 22)),

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bulkhead_ipc::channel::message::Processors;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 pub use added::NewDevice;
@@ -22,6 +23,7 @@ use thiserror::Error;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::doctor::kvm::{self, KvmError};
+use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
@@ -35,6 +37,12 @@ pub enum ResourceError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The processors.
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
+    /// The model of the processors.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// More memory than there is.
     #[error("memory: {wanted} is more than this host has ({have} MiB)", wanted = Size(*wanted), have = have >> 20)]
     Memory {
@@ -169,6 +177,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
+    /// What CPUs there are at the next start, and what they can do.
+    pub processors: Processors,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
     /// The host's side of the serial port.
@@ -202,13 +212,17 @@ impl Resources {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
-        kvm::check(&kvm, config.cpus)?;
+        let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
+        kvm::check(&kvm, most)?;
+        let model = CpuModel::read(&config.cpu_model)?;
+        let processors = processors(&config.topology, &model, config.cpus)?;
         Ok(Self {
             kvm,
             kernel,
             initrd,
             disks,
             slots,
+            processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,

@@ -57,6 +57,13 @@ pub enum Request {
         /// For the guest to let go of it, in seconds.
         timeout: u32,
     },
+    /// Have another number of CPUs. The answer comes when the guest was told of all that came, and let go of all that went.
+    Cpus {
+        /// How many.
+        count: u8,
+        /// For the guest to let go of them, in seconds.
+        timeout: u32,
+    },
     /// Replace the process of a device in order. The answer comes when the successor serves.
     DeviceRestart {
         /// Its id.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
+use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
@@ -52,7 +53,8 @@ struct File {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: Option<String>,
-    cpus: Option<u32>,
+    cpus: Option<CpuSpec>,
+    cpu_model: Option<String>,
     memory: Option<Size>,
     disk: Vec<DiskSpec>,
     rng: Option<RngSpec>,
@@ -109,6 +111,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         initrd: file.initrd.map(at),
         cmdline: file.cmdline,
         cpus: file.cpus,
+        cpu_model: file.cpu_model.map(|model| model_at(base, model)),
         memory: file.memory,
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
         rng: file.rng.map(|rng| if rng.on { Switch::On } else { Switch::Off }),
@@ -125,6 +128,12 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_format: file.log_format,
         log_file: file.log_file.map(at),
     })
+}
+
+/// A model that is a file beside the configuration file is that file.
+fn model_at(base: &Path, model: String) -> String {
+    let path = base.join(&model);
+    if path.is_file() { path.to_string_lossy().into_owned() } else { model }
 }
 
 /// serde's "unknown field `x`, expected one of `a`, `b`" with the nearest key in place of the list.

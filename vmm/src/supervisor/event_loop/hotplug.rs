@@ -29,7 +29,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) struct Change {
     id: String,
     /// Who waits for the end of it.
-    client: Option<u16>,
+    clients: Vec<u16>,
     stage: Stage,
     /// Why it came to nothing.
     failure: Option<String>,
@@ -87,7 +87,7 @@ impl EventLoop<'_> {
             NewDevice::Rng | NewDevice::Console => self.config.restart,
         };
         let stage = Stage::Asked(policy);
-        self.changes.push(Change { id: id.to_owned(), client: Some(client), stage, failure: None });
+        self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
         Ok(())
     }
 
@@ -131,11 +131,12 @@ impl EventLoop<'_> {
             // Whoever asked before waits for the same event.
             Some(change) if force && matches!(change.stage, Stage::Removing(..)) => {
                 change.stage = Stage::Removing(until, limit);
+                change.clients.push(client);
             }
             Some(change) => return Err(format!("device {id} {}", busy(&change.stage))),
             None => self.changes.push(Change {
                 id: id.to_owned(),
-                client: Some(client),
+                clients: vec![client],
                 stage: Stage::Removing(until, limit),
                 failure: None,
             }),
@@ -213,7 +214,7 @@ impl EventLoop<'_> {
         if self.changes.iter().all(|change| change.id != id) {
             self.say(LogLevel::Info, &format!("the guest ejected device {id}"));
             let stage = Stage::Stopping(Instant::now());
-            self.changes.push(Change { id: id.to_owned(), client: None, stage, failure: None });
+            self.changes.push(Change { id: id.to_owned(), clients: Vec::new(), stage, failure: None });
         }
         self.stop_process(id);
     }
@@ -331,7 +332,7 @@ impl EventLoop<'_> {
             None => Response::Done,
             Some(reason) => Response::Error { message: format!("device {}: {reason}", change.id) },
         };
-        if let Some(client) = change.client {
+        for client in change.clients.iter().copied() {
             self.environment.server.respond(client, &response, &self.environment.poller);
         }
     }

@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod cpus;
 mod hotplug;
 mod liveness;
 mod orders;
@@ -35,6 +36,7 @@ use super::process::{Process, Role, State};
 use super::programs::Programs;
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
+use cpus::Cpus;
 use hotplug::Change;
 use orders::Order;
 use recovery::Recovery;
@@ -175,6 +177,8 @@ pub struct EventLoop<'a> {
     peers: Vec<(&'static str, UnixStream)>,
     /// Devices that are being added or removed.
     changes: Vec<Change>,
+    /// The CPUs that are plugged in, and what was asked about them.
+    cpus: Cpus,
     started: Instant,
     phase: Phase,
     end: Option<End>,
@@ -194,6 +198,7 @@ impl<'a> EventLoop<'a> {
         let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
+        let cpus = Cpus::new(&resources.processors);
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
         Ok(Self {
             config,
@@ -205,6 +210,7 @@ impl<'a> EventLoop<'a> {
             orders: Vec::new(),
             peers: Vec::new(),
             changes: Vec::new(),
+            cpus,
             started,
             phase,
             end: None,
@@ -228,6 +234,7 @@ impl<'a> EventLoop<'a> {
                 self.deadline(),
                 self.recovery_deadline(),
                 self.change_deadline(),
+                self.cpus.deadline(),
                 self.environment.server.deadline(),
             ];
             let deadline = deadlines.into_iter().flatten().min();
@@ -239,11 +246,13 @@ impl<'a> EventLoop<'a> {
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
             self.carry_out(now);
+            self.cpus_late(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
         }
         self.settle_changes();
+        self.settle_cpus();
         // All have ended without a cause only when each of them exited with code 0 by itself.
         let end = self.end.unwrap_or(End::Failed(ExitCode::Process));
         let why = self.why.take();

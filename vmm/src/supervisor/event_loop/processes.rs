@@ -35,6 +35,7 @@ pub(super) enum Message {
     DeviceAdded { id: String },
     DeviceRefused { id: String, reason: String },
     DeviceRemoved { id: String },
+    CpuRemoved { index: u8 },
     Alive(Progress),
     Failed(String),
 }
@@ -50,6 +51,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::DeviceAdded { id }, _) => Message::DeviceAdded { id },
             (FromCore::DeviceRefused { id, reason }, _) => Message::DeviceRefused { id, reason },
             (FromCore::DeviceRemoved { id }, _) => Message::DeviceRemoved { id },
+            (FromCore::CpuRemoved { index }, _) => Message::CpuRemoved { index },
             (FromCore::Alive, _) => Message::Alive(Progress::Fine),
         }
     } else {
@@ -138,6 +140,7 @@ impl EventLoop<'_> {
             Message::DeviceAdded { id } => self.device_added(&id),
             Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
             Message::DeviceRemoved { id } => self.device_removed(&id),
+            Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Alive(progress) => self.alive(index, progress),
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {reason}");

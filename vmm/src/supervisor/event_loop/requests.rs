@@ -49,6 +49,9 @@ impl EventLoop<'_> {
                 );
                 Ok(None)
             }
+            Request::Cpus { count, timeout } => {
+                self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
+            }
             Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
@@ -118,7 +121,7 @@ impl EventLoop<'_> {
         MachineEntry {
             name: self.config.name.clone(),
             state: state.to_owned(),
-            cpus: self.config.cpus,
+            cpus: self.cpus.count(),
             memory: self.config.memory,
             processes: std::iter::once(supervisor).chain(others).collect(),
         }
