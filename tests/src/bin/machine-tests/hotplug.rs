@@ -23,6 +23,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "hot-plug: pulled-out devices leave nothing behind", 60, pulled_out),
         Case::new("bare", "hot-plug: what makes no sense is refused", 60, refused),
+        Case::new("stock", "processors come and go, and sit where --cpus says", 120, processors),
         Case::new("stock", "hot-plug: a disk comes and goes 50 times under load", 180, under_load),
     ]
 }
@@ -194,4 +195,40 @@ fn under_load(context: &Context) -> Outcome {
     ensure!(!running.serial().iter().any(|line| line.contains("FAILED")), "the guest found an error");
     ensure!(running.guest("load passed").is_some(), "the load did not end");
     Ok(())
+}
+
+/// What the guest says of its processors, one line each.
+fn topology(running: &Running) -> Vec<String> {
+    let lines = running.serial();
+    lines.iter().filter_map(|line| line.strip_prefix("guest: processor ").map(str::to_owned)).collect()
+}
+
+fn processors(context: &Context) -> Outcome {
+    let mut running = Machine::stock(context, Kernel::Elf, "processors")?
+        .words("bulkhead.wait")
+        .arguments(&["--cpus", "4,max=8,sockets=2,threads=2", "--cpu-model", "x86-64-v2", "--memory", "256M"])
+        .start()?;
+    running.wait_for("guest: online 0-3", 1)?;
+    let expected = ["0: package 0 core 0 threads 0-1", "1: package 0 core 0 threads 0-1",
+        "2: package 0 core 1 threads 2-3", "3: package 0 core 1 threads 2-3"];
+    ensure!(topology(&running) == expected, "the guest says {:?}", topology(&running));
+    let flags = running.guest("flags").unwrap_or_default();
+    for (flag, seen) in [("sse4_2", true), ("popcnt", true), ("avx", false), ("rdrand", false), ("svm", false)] {
+        ensure!(flags.split(' ').any(|word| word == flag) == seen, "{flag} is wrong: {flags}");
+    }
+    ensure!(running.guest("possible").is_some_and(|text| text.starts_with("0-7")), "not 8 are possible");
+    let name = running.name.clone();
+    let resize = |count: &str| bulkhead(context).args(["resize", &name, "--cpus", count]).output();
+    let ok = |count| resize(count).is_ok_and(|output| output.status.success());
+    ensure!(ok("6"), "no 6 CPUs");
+    running.wait_for("guest: online 0-5", 1)?;
+    let refused = resize("9").map_err(|error| error.to_string())?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(said.contains("1 to 8 CPUs"), "9 CPUs: {said}");
+    ensure!(ok("2"), "not down to 2");
+    running.wait_for("guest: online 0-1", 1)?;
+    ensure!(ok("3"), "not up to 3");
+    running.wait_for("guest: online 0-2", 1)?;
+    ensure!(ok("1"), "not down to 1");
+    running.expect_exit(exit::SUCCESS)
 }
