@@ -74,6 +74,8 @@ pub struct CoreStart {
     pub processors: Processors,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
+    /// Whether guest RAM in use becomes huge pages.
+    pub huge_pages: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// `/dev/kvm`.

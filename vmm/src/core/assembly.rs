@@ -16,6 +16,7 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
+use super::huge_pages;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -51,6 +52,9 @@ impl Core {
         let kvm = descriptors.take(start.kvm)?;
         let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
+        if !start.huge_pages {
+            ram.refuse_huge_pages();
+        }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start.processors, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
@@ -62,6 +66,9 @@ impl Core {
         held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         let vcpus = spawn(vcpus, start.processors.present, &reports)?;
+        if start.huge_pages {
+            huge_pages::watch(&ram)?;
+        }
         Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }

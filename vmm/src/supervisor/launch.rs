@@ -256,6 +256,7 @@ fn start_core(
         enforcement: Enforcement::Supervised,
         processors: resources.processors.clone(),
         memory_bytes: config.memory,
+        huge_pages: config.thp,
         cmdline: config.cmdline.clone(),
         kvm: fds.add(&resources.kvm),
         kernel: fds.add(&resources.kernel),

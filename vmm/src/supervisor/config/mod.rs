@@ -68,6 +68,8 @@ pub struct MachineConfig {
     pub cpu_model: String,
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory: u64,
+    /// Whether guest memory in use becomes huge pages.
+    pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
     /// Whether there is an entropy device.
@@ -251,6 +253,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         topology,
         cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
+        thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
         rng,
         console,
