@@ -21,7 +21,7 @@ use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Vcpu, VcpuStop, VcpuThreads};
+use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
 use crate::machine::{IsaDevice, Machine};
 use crate::virtio::VirtioPci;
 
@@ -65,7 +65,8 @@ impl Core {
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
         held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        let vcpus = spawn(vcpus, start.processors.present, &reports)?;
+        held.push(platform.timer.as_fd().as_raw_fd());
+        let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
         if start.huge_pages {
             huge_pages::watch(&ram)?;
         }
@@ -146,7 +147,12 @@ fn boot(
     Ok(())
 }
 
-fn spawn(vcpus: Vec<Vcpu>, present: u8, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(
+    vcpus: Vec<Vcpu>,
+    gate: Arc<Gate>,
+    present: u8,
+    reports: &Arc<Reports>,
+) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -158,5 +164,5 @@ fn spawn(vcpus: Vec<Vcpu>, present: u8, reports: &Arc<Reports>) -> Result<VcpuTh
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, present.into(), prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, gate, present.into(), prepare, on_stop)?)
 }

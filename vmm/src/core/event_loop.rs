@@ -18,7 +18,8 @@ use super::{CoreError, SEND_DEADLINE};
 /// Tokens of the loop's own descriptors; the device in slot `n` has `DEVICES + n`.
 const CONTROL: u64 = 0;
 const REPORTS: u64 = 1;
-const DEVICES: u64 = 2;
+const TIMER: u64 = 2;
+const DEVICES: u64 = 3;
 /// Events taken from the kernel at once.
 const BATCH: usize = 16;
 
@@ -35,6 +36,7 @@ impl EventLoop {
         let this = Self { epoll };
         this.add(channel.as_fd(), CONTROL)?;
         this.add(core.reports.as_fd(), REPORTS)?;
+        this.add(core.platform.timer.as_fd(), TIMER)?;
         for (slot, device) in &core.virtio {
             this.add(device.as_fd(), token(*slot))?;
         }
@@ -72,6 +74,11 @@ impl EventLoop {
                             core.vcpus.pause();
                             return Ok(end);
                         }
+                    }
+                    TIMER => {
+                        // Taken back first; it is empty when a vCPU has armed the timer anew meanwhile.
+                        let _ = nix::unistd::read(core.platform.timer.as_fd(), &mut [0; 8]);
+                        core.platform.machine.timer_expired();
                     }
                     token => {
                         let slot = u8::try_from(token.saturating_sub(DEVICES)).unwrap_or(u8::MAX);

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::host::{Host, MappedDoorbell, PowerEvent};
+use super::memory_map::MemorySlot;
 use super::sync::lock;
 
 /// The recorder.
@@ -23,6 +24,10 @@ pub(crate) struct Recorded {
     pub(crate) doorbells: Vec<MappedDoorbell>,
     /// Every slot and CPU that the guest ejected.
     pub(crate) ejected: Vec<u8>,
+    /// The memory map told last.
+    pub(crate) slots: Vec<MemorySlot>,
+    /// The deadline told last.
+    pub(crate) timer: Option<Duration>,
     monotonic: Duration,
     wall_clock: Duration,
 }
@@ -38,6 +43,11 @@ impl Recorder {
 
     pub(crate) fn set_wall_clock(&self, time: Duration) {
         lock(&self.0).wall_clock = time;
+    }
+
+    /// The timer that was armed runs out now: it is armed no more.
+    pub(crate) fn take_timer(&self) -> Option<Duration> {
+        lock(&self.0).timer.take()
     }
 
     pub(crate) fn set_monotonic(&self, time: Duration) {
@@ -66,6 +76,14 @@ impl Host for Recorder {
 
     fn cpu_ejected(&self, cpu: u8) {
         lock(&self.0).ejected.push(cpu);
+    }
+
+    fn memory_changed(&self, slots: &[MemorySlot]) {
+        lock(&self.0).slots = slots.to_vec();
+    }
+
+    fn set_timer(&self, deadline: Option<Duration>) {
+        lock(&self.0).timer = deadline;
     }
 
     fn monotonic(&self) -> Duration {

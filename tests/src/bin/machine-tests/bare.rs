@@ -13,6 +13,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "garbage to every port and register", 300, garbage),
         Case::new("bare", "RAM on both sides of the hole", 60, memory),
+        Case::new("bare", "PAM flipped while another vCPU runs from it", 120, pam),
         Case::new("bare", "a guest that KVM cannot run is reported with registers", 60, bad_fetch),
         Case::new("bare", "killed supervisor leaves nothing of a bare guest", 60, |context| {
             let (mut running, _) = waiting(context, &[])?;
@@ -68,6 +69,15 @@ fn memory(context: &Context) -> Outcome {
         let good = lines.iter().filter(|line| line.ends_with(" ok")).count();
         ensure!(good == if upper.is_some() { 5 } else { 3 }, "{size}: {lines:?}");
     }
+    Ok(())
+}
+
+fn pam(context: &Context) -> Outcome {
+    let machine = Machine::bare(context, &context.places.payloads.join("pam.elf"))?;
+    let mut running = machine.arguments(&["--memory", "64M", "--cpus", "2"]).start()?;
+    running.expect_exit(exit::SUCCESS)?;
+    let lines = running.serial();
+    ensure!(lines.iter().any(|line| line == "pam ends"), "{lines:?}");
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! The function in a machine: reached through configuration mechanism #1 and the memory map, interrupting through the PIIX3.
 
 use crate::machine::pci::DoorbellId;
-use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, PowerEvent, Space};
+use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, MemorySlot, PowerEvent, Space};
 
 use super::*;
 
@@ -25,6 +25,10 @@ impl Host for Recorder {
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         *self.doorbells.lock().unwrap() = doorbells.to_vec();
     }
+
+    fn memory_changed(&self, _: &[MemorySlot]) {}
+
+    fn set_timer(&self, _: Option<Duration>) {}
 
     fn monotonic(&self) -> Duration {
         Duration::ZERO
