@@ -55,7 +55,11 @@ mod tests {
             apic_ids: vec![0, 13],
             core_shift: 1,
             package_shift: 3,
-            cpuid: vec![leaf(1, [1, 0x000c_3456, 3, 4]), leaf(0xb, [1, 2, 0x100, 0]), leaf(0x8000_001e, [0, 0x100, 0, 0])],
+            cpuid: vec![
+                leaf(1, [1, 0x000c_3456, 3, 4]),
+                leaf(0xb, [1, 2, 0x100, 0]),
+                leaf(0x8000_001e, [0, 0x100, 0, 0]),
+            ],
         };
         let table = table(&processors, 13).unwrap();
         let registers: Vec<_> =

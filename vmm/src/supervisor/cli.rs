@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
-    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRemoveArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRemoveArgs, DeviceRestartArgs,
+    DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 

@@ -3,8 +3,8 @@
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     Acquire, And, Arg, BufferData, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, If, Local, Method, MethodCall, Mutex, Notify, ONE, OpRegion, OpRegionSpace, Path, Release,
-    ResourceTemplate, Return, Store, While, ZERO,
+    FieldUpdateRule, If, Local, Method, MethodCall, Mutex, Notify, ONE, OpRegion, OpRegionSpace, Path,
+    Release, ResourceTemplate, Return, Store, While, ZERO,
 };
 
 use super::super::piix4_pm::{CPU_HOTPLUG, PCI_HOTPLUG};
@@ -54,8 +54,10 @@ pub(super) fn pci() -> Vec<Raw> {
     let registers = ["PCIU", "PCID", "B0EJ"].map(|name| FieldEntry::Named(name_of(name), 32));
     let mut objects =
         vec![region("PCST", PCI_HOTPLUG), fields("PCST", FieldAccessType::DWord, registers.to_vec())];
-    let mut scan =
-        vec![raw(&Store::new(&Local(0), &Path::new("PCIU"))), raw(&Store::new(&Local(1), &Path::new("PCID")))];
+    let mut scan = vec![
+        raw(&Store::new(&Local(0), &Path::new("PCIU"))),
+        raw(&Store::new(&Local(1), &Path::new("PCID"))),
+    ];
     for slot in CHIPSET_SLOTS..SLOTS {
         let (name, bit) = (format!("S{slot:02X}_"), 1_u32 << slot);
         let eject = method("_EJ0", 1, &[set("B0EJ", &bit)]);
@@ -100,11 +102,16 @@ pub(super) fn cpu_registers(apic_ids: &[u8]) -> Vec<Raw> {
         region("PRST", CPU_HOTPLUG),
         fields("PRST", FieldAccessType::Byte, bytes),
         fields("PRST", FieldAccessType::DWord, dwords),
-        locked("CSTA", 1, Some(&Local(0)), &[
-            set("CSEL", &Arg(0)),
-            raw(&Store::new(&Local(0), &ZERO)),
-            when(&Equal::new(&Path::new("CPEN"), &ONE), &[raw(&Store::new(&Local(0), &STA_PRESENT))]),
-        ]),
+        locked(
+            "CSTA",
+            1,
+            Some(&Local(0)),
+            &[
+                set("CSEL", &Arg(0)),
+                raw(&Store::new(&Local(0), &ZERO)),
+                when(&Equal::new(&Path::new("CPEN"), &ONE), &[raw(&Store::new(&Local(0), &STA_PRESENT))]),
+            ],
+        ),
         locked("CEJ_", 1, None, &[set("CSEL", &Arg(0)), set("CEJ0", &ONE)]),
         method("CTFY", 2, &notifications(apic_ids)),
         cpu_scan(),
@@ -159,10 +166,8 @@ pub(super) fn cpu_methods(index: u8, apic_id: u8) -> Vec<Raw> {
     let argument: Vec<&dyn Aml> = vec![&index];
     let status = raw(&MethodCall::new(Path::new("CSTA"), argument.clone()));
     let entry = madt::local_apic(index, apic_id, true);
-    let mut methods = vec![
-        method("_STA", 0, &[raw(&Return::new(&status))]),
-        named("_MAT", &BufferData::new(entry)),
-    ];
+    let mut methods =
+        vec![method("_STA", 0, &[raw(&Return::new(&status))]), named("_MAT", &BufferData::new(entry))];
     if index != 0 {
         methods.push(method("_EJ0", 1, &[raw(&MethodCall::new(Path::new("CEJ_"), argument))]));
     }

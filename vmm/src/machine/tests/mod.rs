@@ -1,8 +1,8 @@
 //! The machine as a whole, with a recorder for a host.
 
 mod flat_view;
-mod hotplug;
 mod hostile;
+mod hotplug;
 mod interrupts;
 mod memory_map;
 mod platform;

@@ -51,7 +51,12 @@ pub struct DeviceAddArgs {
     /// The machine
     pub name: String,
     /// A disk, as for `bulkhead run`.
-    #[arg(long, value_name = "path=FILE,…", group = "what", help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]")]
+    #[arg(
+        long,
+        value_name = "path=FILE,…",
+        group = "what",
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]"
+    )]
     pub disk: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]

@@ -211,9 +211,8 @@ impl Topology {
 
     /// The local APIC id of a processor by its index: package, core and thread each in bits of their own.
     pub fn apic_id(&self, index: u32) -> u32 {
-        let split = |value: u32, by: u32| {
-            (value.checked_div(by).unwrap_or(0), value.checked_rem(by).unwrap_or(0))
-        };
+        let split =
+            |value: u32, by: u32| (value.checked_div(by).unwrap_or(0), value.checked_rem(by).unwrap_or(0));
         let (core, thread) = split(index, self.threads);
         let (package, core) = split(core, self.cores);
         let place = |value: u32, shift: u32| {

@@ -79,7 +79,9 @@ impl EventLoop<'_> {
             return Err(format!("device {id} {}", busy(&change.stage)));
         }
         if self.is_taken(id) {
-            return Err(format!("the id '{id}' already belongs to another device or process of this machine"));
+            return Err(format!(
+                "the id '{id}' already belongs to another device or process of this machine"
+            ));
         }
         self.resources.add(&device).map_err(|error| error.to_string())?;
         let policy = match &device {
@@ -102,7 +104,9 @@ impl EventLoop<'_> {
                 return Err(format!("the id '{id}' belongs to another kind of device"));
             }
             Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
-            None => (0..).map(|index| format!("disk{index}")).find(|id| !self.is_taken(id)).unwrap_or_default(),
+            None => {
+                (0..).map(|index| format!("disk{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
         Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
@@ -277,7 +281,9 @@ impl EventLoop<'_> {
                 _ => {}
             }
             let gone = matches!(change.stage, Stage::Stopping(_)) && ended;
-            if gone || change.failure.is_some() && matches!(change.stage, Stage::Asked(_) | Stage::Starting(..)) {
+            if gone
+                || change.failure.is_some() && matches!(change.stage, Stage::Asked(_) | Stage::Starting(..))
+            {
                 self.forget(&change);
             } else {
                 self.changes.push(change);

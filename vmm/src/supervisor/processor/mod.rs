@@ -28,11 +28,7 @@ pub enum ProcessorError {
 ///
 /// # Errors
 /// KVM says nothing, or the host lacks what the model requires.
-pub fn processors(
-    topology: &Topology,
-    model: &CpuModel,
-    present: u8,
-) -> Result<Processors, ProcessorError> {
+pub fn processors(topology: &Topology, model: &CpuModel, present: u8) -> Result<Processors, ProcessorError> {
     let kvm = Kvm::new()?;
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     let mut cpuid: Vec<CpuidLeaf> = supported.as_slice().iter().map(leaf).collect();
