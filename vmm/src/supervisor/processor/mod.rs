@@ -53,3 +53,42 @@ fn leaf(entry: &kvm_bindings::kvm_cpuid_entry2) -> CpuidLeaf {
         registers: [entry.eax, entry.ebx, entry.ecx, entry.edx],
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+    use super::*;
+    use crate::supervisor::config::CpuSpec;
+
+    #[test]
+    fn kvm_takes_what_is_computed_and_gives_it_back() {
+        let vm = Kvm::new().expect("this test needs /dev/kvm").create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let mut tried = 0;
+        for (id, text) in [(0, "1"), (5, "6,max=12,sockets=2,threads=2"), (100, "255")] {
+            let (count, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
+            for name in ["host", "x86-64-v2", "x86-64-v3"] {
+                let model = CpuModel::read(name).unwrap();
+                // A host may be older than a model.
+                let Ok(processors) = processors(&topology, &model, count) else { continue };
+                let entry = |leaf: &CpuidLeaf| {
+                    let [eax, ebx, ecx, edx] = leaf.registers;
+                    let (function, index, flags) = (leaf.leaf, leaf.subleaf, leaf.flags);
+                    kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: [0; 3] }
+                };
+                let entries: Vec<_> = processors.cpuid.iter().map(entry).collect();
+                let vcpu = vm.create_vcpu(id + tried).unwrap();
+                vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
+                let taken = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
+                for (wanted, found) in entries.iter().zip(taken.as_slice()).filter(|(wanted, _)| {
+                    matches!(wanted.function, 4 | 0xb | 0x1f | 0x8000_0001 | 0x8000_0008 | 0x8000_001e)
+                }) {
+                    assert_eq!(wanted, found, "{text}, {name}");
+                }
+                tried += 1;
+            }
+        }
+        assert!(tried >= 3, "not even host");
+    }
+}
