@@ -236,6 +236,8 @@ pub enum ToDevice {
     },
     /// Answer [`FromDevice::Alive`]: a process that hangs does not.
     Ping,
+    /// What the predecessor had left; it comes before the first request of the guest.
+    Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
 }
@@ -324,6 +326,17 @@ pub enum FromDevice {
     Alive(Progress),
     /// The device cannot serve; a sentence for a person. The process exits after it.
     Failed(String),
+    /// After [`ToDevice::Stop`]: what would be lost with the process, for its successor if there is to be one.
+    Left(Left),
+}
+
+/// Bytes that a console or serial line has taken from one side and not passed to the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// For the guest.
+    pub input: Vec<u8>,
+    /// From the guest.
+    pub output: Vec<u8>,
 }
 
 /// What the queues of a device have come to since the [`ToDevice::Ping`] before.

@@ -259,7 +259,11 @@ impl JailedProcess {
             }
         }
         let mut message = [0; 5];
-        match recv(report.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
+        let mut receive = || recv(report.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT);
+        // A child that failed before it read our byte has reset the socket: that comes before its report.
+        let received =
+            receive().or_else(|errno| if errno == Errno::ECONNRESET { receive() } else { Err(errno) });
+        match received {
             Ok(5) => {
                 let [step, errno @ ..] = message;
                 let errno = Errno::from_raw(i32::from_ne_bytes(errno));

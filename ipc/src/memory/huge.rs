@@ -21,6 +21,8 @@ pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// How often a block is tried: a page of it may be in use by the kernel just now.
 const ATTEMPTS: u8 = 3;
+/// The most blocks that are made huge before the guest has touched them.
+const AHEAD: usize = 4;
 /// A block that is not tried any more: it is huge, or it cannot be.
 const DONE: u8 = ATTEMPTS;
 
@@ -94,9 +96,37 @@ fn collapse_region(region: &Region, attempts: &mut [u8]) -> usize {
         };
         let done = advise(region, used as u64 * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE, libc::MADV_COLLAPSE);
         *count = if done { DONE } else { count.saturating_add(1) };
-        collapsed += usize::from(done);
+        if done {
+            collapsed += 1 + look_ahead(region, attempts, used);
+        }
     }
     collapsed
+}
+
+/// From a block to the one at a distance in some direction.
+type Step = fn(usize, usize) -> Option<usize>;
+
+/// What is filled from one end to the other meets huge pages: beyond a block that ends a run of them, as many more as the run
+/// has, up to [`AHEAD`]. Answers how many.
+fn look_ahead(region: &Region, attempts: &mut [u8], block: usize) -> usize {
+    let done = |attempts: &[u8], at: Option<usize>| at.and_then(|at| attempts.get(at)) == Some(&DONE);
+    let run = |step: Step| (1..=AHEAD).take_while(|distance| done(attempts, step(block, *distance))).count();
+    let (below, above) = (run(usize::checked_sub), run(usize::checked_add));
+    let (step, length): (Step, usize) =
+        if below >= above { (usize::checked_add, below) } else { (usize::checked_sub, above) };
+    let mut ahead = 0;
+    for next in (1..=length).map_while(|distance| step(block, distance)) {
+        let Some(count) = attempts.get_mut(next).filter(|count| **count < DONE) else { break };
+        let offset = next as u64 * HUGE_PAGE_SIZE;
+        let made = advise(region, offset, 1, libc::MADV_POPULATE_READ)
+            && advise(region, offset, HUGE_PAGE_SIZE, libc::MADV_COLLAPSE);
+        if !made {
+            break;
+        }
+        *count = DONE;
+        ahead += 1;
+    }
+    ahead
 }
 
 /// The first block from `from` on that is still worth a try.

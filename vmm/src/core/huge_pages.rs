@@ -11,12 +11,14 @@ use bulkhead_ipc::memory::{GuestRam, HugePages};
 
 use super::CoreError;
 
-/// The pause after a look that found something, and the first of those that grow.
+/// The pause after a look that found something.
 const SHORTEST: Duration = Duration::from_millis(2);
 /// The longest pause.
 const LONGEST: Duration = Duration::from_secs(10);
+/// How many times longer than a pause nothing has been found.
+const QUIET: u32 = 8;
 /// A pause is at least this many times as long as the look before it.
-const REST: u32 = 20;
+const REST: u32 = 10;
 const STACK: usize = 64 * 1024;
 
 /// Starts the thread, unless the kernel cannot do it. It ends with the process.
@@ -42,11 +44,13 @@ fn run(mut pages: HugePages, sealed: mpsc::Sender<Result<(), JailError>>) {
     if failed {
         return;
     }
-    let mut pause = SHORTEST;
+    let mut last = Instant::now();
     loop {
         let start = Instant::now();
-        let collapsed = pages.collapse_used();
-        pause = if collapsed > 0 { SHORTEST } else { pause.saturating_mul(2).min(LONGEST) };
-        thread::sleep(pause.max(start.elapsed().saturating_mul(REST)));
+        if pages.collapse_used() > 0 {
+            last = Instant::now();
+        }
+        let quiet = last.elapsed() / QUIET;
+        thread::sleep(quiet.clamp(SHORTEST, LONGEST).max(start.elapsed().saturating_mul(REST)));
     }
 }

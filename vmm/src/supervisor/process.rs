@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, PolicyName, ViolationListener};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +93,12 @@ impl Process {
         let _none = self.jail_error();
         let pairs = policies.iter().zip(listeners);
         self.listeners = pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
+    }
+
+    /// Whether it has ended, reaped or not.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.jailed.as_fd(), PollFlags::POLLIN)];
+        self.state == State::Ended || poll(&mut fds, PollTimeout::ZERO) != Ok(0)
     }
 
     /// Kills it; when it is gone the pidfd says so.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::unistd::geteuid;
 use thiserror::Error;
 
@@ -74,13 +75,21 @@ impl Server {
         poller.add(&self.listener, Source::Api)
     }
 
+    /// Stops watching the listening socket.
+    pub fn mute(&self, poller: &Poller) {
+        poller.remove(&self.listener);
+    }
+
     /// Accepts a client that may ask.
-    pub fn accept(&mut self, poller: &Poller) {
-        let Ok(socket) = packet::accept(self.listener.as_fd()) else { return };
+    ///
+    /// # Errors
+    /// There is none, or no descriptor for it.
+    pub fn accept(&mut self, poller: &Poller) -> Result<(), Errno> {
+        let socket = packet::accept(self.listener.as_fd())?;
         let permitted =
             packet::peer_uid(socket.as_fd()).is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
         if !permitted || self.clients.len() >= MAX_CLIENTS {
-            return;
+            return Ok(());
         }
         while self.clients.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
@@ -90,6 +99,7 @@ impl Server {
             self.clients.insert(self.next, Client { socket, deadline, attachment: None, follows: false });
             self.next = self.next.wrapping_add(1);
         }
+        Ok(())
     }
 
     /// The request of a client. One that is gone or sends nonsense is disconnected.
@@ -221,7 +231,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let request = br#"{"request":"attach","device":null,"size":null}"#;
         packet::send(client.as_fd(), request, Some(ours.as_fd())).unwrap();
@@ -237,7 +247,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         packet::send(client.as_fd(), b"hello", None).unwrap();
         assert!(server.receive(0, &poller).is_none());
         let (answer, _) = packet::receive(client.as_fd()).unwrap();
@@ -251,7 +261,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         server.expire(Instant::now(), &poller);
         assert!(server.deadline().is_some());
         server.expire(Instant::now() + REQUEST_DEADLINE, &poller);
@@ -265,7 +275,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let _client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         let long = Response::Error { message: "x".repeat(10_000) };
         for _ in 0..1000 {
             server.respond(0, &long, &poller);
@@ -281,7 +291,7 @@ mod tests {
         let mut clients = Vec::new();
         for _ in 0..MAX_CLIENTS + 3 {
             clients.push(connect(&name));
-            server.accept(&poller);
+            server.accept(&poller).unwrap();
         }
         assert_eq!(server.clients.len(), MAX_CLIENTS);
     }

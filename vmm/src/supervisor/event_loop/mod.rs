@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::ToDevice;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -47,6 +48,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(30);
 const WORD_DEADLINE: Duration = Duration::from_secs(1);
 /// For the devices to finish what is in flight after the guest powered off.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
+/// Between two attempts to accept a connection when no descriptor is left.
+const MUTED: Duration = Duration::from_secs(1);
 /// For the kernel to end what was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -123,6 +126,8 @@ pub struct Environment {
     pub history: History,
     /// The programs of the devices.
     pub programs: Programs,
+    /// No descriptor was left for a connection: until then the listening sockets, which stay readable, are not watched.
+    pub muted: Option<Instant>,
 }
 
 /// The signals that are read as events; they must be blocked before anything is opened.
@@ -144,7 +149,24 @@ impl Environment {
             Notifier::default()
         });
         let (history, programs) = (History::default(), Programs::default());
-        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs })
+        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs, muted: None })
+    }
+
+    /// Does not listen for a while.
+    fn mute(&mut self, resources: &Resources) {
+        self.muted = Some(Instant::now() + MUTED);
+        self.server.mute(&self.poller);
+        for stream in [&resources.serial, &resources.console].into_iter().flatten() {
+            stream.listener.iter().for_each(|listener| self.poller.remove(listener));
+        }
+        self.log.say(LogLevel::Warn, "no descriptor is left for a connection: it has to wait");
+    }
+
+    /// Listens again.
+    fn unmute(&mut self, resources: &Resources) -> io::Result<()> {
+        self.muted = None;
+        self.server.register(&self.poller)?;
+        self.watch(resources)
     }
 
     /// Watches the sockets of serial port and console.
@@ -230,12 +252,14 @@ impl<'a> EventLoop<'a> {
             self.attach_again(device);
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
+            let environment = &self.environment;
             let deadlines = [
                 self.deadline(),
                 self.recovery_deadline(),
                 self.change_deadline(),
                 self.cpus.deadline(),
-                self.environment.server.deadline(),
+                environment.server.deadline(),
+                environment.muted,
             ];
             let deadline = deadlines.into_iter().flatten().min();
             for event in self.environment.poller.wait(deadline)? {
@@ -243,6 +267,9 @@ impl<'a> EventLoop<'a> {
             }
             let now = Instant::now();
             self.environment.server.expire(now, &self.environment.poller);
+            if self.environment.muted.is_some_and(|until| until <= now) {
+                self.environment.unmute(self.resources)?;
+            }
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
             self.carry_out(now);
@@ -319,7 +346,10 @@ impl<'a> EventLoop<'a> {
     fn handle(&mut self, event: Event) {
         match event.source {
             Source::Signals => self.signal(),
-            Source::Api => self.environment.server.accept(&self.environment.poller),
+            Source::Api => {
+                let accepted = self.environment.server.accept(&self.environment.poller);
+                self.accepted(accepted);
+            }
             Source::Client(client) => self.request(client),
             Source::Keyboard => self.keyboard(event),
             Source::SerialListener => self.connection(SERIAL),
@@ -457,11 +487,20 @@ impl<'a> EventLoop<'a> {
         self.kill_all();
     }
 
+    /// What accepting a connection came to. Without a descriptor for it nobody listens for a while.
+    fn accepted<T>(&mut self, result: Result<T, Errno>) -> Option<T> {
+        if matches!(result, Err(Errno::EMFILE | Errno::ENFILE)) {
+            self.environment.mute(self.resources);
+        }
+        result.ok()
+    }
+
     /// A connection to the Unix socket of the serial port or console goes to the device as it is.
     fn connection(&mut self, device: &'static str) {
         let stream = if device == SERIAL { &self.resources.serial } else { &self.resources.console };
         let listener = stream.as_ref().and_then(|stream| stream.listener.as_ref());
-        if let Some(connection) = listener.and_then(Listener::accept) {
+        let accepted = listener.map_or(Err(Errno::EAGAIN), Listener::accept);
+        if let Some(connection) = self.accepted(accepted) {
             self.environment.server.detach(device, &self.environment.poller);
             self.peers.retain(|(id, _)| *id != device);
             let handed = self.hand_over(device, connection.as_fd());

@@ -287,6 +287,7 @@ impl EventLoop<'_> {
             self.condemn(index, EventKind::Failure, &format!("{id} cannot be watched: {error}"));
             return;
         }
+        self.pass_on(index);
         self.attach_again(&id);
         if ready {
             self.hand_to_core(index, &id);

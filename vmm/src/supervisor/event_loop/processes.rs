@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, MachineEnd, Progress, ToDevice};
+use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice};
 use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
@@ -38,6 +38,7 @@ pub(super) enum Message {
     CpuRemoved { index: u8 },
     Alive(Progress),
     Failed(String),
+    Left(Left),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -58,6 +59,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
         match process.channel.recv::<FromDevice>(now)? {
             (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
             (FromDevice::Alive(progress), _) => Message::Alive(progress),
+            (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -141,6 +143,11 @@ impl EventLoop<'_> {
             Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
             Message::DeviceRemoved { id } => self.device_removed(&id),
             Message::CpuRemoved { index } => self.cpu_removed(index),
+            Message::Left(left) => {
+                if let Some(recovery) = self.recoveries.get_mut(index) {
+                    recovery.inherit(left);
+                }
+            }
             Message::Alive(progress) => self.alive(index, progress),
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {reason}");
@@ -271,7 +278,8 @@ impl EventLoop<'_> {
     /// Reaps a process if it has ended and says of what, unless that was our doing.
     fn reap(&mut self, index: usize, killed_by_us: bool) {
         let Some(process) = self.processes.get_mut(index) else { return };
-        if process.state == State::Ended {
+        // One that builds its jail would give up when it is asked for an error.
+        if process.state == State::Ended || !process.has_ended() {
             return;
         }
         // Before it is reaped: afterwards nobody knows whether its program ever ran.

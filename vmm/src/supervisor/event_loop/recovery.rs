@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{FdIndex, ToCore};
+use bulkhead_ipc::channel::message::{FdIndex, Left, ToCore, ToDevice};
 use bulkhead_ipc::jail::{Exit, JailError};
 
 use super::liveness::Pulse;
@@ -29,6 +29,8 @@ use crate::supervisor::programs::DeviceProgram;
 
 /// For a process that the core has given up to end by itself: how it ends says more than that it was killed.
 const OWN_END: Duration = Duration::from_millis(20);
+/// Messages that a process may leave to its successor.
+const MOST_LEFT: usize = 8;
 /// For a successor to report READY.
 pub(super) const SUCCESSOR_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -71,6 +73,8 @@ pub(super) struct Recovery {
     pub(super) ordered: bool,
     /// The program that the successor runs, when it is another one; kept once the successor serves.
     pub(super) candidate: Option<Rc<DeviceProgram>>,
+    /// What a process that was told to end has left for its successor.
+    pub(super) left: Vec<Left>,
     /// When the process stopped serving.
     pub(super) since: Instant,
     /// How often a process took the place of another.
@@ -91,6 +95,7 @@ impl Recovery {
             standby: None,
             ordered: false,
             candidate: None,
+            left: Vec::new(),
             since: Instant::now(),
             restarts: 0,
             last_end: None,
@@ -135,6 +140,13 @@ impl Recovery {
         let pause = self.policy.pause(self.deaths.len());
         self.deaths.push_back(now);
         pause
+    }
+
+    /// Keeps what a process leaves that was told to end, within bounds.
+    pub(super) fn inherit(&mut self, left: Left) {
+        if self.leaves() && self.left.len() < MOST_LEFT {
+            self.left.push(left);
+        }
     }
 
     /// Forgets the deaths: a user wants another attempt.
@@ -373,9 +385,21 @@ impl EventLoop<'_> {
                     self.condemn(index, EventKind::Failure, &format!("{id} cannot be watched: {error}"));
                     return;
                 }
+                self.pass_on(index);
                 self.attach_again(id);
             }
             Err(error) => self.schedule(index, &error.to_string()),
+        }
+    }
+
+    /// Gives a successor what its predecessor has left.
+    pub(super) fn pass_on(&mut self, index: usize) {
+        let (Some(process), Some(recovery)) = (self.processes.get(index), self.recoveries.get_mut(index))
+        else {
+            return;
+        };
+        for left in recovery.left.drain(..) {
+            let _gone_then = process.channel.send(&ToDevice::Take(left), &[]);
         }
     }
 
