@@ -16,55 +16,39 @@ const CLEAR_MASKS: usize = 0xE;
 const MASKS: usize = 0xF;
 
 /// One 8237.
-#[derive(Clone, Copy)]
+#[derive(Default)]
 struct Controller {
     /// Base address and word count of channels 0–3, alternating.
-    words: [u16; 8],
+    words: [[u8; 2]; 8],
     /// The next access to one of them means its high byte.
     high: bool,
-    masks: u8,
-}
-
-impl Default for Controller {
-    fn default() -> Self {
-        Self { words: [0; 8], high: false, masks: 0x0F }
-    }
+    /// The channels that are not masked.
+    open: u8,
 }
 
 impl Controller {
-    fn read(&mut self, register: usize) -> u8 {
-        let high = self.high;
-        match (self.words.get(register), register) {
-            (Some(word), _) => {
-                self.high = !high;
-                let [low_byte, high_byte] = word.to_le_bytes();
-                if high { high_byte } else { low_byte }
-            }
-            (None, MASKS) => 0xF0 | self.masks,
-            // Status: nothing requested, no terminal count. The temporary register, and what is write-only.
-            (None, _) => 0,
+    /// Writes a register, or reads it where there is nothing to write.
+    fn access(&mut self, register: usize, write: Option<u8>) -> u8 {
+        if let Some([low, high]) = self.words.get_mut(register) {
+            let byte = if self.high { high } else { low };
+            self.high = !self.high;
+            *byte = write.unwrap_or(*byte);
+            return *byte;
         }
-    }
-
-    fn write(&mut self, register: usize, value: u8) {
-        let (high, wide) = (self.high, u16::from(value));
-        if let Some(word) = self.words.get_mut(register) {
-            self.high = !high;
-            *word = if high { *word & 0x00FF | wide << 8 } else { *word & 0xFF00 | wide };
-            return;
-        }
-        match register {
-            MASK_BIT => {
+        match (register, write) {
+            (MASK_BIT, Some(value)) => {
                 let bit = 1 << (value & 3);
-                self.masks = if value & 4 != 0 { self.masks | bit } else { self.masks & !bit };
+                self.open = if value & 4 != 0 { self.open & !bit } else { self.open | bit };
             }
-            CLEAR_POINTER => self.high = false,
-            MASTER_CLEAR => (self.high, self.masks) = (false, 0x0F),
-            CLEAR_MASKS => self.masks = 0,
-            MASKS => self.masks = value & 0x0F,
-            // Command, request and mode say how to transfer.
+            (CLEAR_POINTER, Some(_)) => self.high = false,
+            (MASTER_CLEAR, Some(_)) => (self.high, self.open) = (false, 0),
+            (CLEAR_MASKS, Some(_)) => self.open = 0x0F,
+            (MASKS, Some(value)) => self.open = !value & 0x0F,
+            (MASKS, None) => return !self.open,
+            // Command, request and mode say how to transfer. Status: nothing requested, no terminal count.
             _ => {}
         }
+        0
     }
 }
 
@@ -73,19 +57,16 @@ impl Controller {
 pub(in super::super) struct Dma(Mutex<([Controller; 2], [u8; 15])>);
 
 impl Dma {
-    /// Does something with the register at `port`, whichever kind it is.
-    fn access<T>(
-        &self,
-        port: u16,
-        controller: impl FnOnce(&mut Controller, usize) -> T,
-        page: impl FnOnce(&mut u8) -> T,
-    ) -> Option<T> {
+    fn access(&self, port: u16, write: Option<u8>) -> u8 {
         let mut state = lock(&self.0);
         let ([first, second], pages) = &mut *state;
         match port {
-            0x00..=0x0F => Some(controller(first, port.into())),
-            0xC0..=0xDF => Some(controller(second, usize::from(port - 0xC0) / 2)),
-            _ => pages.get_mut(usize::from(port.checked_sub(PAGES.first)?)).map(page),
+            0x00..=0x0F => first.access(port.into(), write),
+            0xC0..=0xDF => second.access(usize::from(port - 0xC0) / 2, write),
+            _ => pages.get_mut(usize::from(port.wrapping_sub(PAGES.first))).map_or(0xFF, |page| {
+                *page = write.unwrap_or(*page);
+                *page
+            }),
         }
     }
 }
@@ -100,16 +81,12 @@ impl IsaDevice for Dma {
     }
 
     fn read(&self, port: u16, data: &mut [u8]) {
-        data.fill(self.access(port, Controller::read, |page| *page).unwrap_or(0xFF));
+        data.fill(self.access(port, None));
     }
 
     fn write(&self, port: u16, data: &[u8]) {
         if let [value] = data {
-            self.access(
-                port,
-                |controller, register| controller.write(register, *value),
-                |page| *page = *value,
-            );
+            self.access(port, Some(*value));
         }
     }
 

@@ -8,7 +8,7 @@ const ROM: u64 = (1 << 32) - ROM_SIZE;
 
 /// A machine whose 256 KiB of firmware hold A5.
 fn with_rom() -> (Arc<Recorder>, Arc<Machine>) {
-    machine_with(1, vec![Rom::new(ROM, &[0xA5; ROM_SIZE as usize])])
+    machine_with(1, vec![Rom::chip(ROM, &[0xA5; 0x4_0000])])
 }
 
 fn bridge(machine: &Machine, register: u64, value: u64) {

@@ -40,7 +40,7 @@ fn machine_with(cpus: u8, firmware: Vec<Arc<dyn MemoryChip>>) -> (Arc<Recorder>,
 struct Rom(GuestRam);
 
 impl Rom {
-    fn new(address: u64, bytes: &[u8]) -> Arc<dyn MemoryChip> {
+    fn chip(address: u64, bytes: &[u8]) -> Arc<dyn MemoryChip> {
         let memory = GuestRam::create_at(address, bytes.len() as u64).unwrap();
         memory.view(address, bytes.len() as u64, Direction::Write).unwrap().write_bytes(0, bytes).unwrap();
         Arc::new(Self(memory))

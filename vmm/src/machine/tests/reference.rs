@@ -213,7 +213,7 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let bytes: Vec<u8> = (ROM..1 << 32).map(rom_byte).collect();
-        let (host, machine) = machine_with(1, vec![Rom::new(ROM, &bytes)]);
+        let (host, machine) = machine_with(1, vec![Rom::chip(ROM, &bytes)]);
         let functions: Vec<_> =
             (FIRST_SLOT..=LAST_SLOT).map(|slot| (slot, TestFunction::new(low_byte(slot)))).collect();
         for (slot, function) in &functions {
