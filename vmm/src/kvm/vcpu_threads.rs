@@ -273,7 +273,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
-                    let seat = gate.take_seat();
+                    let seat = gate.take_seat(0, true);
                     while !stop.load(Ordering::SeqCst) {
                         gate.enter_guest(&seat);
                         inside.fetch_add(1, Ordering::SeqCst);

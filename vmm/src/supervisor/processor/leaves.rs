@@ -13,6 +13,10 @@ const LEAF_1_ECX_VMX: u32 = 1 << 5;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const EXT_1_ECX_CMP_LEGACY: u32 = 1 << 1;
 const EXT_1_ECX_SVM: u32 = 1 << 2;
+const EXT_1_ECX_TOPOEXT: u32 = 1 << 22;
+/// EBX of leaf 0: "Auth", "Hygo".
+const VENDOR_AMD: u32 = u32::from_le_bytes(*b"Auth");
+const VENDOR_HYGON: u32 = u32::from_le_bytes(*b"Hygo");
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
 const HAS_SUBLEAVES: u32 = 1;
 /// Levels of leaves 0Bh and 1Fh.
@@ -32,11 +36,33 @@ pub(super) fn complete(cpuid: &mut [CpuidLeaf], tsc_deadline: bool) {
 pub(super) fn adjust(cpuid: &mut Vec<CpuidLeaf>, topology: &Topology) {
     let last = cpuid.iter().find(|entry| entry.leaf == 0).map_or(0, |entry| entry.registers[0]);
     cpuid.retain(|entry| !matches!(entry.leaf, 0xb | 0x1f));
+    if topology.threads > 1 {
+        offer_topology_extensions(cpuid);
+    }
     for entry in cpuid.iter_mut() {
         adjust_leaf(entry, topology);
     }
     for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= last) {
         cpuid.extend(extended_topology(leaf, topology));
+    }
+}
+
+/// AMD: without TOPOEXT a guest takes threads for cores. What it tells is ours alone, so the host need not have it.
+fn offer_topology_extensions(cpuid: &mut Vec<CpuidLeaf>) {
+    let vendor = cpuid.iter().find(|entry| entry.leaf == 0).map(|entry| entry.registers[1]);
+    if !vendor.is_some_and(|vendor| [VENDOR_AMD, VENDOR_HYGON].contains(&vendor)) {
+        return;
+    }
+    for entry in cpuid.iter_mut() {
+        let [eax, _, ecx, _] = &mut entry.registers;
+        match entry.leaf {
+            0x8000_0000 => *eax = (*eax).max(0x8000_001e),
+            0x8000_0001 => *ecx |= EXT_1_ECX_TOPOEXT,
+            _ => {}
+        }
+    }
+    if cpuid.iter().all(|entry| entry.leaf != 0x8000_001e) {
+        cpuid.push(CpuidLeaf { leaf: 0x8000_001e, subleaf: 0, flags: 0, registers: [0; 4] });
     }
 }
 
@@ -143,6 +169,19 @@ mod tests {
         assert_eq!(find(&cpuid, 0xb, 1), [2, 4, 0x201, 0]);
         assert!(cpuid.iter().all(|entry| entry.leaf != 0x1f));
         assert!(adjusted("4", &[leaf(0, [4, 0, 0, 0])]).iter().all(|entry| entry.leaf != 0xb));
+    }
+
+    #[test]
+    fn amd_guests_learn_of_threads_whatever_the_host_has() {
+        let extended = [leaf(0x8000_0000, [0x8000_000a, 0, 0, 0]), leaf(0x8000_0001, [0; 4])];
+        let host = |vendor| [&[leaf(0, [0xd, vendor, 0, 0])], extended.as_slice()].concat();
+        let cpuid = adjusted("4,threads=2", &host(VENDOR_AMD));
+        assert_eq!(find(&cpuid, 0x8000_0000, 0)[0], 0x8000_001e);
+        assert_ne!(find(&cpuid, 0x8000_0001, 0)[2] & EXT_1_ECX_TOPOEXT, 0);
+        assert_eq!(find(&cpuid, 0x8000_001e, 0), [0, 1 << 8, 0, 0]);
+        for cpuid in [adjusted("4", &host(VENDOR_AMD)), adjusted("4,threads=2", &host(0x756e_6547))] {
+            assert_eq!(find(&cpuid, 0x8000_0001, 0)[2] & EXT_1_ECX_TOPOEXT, 0);
+        }
     }
 
     #[test]
