@@ -60,6 +60,7 @@ impl EventLoop {
                 match event.data() {
                     CONTROL => self.control(channel, core)?,
                     REPORTS => {
+                        core.reports.acknowledge();
                         while let Some(ejected) = core.reports.next_ejected() {
                             match ejected {
                                 Ejected::Slot(slot) => self.removed(core, slot),

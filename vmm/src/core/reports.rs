@@ -76,10 +76,13 @@ impl Reports {
         self.wake();
     }
 
+    /// Takes the wake-up back; to be called before the queues are looked at, so that what comes meanwhile wakes again.
+    pub(super) fn acknowledge(&self) {
+        let _ = self.event.read();
+    }
+
     /// The next report, if any. The machine's end comes before all others: none of them could still matter.
     pub(super) fn next(&self) -> Option<FromCore> {
-        // Taken back before the queue is looked at, so that a report that comes meanwhile wakes again.
-        let _ = self.event.read();
         let mut waiting = self.lock();
         if let Some(end) = &waiting.end {
             return Some(FromCore::Ended(end.clone()));

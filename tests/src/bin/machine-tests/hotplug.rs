@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,18 +14,29 @@ use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit};
 use bulkhead_tests::pattern::{SECTOR, fill};
 use bulkhead_tests::processes::Process;
 
-/// How often a disk is plugged in and out of a real guest, and of one that does not listen.
+use crate::serial;
+
+/// How often a disk is plugged in and out of a bare guest; of a real one, unless `BULKHEAD_ROUNDS` says otherwise, since a round
+/// takes seconds in the lab; and of a guest that does not listen.
 const ROUNDS: usize = 50;
+const STOCK_ROUNDS: usize = 6;
 const BARE_ROUNDS: usize = 10;
 /// The size of these disks, bytes.
 const DISK: usize = 64 << 10;
 
 pub fn cases() -> Vec<Case> {
     vec![
+        Case::new(
+            "bare",
+            "hot-plug: a guest ejects a disk 50 times, and a reset finishes what it did not",
+            60,
+            ejected,
+        ),
+        Case::new("bare", "hot-plug: CPUs come and go", 60, bare_processors),
         Case::new("bare", "hot-plug: pulled-out devices leave nothing behind", 60, pulled_out),
         Case::new("bare", "hot-plug: what makes no sense is refused", 60, refused),
         Case::new("stock", "processors come and go, and sit where --cpus says", 120, processors),
-        Case::new("stock", "hot-plug: a disk comes and goes 50 times under load", 200, under_load),
+        Case::new("stock", "hot-plug: a disk comes and goes under load", 900, under_load),
     ]
 }
 
@@ -59,6 +72,12 @@ fn holdings(running: &Running) -> Outcome<BTreeMap<String, String>> {
         Ok((process.title(), format!("{kinds:?}, {} threads", process.threads()?.len())))
     };
     running.processes().iter().map(count).collect()
+}
+
+/// What they hold once that changes no more: the kernel takes down what io_uring had after the process itself.
+fn settled(running: &Running) -> Outcome<BTreeMap<String, String>> {
+    thread::sleep(Duration::from_millis(200));
+    holdings(running)
 }
 
 /// Waits until the processes hold what they held before; what the kernel takes down for io_uring takes a moment.
@@ -102,19 +121,122 @@ fn deaf(context: &Context) -> Outcome<Running> {
     Ok(running)
 }
 
+/// A guest that handles the registers of hot-plug, and a connection to its serial port.
+fn handling(context: &Context, arguments: &[&str]) -> Outcome<(Running, UnixStream)> {
+    let machine = Machine::bare(context, &context.places.payloads.join("hotplug.elf"))?;
+    let path = context.folder.join("serial");
+    let target = format!("unix={}", path.display());
+    let machine = machine.arguments(&["--memory", "64M", "--serial", &target]).arguments(arguments);
+    let running = machine.start()?;
+    let mut stream = serial::connect(context, &path)?;
+    serial::read_until(&mut stream, "hotplug begins\n")?;
+    Ok((running, stream))
+}
+
+fn ejected(context: &Context) -> Outcome {
+    let (mut running, mut stream) = handling(context, &[])?;
+    let name = running.name.clone();
+    let name = name.as_str();
+    let image = image(&context.folder, "hot.img", 1)?;
+    let spec = format!("path={},id=hot", image.display());
+    let mut before = BTreeMap::new();
+    for round in 0..ROUNDS {
+        succeed(context, &["add", name, "--disk", &spec])?;
+        serial::read_until(&mut stream, "in 02\n")?;
+        succeed(context, &["remove", name, "hot"])?;
+        serial::read_until(&mut stream, "out 02\n")?;
+        if round == 0 {
+            before = settled(&running)?;
+        }
+    }
+    expect_holdings(&running, &before)?;
+    succeed(context, &["add", name, "--disk", &spec])?;
+    serial::read_until(&mut stream, "in 02\n")?;
+    let path = context.folder.join("serial");
+    let say =
+        |stream: &mut UnixStream, byte: &[u8]| stream.write_all(byte).map_err(|error| error.to_string());
+    // A machine that starts anew has a new serial port.
+    say(&mut stream, b"r")?;
+    serial::read_until(&mut stream, "no more").err().ok_or("the port is still open")?;
+    let mut stream = serial::connect(context, &path)?;
+    serial::read_until(&mut stream, "has 02\nhotplug begins\n")?;
+    say(&mut stream, b"d")?;
+    hear(&mut stream, &["deaf\n"])?;
+    refuse(context, &["remove", name, "hot", "--timeout", "1"], "did not let go of hot within 1 s")?;
+    let remove = bulkhead(context).args(["device", "remove", name, "hot"]).spawn();
+    let mut remove = remove.map_err(|error| error.to_string())?;
+    thread::sleep(Duration::from_millis(300));
+    say(&mut stream, b"r")?;
+    serial::read_until(&mut stream, "no more").err().ok_or("the port is still open")?;
+    let mut stream = serial::connect(context, &path)?;
+    let said = serial::read_until(&mut stream, "hotplug begins\n")?;
+    ensure!(!said.contains("has 02"), "it is still there: {said}");
+    let status = remove.wait().map_err(|error| error.to_string())?;
+    ensure!(status.success(), "who wanted it removed heard that {status}");
+    succeed(context, &["add", name, "--disk", &spec])?;
+    serial::read_until(&mut stream, "in 02\n")?;
+    succeed(context, &["remove", name, "hot", "--force"])?;
+    serial::read_until(&mut stream, "pulled out 02\n")?;
+    stream.write_all(b"q").map_err(|error| error.to_string())?;
+    running.expect_exit(exit::SUCCESS)
+}
+
+/// Reads until all these lines came, in whatever order.
+fn hear(stream: &mut UnixStream, lines: &[&str]) -> Outcome {
+    let mut all = String::new();
+    let mut part = [0; 256];
+    while !lines.iter().all(|line| all.contains(line)) {
+        let count = stream.read(&mut part).map_err(|error| format!("after '{all}': {error}"))?;
+        ensure!(count > 0, "closed after '{all}'");
+        all.push_str(&String::from_utf8_lossy(part.get(..count).unwrap_or_default()));
+    }
+    Ok(())
+}
+
+fn bare_processors(context: &Context) -> Outcome {
+    let (mut running, mut stream) = handling(context, &["--cpus", "1,max=3"])?;
+    let name = running.name.clone();
+    let resize = |count: &str, limit: &str| {
+        let arguments = ["resize", &name, "--cpus", count, "--timeout", limit];
+        let output = bulkhead(context).args(arguments).output().map_err(|error| error.to_string())?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Ok::<_, String>((output.status.success(), said))
+    };
+    for _ in 0..10 {
+        ensure!(resize("3", "5")?.0, "not up to 3");
+        hear(&mut stream, &["cpu in 01\n", "cpu in 02\n"])?;
+        ensure!(resize("1", "5")?.0, "not down to 1");
+        hear(&mut stream, &["cpu out 01\n", "cpu out 02\n"])?;
+    }
+    let (done, said) = resize("4", "5")?;
+    ensure!(!done && said.contains("1 to 3 CPUs"), "4 of 3: {said}");
+    ensure!(resize("2", "5")?.0, "not up to 2");
+    hear(&mut stream, &["cpu in 01\n"])?;
+    stream.write_all(b"d").map_err(|error| error.to_string())?;
+    hear(&mut stream, &["deaf\n"])?;
+    let (done, said) = resize("1", "1")?;
+    ensure!(!done && said.contains("did not go down to 1 CPUs within 1 s"), "a deaf guest: {said}");
+    stream.write_all(b"q").map_err(|error| error.to_string())?;
+    running.expect_exit(exit::SUCCESS)
+}
+
 fn pulled_out(context: &Context) -> Outcome {
     let running = deaf(context)?;
     let path = image(&context.folder, "hot.img", 1)?;
     let name = running.name.as_str();
     let spec = format!("path={},id=hot", path.display());
-    let before = holdings(&running)?;
-    for _ in 0..BARE_ROUNDS {
+    let base = running.processes().len();
+    let mut before = BTreeMap::new();
+    for round in 0..BARE_ROUNDS {
         succeed(context, &["add", name, "--disk", &spec])?;
         succeed(context, &["add", name, "--rng"])?;
         succeed(context, &["add", name, "--console"])?;
-        ensure!(running.processes().len() == before.len() + 3, "a process is missing");
+        ensure!(running.processes().len() == base + 3, "a process is missing");
         for device in ["hot", "rng", "console"] {
             succeed(context, &["remove", name, device, "--force"])?;
+        }
+        if round == 0 {
+            before = settled(&running)?;
         }
     }
     expect_holdings(&running, &before)?;
@@ -170,24 +292,24 @@ fn constant(running: &Running) -> Outcome<BTreeMap<String, String>> {
 }
 
 fn under_load(context: &Context) -> Outcome {
+    let rounds = std::env::var("BULKHEAD_ROUNDS").ok().and_then(|text| text.parse().ok());
+    let rounds: usize = rounds.unwrap_or(STOCK_ROUNDS);
     let (machine, _) = Machine::stock(context, Kernel::Elf, "hotplug")?
-        .words(&format!("bulkhead.rounds={}", ROUNDS + 1))
-        .empty_disk(4)?;
+        .words(&format!("bulkhead.rounds={}", rounds + 1))
+        .empty_disk(2)?;
     let mut running = machine.arguments(&["--cpus", "2", "--memory", "256M"]).start()?;
     running.wait_for("guest: ready for disks", 1)?;
     let mut times = Vec::new();
     let mut before = BTreeMap::new();
-    for round in 1..=ROUNDS + 1 {
+    for round in 1..=rounds + 1 {
         let start = Instant::now();
         plug_and_unplug(context, &mut running, round)?;
         times.push(start.elapsed().as_secs_f64() * 1e3);
-        match round {
-            1 => before = constant(&running)?,
-            ROUNDS => {
-                let now = constant(&running)?;
-                ensure!(now == before, "after the first disk: {before:#?}, after the last: {now:#?}");
-            }
-            _ => {}
+        if round == 1 {
+            before = constant(&running)?;
+        } else if round == rounds {
+            let now = constant(&running)?;
+            ensure!(now == before, "after the first disk: {before:#?}, after the last: {now:#?}");
         }
     }
     let mean = times.iter().sum::<f64>() / f64::from(u32::try_from(times.len()).unwrap_or(1));
