@@ -55,6 +55,8 @@ impl Supervised {
             // As the supervisor does it: io_uring's rings count as locked memory.
             limits: Limits { file_size: None, locked: 8 << 20, ..Limits::default() },
             identity: Identity::default(),
+            subordinate: None,
+            cgroup: None,
         };
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);

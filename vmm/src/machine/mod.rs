@@ -43,7 +43,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
@@ -77,6 +77,8 @@ pub struct Machine {
     deriving: Mutex<()>,
     /// Held by an access to configuration space until its effects are complete: there is one configuration mechanism.
     configuring: Mutex<()>,
+    /// Held by a write to a firmware chip until the map shows what it did: another write might undo it meanwhile.
+    writing_chip: Mutex<()>,
 }
 
 impl Machine {
@@ -129,6 +131,7 @@ impl Machine {
             view: ArcSwap::default(),
             deriving: Mutex::new(()),
             configuring: Mutex::new(()),
+            writing_chip: Mutex::new(()),
         });
         machine.follow_topology();
         Ok(machine)
@@ -227,6 +230,7 @@ impl Machine {
                 let _ = view.and_then(|view| view.write_bytes(0, data));
             }
             Some(Endpoint::Chip(chip)) => {
+                let _one_at_a_time = lock(&self.writing_chip);
                 let before = chip.shows_bytes();
                 chip.write(offset, data);
                 if chip.shows_bytes() != before {
@@ -418,14 +422,13 @@ fn attach_isa_devices(
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let devices: [Arc<dyn IsaDevice>; 8] = [
+    let devices: [Arc<dyn IsaDevice>; 7] = [
         rtc,
         Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
         Arc::new(DebugPort::new()),
-        Arc::new(PostPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {

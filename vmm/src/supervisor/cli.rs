@@ -11,6 +11,9 @@ pub use device::{
 };
 use serde::Deserialize;
 
+use bulkhead_ipc::jail::Layer;
+
+use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{CpuSpec, DiskSpec, RestartRule, Size, StreamTarget};
 use super::exit_code;
 
@@ -47,6 +50,16 @@ Devices that die:
   requests in a queue for --stall-deadline seconds; one that waits for the host's disk does not.
   0 turns a check off. A core that does not answer for 4 times as long ends the machine.
 
+Jail:
+  Landlock, cgroups and a host user for each process are used where the host offers them; what is
+  missing is said once. --require makes it an error. Each process may use memory of its own up to
+  a default that suits it (--limit PROCESS:memory=SIZE; guest RAM is not counted) and as many
+  threads as it needs; cpu (percent of one CPU) and, for disks, read, write (bytes a second),
+  read-iops and write-iops are limited when asked for. Cgroups are made below the nearest group
+  that may be written and holds nobody else: as a user, try systemd-run --user --scope
+  -p Delegate=yes bulkhead run …. Host users are taken from a range that is not shared with
+  another machine: as a user, from the range in /etc/subuid, by newuidmap.
+
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
@@ -64,6 +77,8 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
   rng = { restart = \"always\" }                       # a table where a device has a policy of its own
   console = { target = \"attach\", restart = \"never\" }
+  require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
+  limits.root = { memory = \"64M\", cpu = 50 }
   [[disk]]
   path = \"root.img\"
   id = \"root\"
@@ -171,6 +186,27 @@ pub struct RunArgs {
     /// When the guest panics: start it anew, or end [default: exit]
     #[arg(long, value_name = "ACTION")]
     pub on_panic: Option<EndAction>,
+    /// Layers of the jail without which the machine is not started
+    #[arg(
+        long,
+        value_name = "LAYER",
+        value_delimiter = ',',
+        help = "Layers of the jail that must be there: landlock, cgroup, distinct-uids (namespaces, root and seccomp always must)"
+    )]
+    pub require: Vec<Layer>,
+    /// Limits of a process.
+    #[arg(
+        long = "limit",
+        value_name = "PROCESS:KEY=VALUE,…",
+        help = "Limits of a process, such as disk0:memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops"
+    )]
+    pub limits: Vec<LimitSpec>,
+    /// Host users of the processes: auto, off, or a range for machines of root [default: auto, that is 1879048192:1048576]
+    #[arg(long, value_name = "FIRST:COUNT")]
+    pub uids: Option<UidChoice>,
+    /// Where the machine's cgroups are made: auto, off, or the path of a group [default: auto]
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<CgroupChoice>,
     /// The least important messages that are shown [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -187,6 +223,9 @@ pub struct RunArgs {
 pub struct PsArgs {
     /// The machine; without it all machines of this user (of all users for root) are listed
     pub name: Option<String>,
+    /// Show each layer of the jail for each process and thread of the machine, as the kernel tells it
+    #[arg(long, requires = "name")]
+    pub security: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -326,6 +365,10 @@ mod tests {
             "--restart=3/60",
             "--restart=b=never",
             "--hang-deadline=1",
+            "--require=landlock,cgroup",
+            "--limit=b:memory=64M",
+            "--uids=off",
+            "--cgroup=/sys/fs/cgroup/x",
             "--on-reboot=exit",
             "--on-panic=restart",
             "--log-level=debug",
@@ -340,6 +383,10 @@ mod tests {
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
         assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
         assert_eq!(run.hang_deadline, Some(1));
+        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
+        assert_eq!(run.limits, ["b:memory=64M".parse().unwrap()]);
+        assert_eq!(run.uids, Some(UidChoice::Off));
+        assert!(matches!(run.cgroup, Some(CgroupChoice::Path(_))));
         assert_eq!(run.on_reboot, Some(EndAction::Exit));
         assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
     }

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod confinement;
 pub mod console;
 pub mod device;
 pub mod doctor;
@@ -25,6 +26,7 @@ pub mod programs;
 pub mod ps;
 pub mod resources;
 pub mod run;
+pub mod security;
 pub mod stop;
 pub mod terminal;
 

@@ -22,6 +22,7 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
+use super::confinement::{Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
@@ -121,6 +122,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// A layer of the jail.
+    #[error(transparent)]
+    Confinement(#[from] Required),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {
@@ -191,6 +195,8 @@ pub struct Resources {
     pub device_program: OwnedFd,
     /// `/dev/null`.
     pub null: File,
+    /// Cgroups and users.
+    pub confinement: Confinement,
 }
 
 impl Resources {
@@ -216,6 +222,7 @@ impl Resources {
         kvm::check(&kvm, most)?;
         let model = CpuModel::read(&config.cpu_model)?;
         let processors = processors(&config.topology, &model, config.cpus)?;
+        let confinement = Confinement::prepare(config, &disks)?;
         Ok(Self {
             kvm,
             kernel,
@@ -227,6 +234,7 @@ impl Resources {
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
+            confinement,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

@@ -41,7 +41,7 @@ impl RunError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Resource(ResourceError::Kvm(KvmError::Cpus { .. })) => ExitCode::Usage,
-            Self::Resource(ResourceError::Kvm(_)) => ExitCode::Host,
+            Self::Resource(ResourceError::Kvm(_) | ResourceError::Confinement(_)) => ExitCode::Host,
             Self::Resource(ResourceError::Program { .. } | ResourceError::Host { .. })
             | Self::Server(ServerError::Io(_))
             | Self::Io(_) => ExitCode::Internal,
@@ -83,6 +83,9 @@ fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
             LogLevel::Info,
             &format!("kernel command line: {added} was added, for no console= was given"),
         );
+    }
+    if let Some(warning) = resources.confinement.warning() {
+        log.say(LogLevel::Warn, &warning);
     }
     for (field, stream) in [(config::SERIAL, &resources.serial), (config::CONSOLE, &resources.console)] {
         if let Some(path) = stream.as_ref().and_then(|stream| stream.pty.as_ref()) {

@@ -1,5 +1,6 @@
 //! The configuration file: TOML with the names of the command line.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
+use bulkhead_ipc::jail::Layer;
+
+use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::nearest::hint;
@@ -67,6 +71,13 @@ struct File {
     stall_deadline: Option<u32>,
     on_reboot: Option<EndAction>,
     on_panic: Option<EndAction>,
+    #[serde(deserialize_with = "words")]
+    require: Vec<Layer>,
+    limits: BTreeMap<String, ProcessLimits>,
+    #[serde(deserialize_with = "word")]
+    uids: Option<UidChoice>,
+    #[serde(deserialize_with = "word")]
+    cgroup: Option<CgroupChoice>,
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
@@ -126,6 +137,10 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         stall_deadline: file.stall_deadline,
         on_reboot: file.on_reboot,
         on_panic: file.on_panic,
+        require: file.require,
+        limits: file.limits.into_iter().map(|(process, limits)| LimitSpec { process, limits }).collect(),
+        uids: file.uids,
+        cgroup: file.cgroup,
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
@@ -176,6 +191,10 @@ mod tests {
             stall-deadline = 0
             on-reboot = "exit"
             on-panic = "restart"
+            require = ["landlock", "cgroup"]
+            uids = "200000:1000"
+            cgroup = "off"
+            limits.root = { memory = "64M", cpu = 50, read-iops = 100 }
             log-level = "debug"
             log-format = "json"
             log-file = "log"
@@ -199,6 +218,10 @@ mod tests {
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
         assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
         assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
+        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
+        assert_eq!(run.cgroup, Some(CgroupChoice::Off));
+        assert_eq!(run.uids, "200000:1000".parse().ok());
+        assert_eq!(run.limits, ["root:memory=64M,cpu=50,read-iops=100".parse().unwrap()]);
     }
 
     #[test]
@@ -226,6 +249,8 @@ mod tests {
         assert!(refusal("serial = \"tcp\"").contains("'tcp' is not a target"));
         assert!(refusal("[[disk]]\nid = \"x\"").contains("path"));
         assert!(refusal("kernel = ").starts_with("/etc/vm.toml:1: "));
+        assert!(refusal("require = [\"cgroups\"]").contains("'cgroups' is no layer of the jail"));
+        assert!(refusal("[limits.core]\nmemroy = \"1M\"").contains("did you mean 'memory'?"));
     }
 
     #[test]

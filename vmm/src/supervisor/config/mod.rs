@@ -1,6 +1,7 @@
 //! What a machine is to be: options and configuration file put together, and everything checked that can be
 //! checked without opening a host resource.
 
+pub mod confinement;
 pub mod cpus;
 pub mod disk;
 pub mod file;
@@ -14,6 +15,7 @@ pub mod table;
 use std::path::PathBuf;
 use std::process;
 
+pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use liveness::Liveness;
@@ -23,7 +25,11 @@ pub use size::Size;
 pub use stream::StreamTarget;
 use thiserror::Error;
 
+use bulkhead_ipc::jail::Layer;
+use confinement::{CgroupChoice, LimitSpec, UidChoice};
+
 use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
+use super::confinement::process_names;
 
 /// The size of a page of the guest, in bytes.
 const PAGE: u64 = 4096;
@@ -88,6 +94,8 @@ pub struct MachineConfig {
     pub on_reboot: EndAction,
     /// What follows a panic.
     pub on_panic: EndAction,
+    /// What is said about the jail.
+    pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
 }
@@ -181,6 +189,22 @@ pub enum ConfigError {
         /// Its length in bytes.
         length: usize,
     },
+    /// A limit for a process that the machine does not have.
+    #[error("limit: this machine has no process '{name}'; it has {has}")]
+    NoSuchProcess {
+        /// What was given.
+        name: String,
+        /// What there is.
+        has: String,
+    },
+    /// A limit that cannot be.
+    #[error("limit of {process}: {reason}")]
+    Limit {
+        /// Which process.
+        process: String,
+        /// Why not.
+        reason: &'static str,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -211,6 +235,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         file: args.log_file.or(file.log_file),
     };
+    let confinement = confine(
+        (args.require, args.limits, args.uids, args.cgroup),
+        (file.require, file.limits, file.uids, file.cgroup),
+    );
     let serial = args.serial.or(file.serial).unwrap_or(StreamTarget::Stdio);
     let console = args.console.or(file.console).unwrap_or(StreamTarget::Off);
     check_streams(&serial, &console)?;
@@ -243,7 +271,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
-    Ok(MachineConfig {
+    let config = MachineConfig {
         name: check_name("name", name)?,
         kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
         initrd: args.initrd.or(file.initrd),
@@ -263,8 +291,43 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         liveness,
         on_reboot: args.on_reboot.or(file.on_reboot).unwrap_or(EndAction::Restart),
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
+        confinement,
         log,
-    })
+    };
+    check_limits(&config)?;
+    Ok(config)
+}
+
+/// The four options about the jail.
+type Confine = (Vec<Layer>, Vec<LimitSpec>, Option<UidChoice>, Option<CgroupChoice>);
+
+/// What either place requires is required; of two limits for one process the command line's counts.
+fn confine(args: Confine, file: Confine) -> ConfinementConfig {
+    let limits = file.1.into_iter().chain(args.1).map(|spec| (spec.process, spec.limits));
+    ConfinementConfig {
+        require: args.0.into_iter().chain(file.0).collect(),
+        limits: limits.collect(),
+        uids: args.2.or(file.2).unwrap_or_default(),
+        cgroup: args.3.or(file.3).unwrap_or_default(),
+    }
+}
+
+fn check_limits(config: &MachineConfig) -> Result<(), ConfigError> {
+    let names = process_names(config);
+    for (process, limits) in &config.confinement.limits {
+        if !names.contains(&process.as_str()) {
+            return Err(ConfigError::NoSuchProcess {
+                name: process.escape_debug().to_string(),
+                has: names.join(", "),
+            });
+        }
+        let disk = config.disks.iter().any(|disk| disk.id == *process);
+        let misplaced = (limits.has_io() && !disk).then_some("read and write are for disks");
+        if let Some(reason) = limits.impossible().or(misplaced) {
+            return Err(ConfigError::Limit { process: process.clone(), reason });
+        }
+    }
+    Ok(())
 }
 
 /// Adds the console that the guest has, where the user named none.

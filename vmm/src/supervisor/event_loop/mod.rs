@@ -6,6 +6,7 @@
 //! one is reaped the loop is left.
 
 mod cpus;
+mod early;
 mod hotplug;
 mod liveness;
 mod orders;
@@ -193,6 +194,8 @@ pub struct EventLoop<'a> {
     recoveries: Vec<Recovery>,
     /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
     /// What users asked for and has not been carried out.
     orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
@@ -229,6 +232,7 @@ impl<'a> EventLoop<'a> {
             processes,
             recoveries,
             heartbeat: Instant::now(),
+            early_look: Instant::now() + early::INTERVAL,
             orders: Vec::new(),
             peers: Vec::new(),
             changes: Vec::new(),
@@ -256,6 +260,7 @@ impl<'a> EventLoop<'a> {
             let deadlines = [
                 self.deadline(),
                 self.recovery_deadline(),
+                self.early_deadline(),
                 self.change_deadline(),
                 self.cpus.deadline(),
                 environment.server.deadline(),
@@ -274,6 +279,7 @@ impl<'a> EventLoop<'a> {
             self.recover(now);
             self.carry_out(now);
             self.cpus_late(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }

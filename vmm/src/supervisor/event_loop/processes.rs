@@ -18,7 +18,7 @@ use crate::supervisor::launch::advice;
 use crate::supervisor::logs::lines::escape;
 use crate::supervisor::notify::Notifier;
 use crate::supervisor::poller::{Event, Source};
-use crate::supervisor::process::{Process, Role, State, describe};
+use crate::supervisor::process::{Process, Role, State};
 
 /// Messages handled in one go, so that a process that floods its channel does not starve the rest.
 const MESSAGES_AT_ONCE: usize = 16;
@@ -339,12 +339,18 @@ impl EventLoop<'_> {
                 let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };
                 self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
             }
-            None => self.fail(ExitCode::Process, &format!("{id} (process {pid}) {}", describe(exit))),
+            None => {
+                let how = self.resources.confinement.describe(&id, pid, exit);
+                self.fail(ExitCode::Process, &format!("{id} (process {pid}) {how}"));
+            }
         }
     }
 
     fn note_death(&mut self, index: usize, exit: Exit, jail_error: Option<&JailError>) {
-        let why = jail_error.map_or_else(|| describe(exit), ToString::to_string);
+        let Some(process) = self.processes.get(index) else { return };
+        let (id, pid) = (&process.id, process.jailed.pid());
+        let how = || self.resources.confinement.describe(id, pid, exit);
+        let why = jail_error.map_or_else(how, ToString::to_string);
         self.note(EventKind::Death, Some(index), |entry| {
             entry.reason = Some(why);
             match exit {
@@ -372,9 +378,10 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
+        // While the thread has a name.
+        let text = describe_violation(&process.id, &violation);
         // Not later: nothing the process does from here on is wanted.
         let _gone = process.kill();
-        let text = describe_violation(&process.id, &violation);
         self.condemn(index, EventKind::Violation, &text);
     }
 
@@ -396,7 +403,8 @@ impl EventLoop<'_> {
     }
 }
 
-fn describe_violation(id: &str, violation: &Violation) -> String {
+/// With the name of the thread, while it is there.
+pub(super) fn describe_violation(id: &str, violation: &Violation) -> String {
     let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
     format!("{id} was killed: {violation} (the thread's name: {comm})")

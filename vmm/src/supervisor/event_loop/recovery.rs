@@ -24,7 +24,7 @@ use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::RestartPolicy;
 use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::launch::{advice, relaunch};
-use crate::supervisor::process::{Role, State, describe};
+use crate::supervisor::process::{Role, State};
 use crate::supervisor::programs::DeviceProgram;
 
 /// For a process that the core has given up to end by itself: how it ends says more than that it was killed.
@@ -263,7 +263,9 @@ impl EventLoop<'_> {
                 recovery.stage = Stage::Unexplained(Instant::now() + WORD_DEADLINE);
                 return;
             }
-            (None, _, exit) => format!("{id} (process {pid}) {}", describe(exit)),
+            (None, _, exit) => {
+                format!("{id} (process {pid}) {}", self.resources.confinement.describe(id, pid, exit))
+            }
         };
         self.schedule(index, &text);
     }
