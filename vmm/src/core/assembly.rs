@@ -3,16 +3,16 @@
 //! Two things take time and wait on others: KVM, and the device processes, which are still starting. They go on side by
 //! side, each on a thread; what needs both comes after.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
+use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd, Processors};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
-use nix::sys::timerfd::TimerFd;
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
@@ -21,7 +21,7 @@ use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
 use crate::machine::{IsaDevice, Machine};
 use crate::virtio::VirtioPci;
 
@@ -30,16 +30,16 @@ const GREETER_STACK: usize = 256 * 1024;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
-    pub machine: Arc<Machine>,
+    /// Its `vm` lives as long as the vCPUs run.
+    pub platform: Platform,
+    pub ram: GuestRam,
     pub vcpus: VcpuThreads,
-    pub virtio: Vec<Arc<VirtioPci>>,
+    /// By slot.
+    pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub reports: Arc<Reports>,
-    pub timer: Arc<TimerFd>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
-    /// Lives as long as the vCPUs run.
-    _vm: Vm,
 }
 
 impl Core {
@@ -56,29 +56,28 @@ impl Core {
             ram.refuse_huge_pages();
         }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start.processors, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
-        let Platform { vm, machine, gate, timer, .. } = platform;
-        boot(&machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
+        boot(&platform.machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
-        held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
+        held.extend(platform.vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
-        held.extend(virtio.iter().flat_map(|device| device.descriptors()));
+        held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        held.push(timer.as_fd().as_raw_fd());
-        let vcpus = spawn(vcpus, gate, &reports)?;
+        held.push(platform.timer.as_fd().as_raw_fd());
+        let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
         if start.huge_pages {
             huge_pages::watch(&ram)?;
         }
-        Ok(Self { machine, vcpus, virtio, registers, reports, timer, descriptors: held, _vm: vm })
+        Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }
 
 impl Core {
     /// The virtio device of this name.
     pub(super) fn virtio(&self, id: &str) -> Option<&VirtioPci> {
-        self.virtio.iter().find(|device| device.id() == id).map(|device| &**device)
+        self.virtio.values().find(|device| device.id() == id).map(|device| &**device)
     }
 
     /// The register device of this name.
@@ -91,7 +90,7 @@ impl Core {
 fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
-    cpus: u8,
+    processors: &Processors,
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -101,7 +100,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(links, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, cpus, reports);
+        let platform = Platform::create(kvm, ram, processors, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -148,7 +147,12 @@ fn boot(
     Ok(())
 }
 
-fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(
+    vcpus: Vec<Vcpu>,
+    gate: Arc<Gate>,
+    present: u8,
+    reports: &Arc<Reports>,
+) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -160,5 +164,5 @@ fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<Vc
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, gate, prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, gate, present.into(), prepare, on_stop)?)
 }

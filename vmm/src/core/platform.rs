@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
@@ -25,18 +26,23 @@ pub(super) struct Platform {
 }
 
 impl Platform {
-    /// Creates the virtual machine with `cpus` vCPUs.
+    /// Creates the virtual machine with all vCPUs that it may have.
     pub(super) fn create(
         kvm: OwnedFd,
         ram: &GuestRam,
-        cpus: u8,
+        processors: &Processors,
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
-        let vm = Vm::create(kvm, ram, cpus)?;
+        let vm = Vm::create(kvm, ram)?;
         let interrupts = Arc::new(Interrupts::new(&vm));
         let doorbells = Arc::new(Doorbells::new(&vm));
-        let supported = vm.supported_cpuid()?;
-        let config = MachineConfig { cpus, address_bits: address_bits(&supported), firmware: Vec::new() };
+        let Processors { present, apic_ids, .. } = processors;
+        let config = MachineConfig {
+            cpus: *present,
+            apic_ids: apic_ids.clone(),
+            address_bits: address_bits(processors),
+            firmware: Vec::new(),
+        };
         let gate = Arc::new(Gate::default());
         let memory = MemorySlots::new(&vm, gate.clone());
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
@@ -49,8 +55,9 @@ impl Platform {
         machine.shadow_ram();
         vm.create_chips()?;
         interrupts.connect_lines()?;
-        let vcpus = (0..cpus)
-            .map(|id| Vcpu::create(&vm, &supported, id, machine.clone()))
+        let vcpus = apic_ids
+            .iter()
+            .map(|id| Vcpu::create(&vm, processors, *id, machine.clone()))
             .collect::<Result<_, _>>()?;
         Ok((Self { vm, interrupts, doorbells, machine, gate, timer }, vcpus))
     }

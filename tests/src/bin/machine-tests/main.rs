@@ -10,6 +10,7 @@
 mod bare;
 mod boot;
 mod disk;
+mod hotplug;
 mod jail;
 mod lifecycle;
 mod limits;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         bare::cases(),
         serial::cases(),
         refusals::cases(),
+        hotplug::cases(),
         restart::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

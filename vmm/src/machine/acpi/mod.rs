@@ -4,6 +4,7 @@
 
 mod dsdt;
 mod fadt;
+mod hotplug;
 mod madt;
 
 #[cfg(test)]
@@ -55,6 +56,7 @@ impl Machine {
     pub fn acpi_tables(&self) -> AcpiTables {
         let platform = dsdt::Platform {
             cpus: self.config.cpus,
+            apic_ids: &self.config.apic_ids,
             high_window: high_window(&self.config, self.ram.end()),
             serial: self.isa.decodes(0x3F8),
         };
@@ -62,7 +64,7 @@ impl Machine {
         let facs = placed.add(&bytes(&FACS::new()));
         let dsdt = placed.add(&dsdt::table(&platform));
         let fadt = placed.add(&bytes(&fadt::table(facs, dsdt)));
-        let madt = placed.add(&madt::table(self.config.cpus));
+        let madt = placed.add(&madt::table(self.config.cpus, &self.config.apic_ids));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt.into());
         xsdt.add_entry(madt.into());

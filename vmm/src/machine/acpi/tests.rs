@@ -8,7 +8,7 @@ use super::*;
 
 fn tables(cpus: u8) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
-    let config = MachineConfig { cpus, address_bits: 40, firmware: Vec::new() };
+    let config = MachineConfig::new(cpus, 40);
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
     machine.acpi_tables()
 }
@@ -97,7 +97,7 @@ fn fixed_hardware_is_where_the_machine_has_it() {
 
 #[test]
 fn tables_of_the_largest_machine_fit_below_one_mib() {
-    let tables = tables(254);
+    let tables = tables(255);
     assert!(tables.address + tables.blob.len() as u64 <= 1 << 20);
     assert_eq!(tables.rsdp % 16, 0);
 }
@@ -106,7 +106,7 @@ fn tables_of_the_largest_machine_fit_below_one_mib() {
 fn serial_port_is_described_only_when_it_is_there() {
     let find = |blob: &[u8]| blob.windows(4).any(|name| name == b"COM1");
     assert!(!find(&tables(1).blob));
-    let platform = dsdt::Platform { cpus: 1, high_window: None, serial: true };
+    let platform = dsdt::Platform { cpus: 1, apic_ids: &[0], high_window: None, serial: true };
     assert!(find(&dsdt::table(&platform)));
 }
 
@@ -135,6 +135,10 @@ fn iasl_accepts_every_table() {
     assert_eq!(complaints("madt", listed(&tables)[1]), "");
     let facs = &at(&tables, u32_at(fadt, 36).into())[..64];
     assert_eq!(complaints("facs", facs), "");
-    let platform = dsdt::Platform { cpus: 254, high_window: Some((1 << 32, (1 << 36) - 1)), serial: true };
-    assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
+    let apic_ids: Vec<u8> = (0..255).collect();
+    for cpus in [2, 255] {
+        let high_window = Some((1 << 32, (1 << 36) - 1));
+        let platform = dsdt::Platform { cpus, apic_ids: &apic_ids, high_window, serial: true };
+        assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
+    }
 }

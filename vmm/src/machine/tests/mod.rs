@@ -2,6 +2,7 @@
 
 mod flat_view;
 mod hostile;
+mod hotplug;
 mod interrupts;
 mod memory_map;
 mod platform;
@@ -30,8 +31,8 @@ fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
 fn machine_with(cpus: u8, firmware: Vec<Arc<dyn MemoryChip>>) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
-    let machine =
-        Machine::new(MachineConfig { cpus, address_bits: 40, firmware }, ram, host.clone()).unwrap();
+    let config = MachineConfig { firmware, ..MachineConfig::new(cpus, 40) };
+    let machine = Machine::new(config, ram, host.clone()).unwrap();
     (host, machine)
 }
 

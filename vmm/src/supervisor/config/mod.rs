@@ -2,6 +2,7 @@
 //! checked without opening a host resource.
 
 pub mod confinement;
+pub mod cpus;
 pub mod disk;
 pub mod file;
 pub mod liveness;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use std::process;
 
 pub use confinement::ConfinementConfig;
+pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use liveness::Liveness;
 use nearest::hint;
@@ -33,8 +35,6 @@ use super::confinement::process_names;
 const PAGE: u64 = 4096;
 /// The least memory that a PC with a kernel at 1 MiB can do with, in bytes.
 const MIN_MEMORY: u64 = 2 << 20;
-/// APIC ids are 8 bits wide and 255 is the broadcast address.
-const MAX_CPUS: u32 = 254;
 /// Slots of PCI bus 0 behind host bridge and PIIX (2 to 31).
 const MAX_VIRTIO_DEVICES: usize = 30;
 /// `sun_path` without its terminating zero, in bytes (`unix(7)`).
@@ -66,8 +66,12 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
-    /// Number of virtual CPUs, 1 to 254.
+    /// Number of virtual CPUs at the start.
     pub cpus: u8,
+    /// All that there may be, and how they sit together.
+    pub topology: Topology,
+    /// `host`, or a model that the processors are reduced to.
+    pub cpu_model: String,
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory: u64,
     /// Whether guest memory in use becomes huge pages.
@@ -129,12 +133,9 @@ pub enum ConfigError {
     /// No kernel.
     #[error("no kernel: name one with --kernel FILE or the key 'kernel' of the configuration file")]
     NoKernel,
-    /// No CPUs at all.
-    #[error("cpus: 0 is not possible; a machine has at least 1 CPU")]
-    NoCpus,
-    /// More CPUs than the platform can have.
-    #[error("cpus: {0} is too many; this machine type has at most {MAX_CPUS}")]
-    TooManyCpus(u32),
+    /// CPUs that make no machine.
+    #[error(transparent)]
+    Cpus(#[from] CpuSpecError),
     /// Memory that does not consist of pages.
     #[error("memory: {0} bytes is not a multiple of a page (4 KiB){hint}", hint = unit_hint(*.0))]
     MemoryNotPages(u64),
@@ -269,13 +270,16 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
+    let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
         name: check_name("name", name)?,
         kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
         initrd: args.initrd.or(file.initrd),
         cmdline,
         cmdline_added,
-        cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
+        cpus,
+        topology,
+        cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
@@ -359,14 +363,6 @@ fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), Co
         }
     }
     Ok(())
-}
-
-fn check_cpus(cpus: u32) -> Result<u8, ConfigError> {
-    match u8::try_from(cpus) {
-        Ok(0) => Err(ConfigError::NoCpus),
-        Ok(count) if cpus <= MAX_CPUS => Ok(count),
-        _ => Err(ConfigError::TooManyCpus(cpus)),
-    }
 }
 
 fn check_memory(bytes: u64) -> Result<u64, ConfigError> {

@@ -32,6 +32,10 @@ pub(super) enum Message {
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
     DeviceReplaced { id: String },
+    DeviceAdded { id: String },
+    DeviceRefused { id: String, reason: String },
+    DeviceRemoved { id: String },
+    CpuRemoved { index: u8 },
     Alive(Progress),
     Failed(String),
     Left(Left),
@@ -45,6 +49,10 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::Ended(end), _) => Message::Ended(end),
             (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
             (FromCore::DeviceReplaced { id }, _) => Message::DeviceReplaced { id },
+            (FromCore::DeviceAdded { id }, _) => Message::DeviceAdded { id },
+            (FromCore::DeviceRefused { id, reason }, _) => Message::DeviceRefused { id, reason },
+            (FromCore::DeviceRemoved { id }, _) => Message::DeviceRemoved { id },
+            (FromCore::CpuRemoved { index }, _) => Message::CpuRemoved { index },
             (FromCore::Alive, _) => Message::Alive(Progress::Fine),
         }
     } else {
@@ -131,6 +139,10 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
+            Message::DeviceAdded { id } => self.device_added(&id),
+            Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
+            Message::DeviceRemoved { id } => self.device_removed(&id),
+            Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
@@ -193,7 +205,7 @@ impl EventLoop<'_> {
             self.say(LogLevel::Info, &text);
             self.take_terminal();
             heap::trim();
-        } else {
+        } else if !self.added_is_ready(id) {
             self.hand_to_core(index, id);
         }
     }
@@ -293,6 +305,9 @@ impl EventLoop<'_> {
         poller.remove(&process.log);
         process.listeners.iter().for_each(|listener| poller.remove(listener));
         self.note_death(index, exit, jail_error.as_ref());
+        if self.ends_with_change(index) {
+            return;
+        }
         if self.replaceable(index) {
             self.lost(index, exit, jail_error);
             return;
