@@ -95,7 +95,7 @@ impl PciFunction for Function {
 /// A machine with three functions on its bus, BARs placed.
 pub fn new_machine() -> Option<(GuestRam, Arc<Machine>)> {
     let ram = GuestRam::create(RAM).ok()?;
-    let config = MachineConfig { cpus: 2, address_bits: 40, firmware: Vec::new() };
+    let config = MachineConfig::new(2, 40);
     let machine = Machine::new(config, ram.clone(), Arc::new(Clock::default())).ok()?;
     for slot in 2..5 {
         machine.attach_pci(slot, Function::new()?).ok()?;

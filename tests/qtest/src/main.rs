@@ -48,7 +48,7 @@ fn run(words: &[String]) -> Result<(), String> {
     }
     let ram = GuestRam::create(options.memory).map_err(|error| error.to_string())?;
     let host = Arc::new(VirtualHost::new(options.wall_clock));
-    let config = MachineConfig { cpus: options.cpus, address_bits: ADDRESS_BITS, firmware: Vec::new() };
+    let config = MachineConfig::new(options.cpus, ADDRESS_BITS);
     let machine = Machine::new(config, ram, host.clone()).map_err(|error| error.to_string())?;
     EventLoop::open(&options)?.run(&mut Server::new(machine, host), &options)
 }
