@@ -44,11 +44,8 @@ pub struct Kind {
 }
 
 /// The core.
-pub const CORE: Kind = Kind {
-    name: "core",
-    main: PolicyName::CoreMain,
-    others: &[(PolicyName::CoreVcpu, "vcpu0"), (PolicyName::CoreHugePages, "huge-pages")],
-};
+pub const CORE: Kind =
+    Kind { name: "core", main: PolicyName::CoreMain, others: &[(PolicyName::CoreVcpu, "vcpu0")] };
 
 /// The devices.
 pub const DEVICES: [Kind; 4] = [

@@ -74,7 +74,7 @@ pub struct CoreStart {
     pub processors: Processors,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
-    /// Whether guest RAM in use becomes huge pages.
+    /// Whether huge pages may back guest RAM.
     pub huge_pages: bool,
     /// Kernel command line.
     pub cmdline: String,

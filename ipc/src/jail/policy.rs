@@ -14,8 +14,6 @@ pub enum PolicyName {
     CoreMain,
     /// Core: a vCPU.
     CoreVcpu,
-    /// Core: the thread that makes huge pages of guest RAM.
-    CoreHugePages,
     /// virtio-blk: control channel and vhost-user messages.
     BlkMain,
     /// virtio-blk: a set of queues.
@@ -34,10 +32,9 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 9] = [
         Self::CoreMain,
         Self::CoreVcpu,
-        Self::CoreHugePages,
         Self::BlkMain,
         Self::BlkQueue,
         Self::RngMain,
@@ -72,7 +69,6 @@ impl PolicyName {
         match self {
             Self::CoreMain => CORE_MAIN,
             Self::CoreVcpu => CORE_VCPU,
-            Self::CoreHugePages => CORE_HUGE_PAGES,
             Self::BlkMain => BLK_MAIN,
             Self::BlkQueue => BLK_QUEUE,
             Self::RngMain => RNG_MAIN,

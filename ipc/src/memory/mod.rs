@@ -31,7 +31,7 @@ pub use attach::SharedRegion;
 pub use dirty::{DirtySlice, RegionBitmap};
 pub use error::MemoryError;
 pub use harvest::{DirtyPages, DirtyRegion};
-pub use huge::{HUGE_PAGE_SIZE, HugePages};
+pub use huge::HUGE_PAGE_SIZE;
 pub use layout::{HOLE_END, HOLE_START, RegionLayout, layout};
 pub use lent::{LentBuffer, LentVector};
 pub use log::DirtyLog;

@@ -80,11 +80,10 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 11] = files![
+const FILES: [(&str, &str); 10] = files![
     "common",
     "core-main",
     "core-vcpu",
-    "core-huge-pages",
     "blk-main",
     "blk-queue",
     "rng-main",

@@ -16,7 +16,6 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
-use super::huge_pages;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -67,9 +66,6 @@ impl Core {
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(platform.timer.as_fd().as_raw_fd());
         let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
-        if start.huge_pages {
-            huge_pages::watch(&ram)?;
-        }
         Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }

@@ -4,14 +4,12 @@
 //! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
-//! - `huge_pages`: makes huge pages of guest RAM in use;
 //! - `event_loop`: the main thread while the machine runs.
 
 mod assembly;
 mod devices;
 mod event_loop;
 mod host;
-mod huge_pages;
 mod platform;
 pub mod register_device;
 mod reports;

@@ -146,7 +146,7 @@ pub struct RunArgs {
     /// Guest memory, such as 512M or 1G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
-    /// Huge pages for guest memory as it comes into use [default: on]
+    /// Huge pages for guest memory: for what is loaded at the start, and wherever the host gives them to shared memory [default: on]
     #[arg(long, value_name = "on|off")]
     pub thp: Option<Switch>,
     /// Raw images and block devices.

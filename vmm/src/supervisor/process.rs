@@ -48,7 +48,6 @@ impl Role {
     pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
         match (self, thread) {
             (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
-            (Self::Core | Self::Supervisor, Some("huge-pages")) => PolicyName::CoreHugePages,
             (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
             (Self::Blk, None) => PolicyName::BlkMain,
             (Self::Blk, Some(_)) => PolicyName::BlkQueue,

@@ -74,7 +74,7 @@ pub struct MachineConfig {
     pub cpu_model: String,
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory: u64,
-    /// Whether guest memory in use becomes huge pages.
+    /// Whether huge pages may back guest memory.
     pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
