@@ -51,16 +51,50 @@ pub struct CoreStart {
     pub cpus: u8,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
-    /// Kernel command line.
-    pub cmdline: String,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// Kernel image, bzImage or ELF.
-    pub kernel: FdIndex,
-    /// Initial RAM file system.
-    pub initrd: Option<FdIndex>,
+    /// What the first CPU runs.
+    pub boot: Boot,
+    /// The generation id: no other run of a machine has it.
+    pub generation: [u8; 16],
+    /// There is a port by which a test in the guest ends the machine.
+    pub debug_exit: bool,
     /// One link for each device process.
     pub devices: Vec<DeviceLink>,
+}
+
+/// What the first CPU runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Boot {
+    /// A kernel.
+    Kernel {
+        /// Kernel image: bzImage, ELF with a PVH note, or multiboot.
+        kernel: FdIndex,
+        /// Initial RAM file system.
+        initrd: Option<FdIndex>,
+        /// Kernel command line.
+        cmdline: String,
+        /// SMBIOS entry point and tables, as they lie at F0000.
+        smbios: Vec<u8>,
+    },
+    /// The reset vector in a ROM.
+    Firmware {
+        /// The image; its end is the end of the first 4 GiB.
+        image: FdIndex,
+        /// Files for the firmware.
+        files: Vec<FirmwareFile>,
+        /// The firmware shall offer its boot menu.
+        menu: bool,
+    },
+}
+
+/// A file that firmware finds in fw_cfg.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirmwareFile {
+    /// At most 55 bytes.
+    pub name: String,
+    /// What is in it.
+    pub contents: Vec<u8>,
 }
 
 /// A stream to a device process.
@@ -119,6 +153,8 @@ pub enum MachineEnd {
     Reset,
     /// The guest reported a panic.
     Panicked,
+    /// The guest wrote this to the debug exit port.
+    DebugExit(u8),
     /// Nothing was started: what the user gave makes no machine.
     BadInput {
         /// What of it.
@@ -135,6 +171,8 @@ pub enum MachineEnd {
 pub enum Input {
     /// The kernel image.
     Kernel,
+    /// The firmware image.
+    Firmware,
     /// The initial RAM file system.
     Initrd,
     /// A number or text of the configuration, which the sentence names.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
 
@@ -25,6 +25,9 @@ use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
 const GREETER_STACK: usize = 256 * 1024;
+
+/// Where kernels look for the entry point of SMBIOS in a direct boot, at the first address.
+const SMBIOS: u64 = 0xF_0000;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
@@ -47,13 +50,22 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
+        let Resources { image, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
         let Platform { vm, machine, .. } = platform;
-        boot(&machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
+        match start.boot {
+            Boot::Kernel { cmdline, smbios, .. } => {
+                place(&ram, SMBIOS, &smbios)?;
+                boot(&machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
+            }
+            Boot::Firmware { files, menu, .. } => {
+                machine
+                    .serve_firmware(files.into_iter().map(|file| (file.name, file.contents)).collect(), menu);
+            }
+        }
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
         held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
@@ -81,7 +93,7 @@ impl Core {
 fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
-    cpus: u8,
+    start: &CoreStart,
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -91,7 +103,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(links, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, cpus, reports);
+        let platform = Platform::create(kvm, ram, start, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -101,21 +113,26 @@ fn side_by_side(
 
 /// What the start message brought, descriptors in place of their indices.
 struct Resources {
-    kernel: File,
+    /// Kernel or firmware.
+    image: File,
     initrd: Option<File>,
     devices: Vec<(DeviceLink, UnixStream)>,
 }
 
 impl Resources {
     fn take(start: &CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
-        let kernel = descriptors.take(start.kernel)?.into();
-        let initrd = start.initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
+        let (image, initrd) = match start.boot {
+            Boot::Kernel { kernel, initrd, .. } => (kernel, initrd),
+            Boot::Firmware { image, .. } => (image, None),
+        };
+        let image = descriptors.take(image)?.into();
+        let initrd = initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
         let mut devices = Vec::with_capacity(start.devices.len());
         for link in &start.devices {
             devices.push((link.clone(), UnixStream::from(descriptors.take(link.socket)?)));
         }
         descriptors.finish()?;
-        Ok(Self { kernel, initrd, devices })
+        Ok(Self { image, initrd, devices })
     }
 }
 
@@ -130,12 +147,16 @@ fn boot(
 ) -> Result<(), CoreError> {
     machine.assign_resources();
     let tables = machine.acpi_tables();
-    let length = u64::try_from(tables.blob.len()).unwrap_or(u64::MAX);
-    ram.view(tables.address, length, Direction::Write)?.write_bytes(0, &tables.blob)?;
+    place(ram, tables.address, &tables.blob)?;
     let source = BootSource { kernel, initrd, command_line, rsdp: Some(tables.rsdp), reserved: &[] };
     let entry = load_kernel(ram, &source)?;
     vcpus.first().map_or(Ok(()), |boot_processor| boot_processor.enter_at(&entry))?;
     Ok(())
+}
+
+fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {
+    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    Ok(ram.view(address, length, Direction::Write)?.write_bytes(0, bytes)?)
 }
 
 fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bulkhead_ipc::channel::message::CoreStart;
 use bulkhead_ipc::memory::GuestRam;
 
 use super::CoreError;
@@ -20,18 +21,20 @@ pub(super) struct Platform {
 }
 
 impl Platform {
-    /// Creates the virtual machine with `cpus` vCPUs.
+    /// Creates the virtual machine that `start` describes.
     pub(super) fn create(
         kvm: OwnedFd,
         ram: &GuestRam,
-        cpus: u8,
+        start: &CoreStart,
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
+        let CoreStart { cpus, generation, debug_exit, .. } = *start;
         let vm = Vm::create(kvm, ram, cpus)?;
         let interrupts = Arc::new(Interrupts::new(&vm)?);
         let doorbells = Arc::new(Doorbells::new(&vm));
         let supported = vm.supported_cpuid()?;
-        let config = MachineConfig { cpus, address_bits: address_bits(&supported) };
+        let address_bits = address_bits(&supported);
+        let config = MachineConfig { cpus, address_bits, generation, debug_exit };
         let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         let vcpus = (0..cpus)

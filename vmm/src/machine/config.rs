@@ -9,6 +9,10 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
+    /// The generation id: 128 bits that no other run of a machine has.
+    pub generation: [u8; 16],
+    /// There is a debug exit port.
+    pub debug_exit: bool,
 }
 
 /// A configuration that makes no machine.

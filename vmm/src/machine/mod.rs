@@ -41,7 +41,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugExit, DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use pci::{InterruptPin, PciFunction};
 use pci::{PciBus, Pin, SlotFunction};
@@ -63,6 +63,7 @@ pub struct Machine {
     root: I440Fx,
     isa: Arc<IsaBus>,
     pm: Arc<Piix4Pm>,
+    fw_cfg: Arc<FwCfg>,
     router: Arc<InterruptRouter>,
     topology: Arc<Topology>,
     view: ArcSwap<FlatView>,
@@ -96,7 +97,8 @@ impl Machine {
             .regions()
             .map(|region| MemoryRange { address: region.guest_address, length: region.size })
             .collect();
-        attach_isa_devices(&isa, &config, &ram, &memory, &host)?;
+        let fw_cfg = Arc::new(FwCfg::new(ram.clone(), config.cpus, &memory));
+        attach_isa_devices(&isa, &config, fw_cfg.clone(), &memory, &host)?;
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
@@ -108,6 +110,7 @@ impl Machine {
             root,
             isa,
             pm,
+            fw_cfg,
             router,
             topology,
             view: ArcSwap::default(),
@@ -318,6 +321,17 @@ impl Machine {
         self.follow_topology();
     }
 
+    /// Gives firmware these files and the ACPI tables. Called once, when every device is in its place.
+    pub fn serve_firmware(self: &Arc<Self>, files: Vec<(String, Vec<u8>)>, boot_menu: bool) {
+        let machine = Arc::downgrade(self);
+        // Nobody selects anything in a machine that is gone.
+        let tables = move || machine.upgrade().map(|machine| machine.firmware_tables()).unwrap_or_default();
+        self.fw_cfg.add_files(files, Box::new(tables));
+        if boot_menu {
+            self.fw_cfg.offer_boot_menu();
+        }
+    }
+
     /// The power button was pressed and released.
     pub fn press_power_button(&self) {
         self.pm.press_power_button();
@@ -332,7 +346,7 @@ fn port(offset: u64) -> u16 {
 fn attach_isa_devices(
     isa: &IsaBus,
     config: &MachineConfig,
-    ram: &GuestRam,
+    fw_cfg: Arc<FwCfg>,
     memory: &[MemoryRange],
     host: &Arc<dyn Host>,
 ) -> Result<(), BuildError> {
@@ -344,13 +358,16 @@ fn attach_isa_devices(
         Arc::new(Rtc::new(host.clone(), size(false), size(true), config.cpus)),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
-        Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
+        fw_cfg,
         Arc::new(DebugPort::new()),
         Arc::new(PostPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {
         isa.attach(device)?;
+    }
+    if config.debug_exit {
+        isa.attach(Arc::new(DebugExit(host.clone())))?;
     }
     Ok(())
 }

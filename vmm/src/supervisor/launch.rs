@@ -4,13 +4,13 @@
 //! `Start` message in its control channel when it gets there. READY and failures arrive in the event loop.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, LinkKind, RngConfig, ToCore,
-    ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, LinkKind, RngConfig,
+    ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
@@ -23,9 +23,11 @@ use thiserror::Error;
 
 use super::cli::LogLevel;
 use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
+use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::resources::{Disk, Resources, Stream};
+use super::smbios::Tables;
 use super::terminal;
 
 /// Device types of the virtio specification, section 5.
@@ -40,6 +42,9 @@ const INFLIGHT_AREA: u64 = 1 << 20;
 const MAX_BLK_QUEUES: u8 = 8;
 /// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
 const BLK_SERIAL: usize = 20;
+
+/// Where kernels look for SMBIOS: the core puts it there when it starts a kernel.
+const SMBIOS: u32 = 0xF_0000;
 
 /// Why a process could not be created.
 #[derive(Debug, Error)]
@@ -243,10 +248,10 @@ fn start_core(
         enforcement: Enforcement::Supervised,
         cpus: config.cpus,
         memory_bytes: config.memory,
-        cmdline: config.cmdline.clone(),
         kvm: fds.add(&resources.kvm),
-        kernel: fds.add(&resources.kernel),
-        initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
+        boot: boot(config, resources, &mut fds),
+        generation: generation().map_err(|source| LaunchError::Io { id: CORE.to_owned(), source })?,
+        debug_exit: config.debug_exit,
         devices: plans
             .iter()
             .zip(links)
@@ -272,6 +277,31 @@ fn start_core(
     let program =
         Program { file: &resources.core_program, null: &resources.null, arguments: &[title], limits };
     program.start(CORE, Role::Core, &start, &fds)
+}
+
+/// What the first CPU runs.
+fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>) -> Boot {
+    let image = fds.add(&resources.image);
+    match &config.firmware {
+        Some(firmware) => {
+            Boot::Firmware { image, files: firmware::files(config, firmware), menu: firmware.menu }
+        }
+        None => Boot::Kernel {
+            kernel: image,
+            initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
+            cmdline: config.cmdline.clone(),
+            smbios: Tables::new(config, true).placed(SMBIOS),
+        },
+    }
+}
+
+/// 128 bits that no other machine has: a UUID of version 4.
+fn generation() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut id)?;
+    let [.., version, _, variant, _, _, _, _, _, _, _] = &mut id;
+    (*version, *variant) = (*version & 0x0F | 0x40, *variant & 0x3F | 0x80);
+    Ok(id)
 }
 
 /// A program to be started in a jail.

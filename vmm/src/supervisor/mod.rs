@@ -11,6 +11,7 @@ pub mod console;
 pub mod doctor;
 pub mod event_loop;
 pub mod exit_code;
+mod firmware;
 pub mod heap;
 pub mod launch;
 pub mod logs;
@@ -20,6 +21,7 @@ pub mod process;
 pub mod ps;
 pub mod resources;
 pub mod run;
+mod smbios;
 pub mod stop;
 pub mod terminal;
 

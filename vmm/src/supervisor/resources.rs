@@ -21,6 +21,9 @@ use super::doctor::kvm::{self, KvmError};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
+/// Sizes of firmware, in bytes: the unit is a page.
+const FIRMWARE_UNIT: u64 = 4 << 10;
+const MOST_FIRMWARE: u64 = 8 << 20;
 /// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
@@ -67,6 +70,14 @@ pub enum ResourceError {
         /// The disk.
         id: String,
         /// Its image.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
+    /// Firmware that can be none.
+    #[error("firmware: '{path}' has {size} bytes; an image has whole pages of 4 KiB, at least one and at most 8 MiB: is it the right file?", path = path.display())]
+    FirmwareSize {
+        /// The image.
         path: PathBuf,
         /// Size in bytes.
         size: u64,
@@ -154,8 +165,8 @@ pub struct Disk {
 pub struct Resources {
     /// `/dev/kvm`.
     pub kvm: File,
-    /// The kernel image.
-    pub kernel: File,
+    /// The kernel or firmware image.
+    pub image: File,
     /// The initial RAM file system.
     pub initrd: Option<File>,
     /// The disks in the order of their slots.
@@ -181,7 +192,10 @@ impl Resources {
         if config.memory > have {
             return Err(ResourceError::Memory { wanted: config.memory, have });
         }
-        let kernel = open_regular("kernel", &config.kernel)?;
+        let image = match (&config.kernel, &config.firmware) {
+            (_, Some(firmware)) => open_firmware(&firmware.image)?,
+            (kernel, None) => open_regular("kernel", kernel.as_deref().unwrap_or(Path::new("")))?,
+        };
         let initrd = config.initrd.as_deref().map(|path| open_regular("initrd", path)).transpose()?;
         let mut disks: Vec<Disk> = Vec::with_capacity(config.disks.len());
         for disk in &config.disks {
@@ -191,7 +205,7 @@ impl Resources {
         kvm::check(&kvm, config.cpus)?;
         Ok(Self {
             kvm,
-            kernel,
+            image,
             initrd,
             disks,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
@@ -265,6 +279,16 @@ fn open_regular(field: &str, path: &Path) -> Result<File, ResourceError> {
             wanted,
         })
     }
+}
+
+/// Opens a firmware image: whole pages, small enough to lie below 4 GiB and above the APICs.
+fn open_firmware(path: &Path) -> Result<File, ResourceError> {
+    let file = open_regular("firmware", path)?;
+    let size = file.metadata().map_err(|error| open_error("firmware", path, &error))?.len();
+    if size == 0 || size > MOST_FIRMWARE || !size.is_multiple_of(FIRMWARE_UNIT) {
+        return Err(ResourceError::FirmwareSize { path: path.to_owned(), size });
+    }
+    Ok(file)
 }
 
 fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {
@@ -362,6 +386,11 @@ fn open_program(name: &str) -> Result<OwnedFd, ResourceError> {
 /// Opens the log file for appending.
 pub fn open_log(path: &Path) -> Result<File, ResourceError> {
     append("log-file", path)
+}
+
+/// Opens the file for the debug port's output, for appending.
+pub fn open_debug_port(path: &Path) -> Result<File, ResourceError> {
+    append("debug-port", path)
 }
 
 fn append(field: &str, path: &Path) -> Result<File, ResourceError> {

@@ -8,9 +8,14 @@ use super::*;
 
 fn tables(cpus: u8) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
-    let config = MachineConfig { cpus, address_bits: 40 };
+    let config = MachineConfig { cpus, address_bits: 40, generation: [7; 16], debug_exit: true };
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
+    machine.assign_resources();
     machine.acpi_tables()
+}
+
+fn platform(cpus: u8, high_window: Option<(u64, u64)>) -> dsdt::Platform {
+    dsdt::Platform { cpus, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
 }
 
 fn at(tables: &AcpiTables, address: u64) -> &[u8] {
@@ -106,7 +111,7 @@ fn tables_of_the_largest_machine_fit_below_one_mib() {
 fn serial_port_is_described_only_when_it_is_there() {
     let find = |blob: &[u8]| blob.windows(4).any(|name| name == b"COM1");
     assert!(!find(&tables(1).blob));
-    let platform = dsdt::Platform { cpus: 1, high_window: None, serial: true };
+    let platform = platform(1, None);
     assert!(find(&dsdt::table(&platform)));
 }
 
@@ -135,6 +140,6 @@ fn iasl_accepts_every_table() {
     assert_eq!(complaints("madt", listed(&tables)[1]), "");
     let facs = &at(&tables, u32_at(fadt, 36).into())[..64];
     assert_eq!(complaints("facs", facs), "");
-    let platform = dsdt::Platform { cpus: 254, high_window: Some((1 << 32, (1 << 36) - 1)), serial: true };
+    let platform = platform(254, Some((1 << 32, (1 << 36) - 1)));
     assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
 }

@@ -11,8 +11,8 @@ mod rtc;
 
 pub(super) use bus::IsaBus;
 pub use bus::{IrqLine, IsaDevice, PortRange};
-pub(super) use debug_port::{DebugPort, PostPort};
-pub(super) use fw_cfg::{FwCfg, MemoryRange};
+pub(super) use debug_port::{DebugExit, DebugPort, PostPort};
+pub(super) use fw_cfg::{FirmwareTables, FwCfg, GENERATION_ADDRESS, MemoryRange};
 pub(super) use i8042::I8042;
 pub(super) use port92::Port92;
 pub(super) use pvpanic::{PORT as PVPANIC_PORT, PvPanic};

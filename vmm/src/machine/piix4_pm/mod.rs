@@ -106,6 +106,11 @@ impl Piix4Pm {
         Ok(Self { config: builder.build(), host, sci, state: Mutex::default() })
     }
 
+    /// Where the register block is, whether or not it is decoded.
+    pub(super) fn block(&self) -> u16 {
+        self.config.get_u16(PMBASE) & 0xFFC0
+    }
+
     /// The power button was pressed and released.
     pub(super) fn press_power_button(&self) {
         let mut state = lock(&self.state);
@@ -175,7 +180,7 @@ impl PciFunction for Piix4Pm {
         let (gpe0, gpe0_length) = GPE0_BLOCK;
         let mut windows = Vec::with_capacity(3);
         if self.config.get_u8(PMREGMISC) & 1 != 0 {
-            windows.push(fixed(WINDOW_PM, self.config.get_u16(PMBASE) & 0xFFC0, PM_BLOCK_SIZE));
+            windows.push(fixed(WINDOW_PM, self.block(), PM_BLOCK_SIZE));
         }
         windows.push(fixed(WINDOW_GPE0, gpe0, gpe0_length.into()));
         windows.push(fixed(WINDOW_APM, APM_CONTROL, 2));

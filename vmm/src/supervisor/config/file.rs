@@ -8,9 +8,11 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::disk::DiskSpec;
+use super::firmware::{self, BootOrder};
 use super::nearest::hint;
 use super::restart::RestartPolicy;
 use super::size::Size;
+use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
@@ -50,6 +52,13 @@ struct File {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: Option<String>,
+    firmware: Option<PathBuf>,
+    firmware_vars: Option<PathBuf>,
+    boot_order: Option<BootOrder>,
+    boot_menu: Option<bool>,
+    smbios: Option<SmbiosSpec>,
+    debug_port: Option<PathBuf>,
+    debug_exit: Option<bool>,
     cpus: Option<u32>,
     memory: Option<Size>,
     disk: Vec<DiskSpec>,
@@ -86,6 +95,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
     })?;
     let base = path.parent().unwrap_or(Path::new(""));
     let at = |relative: PathBuf| base.join(relative);
+    let switch = |on| if on { Switch::On } else { Switch::Off };
     let target = |target| match target {
         StreamTarget::File(path) => StreamTarget::File(at(path)),
         StreamTarget::Unix(path) => StreamTarget::Unix(at(path)),
@@ -95,10 +105,18 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         kernel: file.kernel.map(at),
         initrd: file.initrd.map(at),
         cmdline: file.cmdline,
+        // A bare name is one that Bulkhead knows, or a file here: `./seabios` is the file.
+        firmware: file.firmware.map(|path| if firmware::is_known(&path) { path } else { at(path) }),
+        firmware_vars: file.firmware_vars.map(at),
+        boot_order: file.boot_order,
+        boot_menu: file.boot_menu.map(switch),
+        smbios: file.smbios,
+        debug_port: file.debug_port.map(at),
+        debug_exit: file.debug_exit.map(switch),
         cpus: file.cpus,
         memory: file.memory,
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
-        rng: file.rng.map(|on| if on { Switch::On } else { Switch::Off }),
+        rng: file.rng.map(switch),
         console: file.console.map(target),
         serial: file.serial.map(target),
         config: None,
@@ -145,6 +163,13 @@ mod tests {
             console = "attach"
             serial = "file=out.log"
             name = "web"
+            firmware = "ovmf"
+            firmware-vars = "vars"
+            boot-order = ["root"]
+            boot-menu = true
+            smbios = { serial = "1" }
+            debug-port = "fw.log"
+            debug-exit = false
             restart = { max = 3 }
             on-reboot = "exit"
             on-panic = "restart"
@@ -160,6 +185,12 @@ mod tests {
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
         assert_eq!(run.initrd, Some("/boot/initrd".into()));
+        assert_eq!(run.firmware, Some("ovmf".into()));
+        assert_eq!(run.firmware_vars, Some("/etc/vars".into()));
+        assert_eq!(run.boot_order, Some(BootOrder(vec!["root".into()])));
+        assert_eq!((run.boot_menu, run.debug_exit), (Some(Switch::On), Some(Switch::Off)));
+        assert_eq!(run.smbios.unwrap().serial, "1");
+        assert_eq!(run.debug_port, Some("/etc/fw.log".into()));
         assert_eq!(run.memory, Some(Size(1 << 30)));
         assert_eq!(run.serial, Some(StreamTarget::File("/etc/out.log".into())));
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));

@@ -3,17 +3,21 @@
 
 pub mod disk;
 pub mod file;
+pub mod firmware;
 pub mod nearest;
 pub mod restart;
 pub mod size;
+pub mod smbios;
 pub mod stream;
 
 use std::path::PathBuf;
 use std::process;
 
 pub use disk::DiskSpec;
+pub use firmware::{BootOrder, FirmwareConfig};
 pub use restart::RestartPolicy;
 pub use size::Size;
+pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
 
@@ -48,14 +52,22 @@ pub const SUPERVISOR: &str = "supervisor";
 pub struct MachineConfig {
     /// Its name.
     pub name: String,
-    /// The kernel image.
-    pub kernel: PathBuf,
+    /// The kernel image, unless there is firmware.
+    pub kernel: Option<PathBuf>,
+    /// The firmware, unless there is a kernel.
+    pub firmware: Option<FirmwareConfig>,
     /// The initial RAM file system.
     pub initrd: Option<PathBuf>,
     /// The complete kernel command line.
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// What the machine says it is.
+    pub smbios: SmbiosSpec,
+    /// A file for what the guest writes to the debug port.
+    pub debug_port: Option<PathBuf>,
+    /// There is a debug exit port.
+    pub debug_exit: bool,
     /// Number of virtual CPUs, 1 to 254.
     pub cpus: u8,
     /// Guest memory in bytes, a multiple of 4 KiB.
@@ -109,8 +121,45 @@ pub enum ConfigError {
     #[error(transparent)]
     File(#[from] file::FileError),
     /// No kernel.
-    #[error("no kernel: name one with --kernel FILE or the key 'kernel' of the configuration file")]
+    #[error(
+        "nothing to boot: name a kernel with --kernel FILE (or the key 'kernel' of the configuration file), or firmware with --firmware"
+    )]
     NoKernel,
+    /// Both.
+    #[error("a machine starts a kernel (--kernel) or firmware (--firmware), not both")]
+    KernelAndFirmware,
+    /// An option that means something to firmware alone.
+    #[error("{0} is for firmware: name one with --firmware")]
+    NeedsFirmware(&'static str),
+    /// Options that mean something to a kernel alone.
+    #[error("{0} is for a kernel: firmware's boot loader brings its own")]
+    NeedsKernel(&'static str),
+    /// Firmware by name, which is not there.
+    #[error(
+        "firmware: {name} is not installed ('{path}' of the Debian package {package}): install it or name a file"
+    )]
+    NoSuchFirmware {
+        /// Its name.
+        name: &'static str,
+        /// The package that has it.
+        package: &'static str,
+        /// Where it would be.
+        path: &'static str,
+    },
+    /// A disk that is not there.
+    #[error("boot-order: there is no disk '{id}'; the disks are: {known}")]
+    BootOrder {
+        /// What was given.
+        id: String,
+        /// What there is.
+        known: String,
+    },
+    /// A disk twice.
+    #[error("boot-order: '{0}' is named twice")]
+    BootOrderTwice(String),
+    /// A text for SMBIOS.
+    #[error(transparent)]
+    Smbios(#[from] smbios::SmbiosSpecError),
     /// No CPUs at all.
     #[error("cpus: 0 is not possible; a machine has at least 1 CPU")]
     NoCpus,
@@ -181,39 +230,56 @@ impl MachineConfig {
 
 /// Puts options and file together (options win) and checks the result.
 pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
-    let file = match args.config.take() {
+    let mut file = match args.config.take() {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
     let log = LogConfig {
         level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
         format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.or(file.log_file),
+        file: args.log_file.take().or(file.log_file.take()),
     };
-    let serial = args.serial.or(file.serial).unwrap_or(StreamTarget::Stdio);
-    let console = args.console.or(file.console).unwrap_or(StreamTarget::Off);
+    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
+    let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     check_streams(&serial, &console)?;
-    let (cmdline, cmdline_added) = complete(args.cmdline.or(file.cmdline), &serial, &console);
-    if cmdline.contains('\0') {
-        return Err(ConfigError::CmdlineZero);
-    }
-    let disks = if args.disks.is_empty() { file.disks } else { args.disks };
+    let disks = std::mem::take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
     let restart = args.restart.or(file.restart).unwrap_or_default();
+    let disks = name_disks(disks, restart)?;
+    let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
+    smbios.check()?;
+    let (kernel, firmware) = match firmware::resolve(&mut args, &mut file, &disks)? {
+        Some(firmware) => (None, Some(firmware)),
+        None => (Some(args.kernel.take().or(file.kernel.take()).ok_or(ConfigError::NoKernel)?), None),
+    };
+    let (initrd, cmdline) = (args.initrd.or(file.initrd), args.cmdline.or(file.cmdline));
+    let (cmdline, cmdline_added) = match firmware {
+        Some(_) if initrd.is_some() => return Err(ConfigError::NeedsKernel("initrd")),
+        Some(_) if cmdline.is_some() => return Err(ConfigError::NeedsKernel("cmdline")),
+        Some(_) => (String::new(), None),
+        None => complete(cmdline, &serial, &console),
+    };
+    if cmdline.contains('\0') {
+        return Err(ConfigError::CmdlineZero);
+    }
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     Ok(MachineConfig {
         name: check_name("name", name)?,
-        kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
-        initrd: args.initrd.or(file.initrd),
+        kernel,
+        firmware,
+        initrd,
         cmdline,
         cmdline_added,
+        smbios,
+        debug_port: args.debug_port.or(file.debug_port),
+        debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
         cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
-        disks: name_disks(disks, restart)?,
+        disks,
         rng,
         console,
         serial,

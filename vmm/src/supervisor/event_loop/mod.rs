@@ -49,6 +49,8 @@ pub enum End {
     Reset,
     /// The guest panicked.
     Panicked,
+    /// The guest wrote this to the debug exit port.
+    DebugExit(u8),
     /// Something failed, and was reported; with the exit code for it.
     Failed(ExitCode),
     /// This signal came.
@@ -63,7 +65,7 @@ impl End {
         match self {
             Self::Reset => config.on_reboot == EndAction::Restart,
             Self::Panicked => config.on_panic == EndAction::Restart,
-            Self::PowerOff | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
+            Self::PowerOff | Self::DebugExit(_) | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
         }
     }
 }

@@ -17,10 +17,13 @@ use serde::Serialize;
 use stderr::Stderr;
 
 use super::cli::{LogFormat, LogLevel};
-use super::config::SUPERVISOR;
+use super::config::{CORE, SUPERVISOR};
 
 /// What one wake-up reads from one pipe at most, in bytes, so that a flood from one process does not starve the rest.
 const READ_AT_ONCE: usize = 4096;
+
+/// How the core's lines begin that the guest wrote to the debug port.
+const FIRMWARE: &str = "firmware: ";
 
 impl LogLevel {
     const fn name(self) -> &'static str {
@@ -73,6 +76,7 @@ pub struct Log {
     format: LogFormat,
     sink: Sink,
     dropped: u64,
+    debug_port: Option<File>,
 }
 
 impl Log {
@@ -80,7 +84,22 @@ impl Log {
     pub fn new(machine: &str, level: LogLevel, format: LogFormat, file: Option<File>) -> Self {
         let stderr = || Sink::Stderr(Stderr::new(io::stderr().as_fd()).ok());
         let sink = file.map_or_else(stderr, Sink::File);
-        Self { machine: machine.to_owned(), level, format, sink, dropped: 0 }
+        Self { machine: machine.to_owned(), level, format, sink, dropped: 0, debug_port: None }
+    }
+
+    /// With a file for what the guest writes to the debug port.
+    pub fn with_debug_port(mut self, file: Option<File>) -> Self {
+        self.debug_port = file;
+        self
+    }
+
+    /// A line of the debug port. The core bounds how much the guest may say there.
+    fn firmware(&mut self, line: &str) -> bool {
+        let Some(file) = &mut self.debug_port else { return false };
+        if file.write_all(format!("{line}\n").as_bytes()).is_err() {
+            self.dropped = self.dropped.saturating_add(1);
+        }
+        true
     }
 
     /// Whether messages of this level are shown.
@@ -193,7 +212,13 @@ impl AsFd for LogPipe {
 
 /// A line of a process. One that does not start with a level (a panic message, output of the C library) is a warning.
 fn pass(line: &str, process: &str, limiter: &mut Limiter, log: &mut Log) {
-    let (level, message) = LogLevel::split(line).unwrap_or((LogLevel::Warn, line));
+    let (mut level, message) = LogLevel::split(line).unwrap_or((LogLevel::Warn, line));
+    if let Some(said) = message.strip_prefix(FIRMWARE).filter(|_| process == CORE) {
+        if log.firmware(said) {
+            return;
+        }
+        level = LogLevel::Debug;
+    }
     if !log.shows(level) {
         return;
     }

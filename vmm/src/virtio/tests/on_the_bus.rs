@@ -56,7 +56,7 @@ fn config_write(machine: &Machine, offset: u16, data: &[u8]) {
 fn the_guest_reaches_it_through_the_chipset() {
     let (scaffold, peer) = scaffold();
     let host = Arc::new(Recorder::default());
-    let config = MachineConfig { cpus: 1, address_bits: 40 };
+    let config = MachineConfig { cpus: 1, address_bits: 40, generation: [0; 16], debug_exit: false };
     let machine = Machine::new(config, scaffold.ram.clone(), Arc::clone(&host) as Arc<dyn Host>).unwrap();
     let pin = machine.attach_pci(SLOT, Arc::clone(&scaffold.device) as _).unwrap();
     scaffold.device.connect_pin(Arc::new(pin));
