@@ -23,6 +23,7 @@ mod bzimage;
 mod elf;
 mod entry;
 mod error;
+mod firmware;
 mod image;
 mod initrd;
 mod map;
@@ -38,6 +39,7 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 
 pub use entry::{ControlRegisters, Entry, Gdt, Mode, Segment};
 pub use error::BootError;
+pub use firmware::load_firmware;
 pub use map::{MapEntry, MapKind, memory_map};
 
 use image::{Image, Kind};

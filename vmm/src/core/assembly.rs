@@ -13,14 +13,16 @@ use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, M
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
 
+use nix::sys::timerfd::TimerFd;
+
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
-use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Vcpu, VcpuStop, VcpuThreads, Vm};
-use crate::machine::{IsaDevice, Machine};
+use crate::boot::{BootSource, load_firmware, load_kernel};
+use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::machine::{IsaDevice, Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
@@ -36,6 +38,7 @@ pub(super) struct Core {
     pub virtio: Vec<Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub reports: Arc<Reports>,
+    pub timer: Arc<TimerFd>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
     /// Lives as long as the vCPUs run.
@@ -53,9 +56,13 @@ impl Core {
         let Resources { image, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, devices, &reports)?;
+        let firmware = match start.boot {
+            Boot::Kernel { .. } => Vec::new(),
+            Boot::Firmware { .. } => vec![load_firmware(&image)?],
+        };
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
-        let Platform { vm, machine, .. } = platform;
+        let Platform { vm, machine, gate, timer, .. } = platform;
         match start.boot {
             Boot::Kernel { cmdline, smbios, .. } => {
                 place(&ram, SMBIOS, &smbios)?;
@@ -72,8 +79,9 @@ impl Core {
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        let vcpus = spawn(vcpus, &reports)?;
-        Ok(Self { machine, vcpus, virtio, registers, reports, descriptors: held, _vm: vm })
+        held.push(timer.as_fd().as_raw_fd());
+        let vcpus = spawn(vcpus, gate, &reports)?;
+        Ok(Self { machine, vcpus, virtio, registers, reports, timer, descriptors: held, _vm: vm })
     }
 }
 
@@ -94,6 +102,7 @@ fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
     start: &CoreStart,
+    firmware: Vec<Arc<dyn MemoryChip>>,
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -103,7 +112,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(links, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, start, reports);
+        let platform = Platform::create(kvm, ram, start, firmware, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -159,7 +168,7 @@ fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {
     Ok(ram.view(address, length, Direction::Write)?.write_bytes(0, bytes)?)
 }
 
-fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -171,5 +180,5 @@ fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreEr
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, gate, prepare, on_stop)?)
 }

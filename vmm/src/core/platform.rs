@@ -3,14 +3,15 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_ipc::channel::message::CoreStart;
+use bulkhead_ipc::channel::message::{Boot, CoreStart};
 use bulkhead_ipc::memory::GuestRam;
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use super::CoreError;
 use super::host::CoreHost;
 use super::reports::Reports;
-use crate::kvm::{Doorbells, Interrupts, Vcpu, Vm, address_bits};
-use crate::machine::{Machine, MachineConfig};
+use crate::kvm::{Doorbells, Gate, Interrupts, MemorySlots, Vcpu, Vm, address_bits};
+use crate::machine::{Machine, MachineConfig, MemoryChip};
 
 /// What devices are attached to.
 pub(super) struct Platform {
@@ -18,6 +19,10 @@ pub(super) struct Platform {
     pub interrupts: Arc<Interrupts>,
     pub doorbells: Arc<Doorbells>,
     pub machine: Arc<Machine>,
+    /// Where the vCPUs are to stand.
+    pub gate: Arc<Gate>,
+    /// The machine's next deadline.
+    pub timer: Arc<TimerFd>,
 }
 
 impl Platform {
@@ -26,20 +31,37 @@ impl Platform {
         kvm: OwnedFd,
         ram: &GuestRam,
         start: &CoreStart,
+        firmware: Vec<Arc<dyn MemoryChip>>,
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
         let CoreStart { cpus, generation, debug_exit, .. } = *start;
         let vm = Vm::create(kvm, ram, cpus)?;
-        let interrupts = Arc::new(Interrupts::new(&vm)?);
+        let interrupts = Arc::new(Interrupts::new(&vm));
         let doorbells = Arc::new(Doorbells::new(&vm));
         let supported = vm.supported_cpuid()?;
-        let address_bits = address_bits(&supported);
-        let config = MachineConfig { cpus, address_bits, generation, debug_exit };
-        let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
+        let config = MachineConfig {
+            firmware,
+            generation,
+            debug_exit,
+            ..MachineConfig::new(cpus, address_bits(&supported))
+        };
+        let gate = Arc::new(Gate::default());
+        let memory = MemorySlots::new(&vm, gate.clone());
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags);
+        let timer = Arc::new(timer.map_err(CoreError::system("timerfd_create"))?);
+        let host =
+            CoreHost::new(interrupts.clone(), doorbells.clone(), memory, reports.clone(), timer.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
+        // A kernel that is started directly finds RAM as firmware leaves it; see `create_chips` why this comes first.
+        if matches!(start.boot, Boot::Kernel { .. }) {
+            machine.shadow_ram();
+        }
+        vm.create_chips()?;
+        interrupts.connect_lines()?;
         let vcpus = (0..cpus)
             .map(|id| Vcpu::create(&vm, &supported, id, machine.clone()))
             .collect::<Result<_, _>>()?;
-        Ok((Self { vm, interrupts, doorbells, machine }, vcpus))
+        Ok((Self { vm, interrupts, doorbells, machine, gate, timer }, vcpus))
     }
 }

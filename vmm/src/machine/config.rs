@@ -1,9 +1,13 @@
 //! What a machine is built from, and what it hands out.
 
+use std::fmt;
+use std::sync::Arc;
+
+use super::memory_map::MemoryChip;
 use super::pci::ConfigError;
 
 /// The parts of a machine that are the user's choice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1–254; their local APIC ids are 0, 1, 2 …
     pub cpus: u8,
@@ -13,6 +17,15 @@ pub struct MachineConfig {
     pub generation: [u8; 16],
     /// There is a debug exit port.
     pub debug_exit: bool,
+    /// Firmware on the X-bus, lowest address first. None overlaps another.
+    pub firmware: Vec<Arc<dyn MemoryChip>>,
+}
+
+impl fmt::Debug for MachineConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let firmware: Vec<_> = self.firmware.iter().map(|chip| chip.name()).collect();
+        write!(f, "{} CPUs, {} address bits, firmware {firmware:?}", self.cpus, self.address_bits)
+    }
 }
 
 /// A configuration that makes no machine.
@@ -36,6 +49,12 @@ pub enum BuildError {
 pub const MAX_CPUS: u8 = 254;
 
 impl MachineConfig {
+    /// A machine with nothing beyond what every one has.
+    #[must_use]
+    pub fn new(cpus: u8, address_bits: u8) -> Self {
+        Self { cpus, address_bits, generation: [0; 16], debug_exit: false, firmware: Vec::new() }
+    }
+
     /// Checks the limits.
     pub(super) fn check(&self) -> Result<(), BuildError> {
         if !(1..=MAX_CPUS).contains(&self.cpus) {

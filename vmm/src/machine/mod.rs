@@ -18,6 +18,7 @@ mod host;
 mod i440fx;
 mod irq;
 pub mod isa;
+mod memory_map;
 pub mod pci;
 mod piix3;
 mod piix4_pm;
@@ -43,6 +44,7 @@ use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
 use isa::{DebugExit, DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
+pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
 use pci::{PciBus, Pin, SlotFunction};
 use piix3::{IsaBridge, Piix3};
@@ -62,6 +64,7 @@ pub struct Machine {
     ram: GuestRam,
     root: I440Fx,
     isa: Arc<IsaBus>,
+    host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
     fw_cfg: Arc<FwCfg>,
     router: Arc<InterruptRouter>,
@@ -84,12 +87,14 @@ impl Machine {
         let router = InterruptRouter::new(host.clone());
         let isa = Arc::new(IsaBus::new(topology.clone()));
         let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
-        let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone() };
+        let host_bridge = Arc::new(HostBridge::new(config.cpus, topology.clone())?);
+        let chips = config.firmware.clone();
+        let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
         let sci = IrqLine::new(router.clone(), piix4_pm::SCI_IRQ);
         let pm = Arc::new(Piix4Pm::new(host.clone(), sci)?);
         let chipset: [(u8, u8, Arc<dyn PciFunction>); 3] =
-            [(0, 0, Arc::new(HostBridge::new(config.cpus)?)), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
+            [(0, 0, host_bridge.clone()), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
         for (slot, function, device) in chipset {
             bus.attach(SlotFunction { slot, function }, device);
         }
@@ -102,13 +107,14 @@ impl Machine {
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
-        let root = I440Fx::new(dram.collect(), bus);
+        let root = I440Fx::new(dram.collect(), host_bridge.clone(), bus);
         let machine = Arc::new(Self {
             config,
             host,
             ram,
             root,
             isa,
+            host_bridge,
             pm,
             fw_cfg,
             router,
@@ -158,7 +164,7 @@ impl Machine {
 
     fn read_cycle(&self, space: Space, address: u64, data: &mut [u8]) {
         let view = self.view.load();
-        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        let resolved = view.resolve(CycleKind::read(space, data.len()), address);
         if Self::must_cut(&resolved, address, data.len()) {
             let half = data.len() / 2;
             let (low, high) = data.split_at_mut(half);
@@ -177,19 +183,16 @@ impl Machine {
                 }
             }
             Some(Endpoint::ConfigData) => self.config_read(offset, data),
-            Some(Endpoint::Dram) => {
-                let view = self.ram.view(offset, data.len() as u64, Direction::Read);
-                if view.and_then(|view| view.read_bytes(0, data)).is_err() {
-                    data.fill(0xFF);
-                }
-            }
+            Some(Endpoint::Dram) => read_memory(&self.ram, offset, data),
+            Some(Endpoint::Chip(chip)) if chip.shows_bytes() => read_memory(chip.memory(), offset, data),
+            Some(Endpoint::Chip(chip)) => chip.read(offset, data),
             Some(Endpoint::InKernel) | None => data.fill(0xFF),
         }
     }
 
     fn write_cycle(&self, space: Space, address: u64, data: &[u8]) {
         let view = self.view.load();
-        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        let resolved = view.resolve(CycleKind::write(space, data.len()), address);
         if Self::must_cut(&resolved, address, data.len()) {
             let half = data.len() / 2;
             let (low, high) = data.split_at(half);
@@ -212,6 +215,14 @@ impl Machine {
                 let view = self.ram.view(offset, data.len() as u64, Direction::Write);
                 // The range is RAM by the same regions that the view checks; a refusal drops the write.
                 let _ = view.and_then(|view| view.write_bytes(0, data));
+            }
+            Some(Endpoint::Chip(chip)) => {
+                let before = chip.shows_bytes();
+                chip.write(offset, data);
+                if chip.shows_bytes() != before {
+                    self.topology.changed();
+                    self.follow_topology();
+                }
             }
             Some(Endpoint::InKernel) | None => {}
         }
@@ -241,7 +252,7 @@ impl Machine {
         }
     }
 
-    /// Derives the flat view anew if the tree has changed since, and tells the host when doorbells moved.
+    /// Derives the flat view anew if the tree has changed since, and tells the host what that moved.
     fn follow_topology(&self) {
         let _one_at_a_time = lock(&self.deriving);
         let generation = self.topology.generation();
@@ -250,10 +261,12 @@ impl Machine {
             return;
         }
         let view = FlatView::derive(generation, &self.root, &self.root.bus);
-        let moved = view.doorbells != before.doorbells;
         let view = Arc::new(view);
         self.view.store(view.clone());
-        if moved {
+        if view.slots != before.slots {
+            self.host.memory_changed(&view.slots);
+        }
+        if view.doorbells != before.doorbells {
             self.host.topology_changed(&view.doorbells);
         }
     }
@@ -317,6 +330,7 @@ impl Machine {
         self.root.mechanism.reset();
         self.root.bus.reset();
         self.isa.reset();
+        self.config.firmware.iter().for_each(|chip| chip.reset());
         self.router.reset();
         self.follow_topology();
     }
@@ -332,9 +346,26 @@ impl Machine {
         }
     }
 
+    /// Lets RAM answer everywhere below 1 MiB but at the frame buffer, as firmware leaves it.
+    pub fn shadow_ram(&self) {
+        let _one_at_a_time = lock(&self.configuring);
+        self.host_bridge.shadow();
+        self.follow_topology();
+    }
+
+    /// The host's clock has reached what [`Host::set_timer`] was told last.
+    pub fn timer_expired(&self) {}
+
     /// The power button was pressed and released.
     pub fn press_power_button(&self) {
         self.pm.press_power_button();
+    }
+}
+
+fn read_memory(memory: &GuestRam, address: u64, data: &mut [u8]) {
+    let view = memory.view(address, data.len() as u64, Direction::Read);
+    if view.and_then(|view| view.read_bytes(0, data)).is_err() {
+        data.fill(0xFF);
     }
 }
 

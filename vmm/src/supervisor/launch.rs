@@ -26,7 +26,7 @@ use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
-use super::resources::{Disk, Resources, Stream};
+use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -269,8 +269,8 @@ fn start_core(
         // Eventfds for the queues and vectors of each device.
         descriptors: 2048,
         threads: cpus + 16,
-        // The memfds of guest RAM.
-        file_size: Some(config.memory),
+        // The memfds of guest RAM and of firmware.
+        file_size: Some(config.memory.max(MOST_FIRMWARE)),
         ..Limits::default()
     };
     let title = format!("bulkhead-vmm[{}]", config.name);

@@ -21,9 +21,10 @@ use super::doctor::kvm::{self, KvmError};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
-/// Sizes of firmware, in bytes: the unit is a page.
+/// Firmware consists of pages, in bytes.
 const FIRMWARE_UNIT: u64 = 4 << 10;
-const MOST_FIRMWARE: u64 = 8 << 20;
+/// The largest firmware image, in bytes.
+pub const MOST_FIRMWARE: u64 = 8 << 20;
 /// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);

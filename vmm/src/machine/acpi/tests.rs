@@ -8,7 +8,7 @@ use super::*;
 
 fn tables(cpus: u8) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
-    let config = MachineConfig { cpus, address_bits: 40, generation: [7; 16], debug_exit: true };
+    let config = MachineConfig { generation: [7; 16], ..MachineConfig::new(cpus, 40) };
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
     machine.assign_resources();
     machine.acpi_tables()

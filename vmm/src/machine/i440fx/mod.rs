@@ -27,6 +27,8 @@ const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF
 pub(super) struct I440Fx {
     /// First and last address of each region of RAM.
     dram: Vec<(u64, u64)>,
+    /// The function that holds PAM, SMRAM and FDHC.
+    function: Arc<HostBridge>,
     /// CF8 and CFC.
     pub(super) mechanism: ConfigMechanism,
     /// What is below.
@@ -34,8 +36,18 @@ pub(super) struct I440Fx {
 }
 
 impl I440Fx {
-    pub(super) fn new(dram: Vec<(u64, u64)>, bus: Arc<PciBus>) -> Self {
-        Self { dram, mechanism: ConfigMechanism::default(), bus }
+    pub(super) fn new(dram: Vec<(u64, u64)>, function: Arc<HostBridge>, bus: Arc<PciBus>) -> Self {
+        Self { dram, function, mechanism: ConfigMechanism::default(), bus }
+    }
+
+    /// The parts of RAM that answer, offset and address being equal.
+    fn dram(&self, write: bool) -> Vec<Decoded> {
+        let areas = self.function.dram_areas(write);
+        let meet = |(a, b): (u64, u64), (c, d): (u64, u64)| {
+            let (first, last) = (a.max(c), b.min(d));
+            (first <= last).then_some(Decoded { first, last, endpoint: Endpoint::Dram, offset: first })
+        };
+        self.dram.iter().flat_map(|ram| areas.iter().filter_map(|area| meet(*ram, *area))).collect()
     }
 
     /// What the bridge itself claims.
@@ -51,9 +63,10 @@ impl I440Fx {
                 }
                 own
             }
-            CycleKind::Memory => {
-                let dram = self.dram.iter().map(|ends| range(*ends, Endpoint::Dram, ends.0));
-                dram.chain(APICS.map(|ends| range(ends, Endpoint::InKernel, 0))).collect()
+            CycleKind::MemoryRead | CycleKind::MemoryWrite => {
+                let mut own = self.dram(kind == CycleKind::MemoryWrite);
+                own.extend(APICS.map(|ends| range(ends, Endpoint::InKernel, 0)));
+                own
             }
         }
     }

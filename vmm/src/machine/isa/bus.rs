@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::super::address::CycleKind;
 use super::super::config::AttachError;
+use super::super::host::Space;
 use super::super::irq::InterruptRouter;
 use super::super::sync::lock;
 use super::super::tree::{Claim, Decoded, Endpoint, Node, Topology};
@@ -143,7 +144,7 @@ impl IsaBus {
     }
 
     fn ranges(&self, kind: CycleKind) -> Vec<Decoded> {
-        if kind == CycleKind::Memory {
+        if kind.space() == Space::Memory {
             return Vec::new();
         }
         let devices = lock(&self.devices);

@@ -23,12 +23,7 @@ const RAM: u64 = 4 << 20;
 fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
-    let machine = Machine::new(
-        MachineConfig { cpus, address_bits: 40, generation: [7; 16], debug_exit: true },
-        ram,
-        host.clone(),
-    )
-    .unwrap();
+    let machine = Machine::new(MachineConfig::new(cpus, 40), ram, host.clone()).unwrap();
     (host, machine)
 }
 
