@@ -60,6 +60,7 @@ impl Core {
             Boot::Kernel { .. } => Vec::new(),
             Boot::Firmware { .. } => vec![load_firmware(&image)?],
         };
+        let chips = firmware.clone();
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
         let Platform { vm, machine, gate, timer, .. } = platform;
@@ -76,7 +77,8 @@ impl Core {
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
         held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
-        held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
+        let memories = chips.iter().map(|chip| chip.memory()).chain([&ram]);
+        held.extend(memories.flat_map(|memory| memory.regions().map(|region| region.fd.as_raw_fd())));
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(timer.as_fd().as_raw_fd());

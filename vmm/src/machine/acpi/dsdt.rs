@@ -298,7 +298,7 @@ fn generation() -> Raw {
     address.add_element(&Raw([&[0x0C], GENERATION_PLACE.as_slice()].concat()));
     address.add_element(&Zero {});
     let names =
-        [named("_HID", &"QEMUVGID"), named("_CID", &"VM_Gen_Counter"), named("_DDN", &"VM_Gen_Counter")];
+        [named("_HID", &"BULK0001"), named("_CID", &"VM_Gen_Counter"), named("_DDN", &"VM_Gen_Counter")];
     let [hid, cid, ddn] = names;
     scope_sb(&[device("VGEN", &[hid, cid, ddn, named("ADDR", &address)])])
 }
