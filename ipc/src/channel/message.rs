@@ -85,6 +85,8 @@ pub enum Boot {
         files: Vec<FirmwareFile>,
         /// The firmware shall offer its boot menu.
         menu: bool,
+        /// What the guest reads of its variables, which lie just below the image; a device of kind [`LinkKind::Flash`] has them.
+        variables: Option<FdIndex>,
     },
 }
 
@@ -116,6 +118,8 @@ pub enum LinkKind {
         /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
         virtio_id: u16,
     },
+    /// vfio-user; the chip with firmware's variables.
+    Flash,
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
 }
@@ -227,6 +231,8 @@ pub enum DeviceConfig {
     Console(ConsoleConfig),
     /// 16550A.
     Uart(UartConfig),
+    /// Flash with firmware's variables.
+    Flash(FlashConfig),
 }
 
 /// A disk.
@@ -269,6 +275,17 @@ pub struct UartConfig {
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
+}
+
+/// A flash chip.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlashConfig {
+    /// What is kept, opened and locked by the supervisor.
+    pub file: FdIndex,
+    /// What the guest reads: a memfd that cannot shrink. The device fills it from the file.
+    pub memory: FdIndex,
+    /// Size of both in bytes, a multiple of 4 KiB.
+    pub size: u64,
 }
 
 /// From a device process to the supervisor.

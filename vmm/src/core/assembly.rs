@@ -9,14 +9,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, MachineEnd};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
-use bulkhead_ipc::memory::{Direction, GuestRam};
+use bulkhead_ipc::memory::{Direction, GuestRam, SharedRegion};
 
 use nix::sys::timerfd::TimerFd;
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
+use super::flash::Flash;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -37,6 +38,7 @@ pub(super) struct Core {
     pub vcpus: VcpuThreads,
     pub virtio: Vec<Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
+    pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
     pub timer: Arc<TimerFd>,
     /// All that the process holds, the control channel aside.
@@ -53,17 +55,23 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let Resources { image, initrd, devices } = Resources::take(&start, descriptors)?;
+        let Resources { image, initrd, variables, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let firmware = match start.boot {
+        let mut firmware = match start.boot {
             Boot::Kernel { .. } => Vec::new(),
             Boot::Firmware { .. } => vec![load_firmware(&image)?],
         };
+        let flash = variables.map(|memory| add_flash(memory, &start, &mut firmware, &reports)).transpose()?;
         let chips = firmware.clone();
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
-        let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
+        let Attached { virtio, registers, flash: flash_stream } =
+            devices::attach(greeted, &platform, &ram, &reports)?;
         let Platform { vm, machine, gate, timer, .. } = platform;
+        if let Some((flash, stream)) = flash.as_ref().zip(flash_stream) {
+            let failed = |source| CoreError::Register { id: flash.id().to_owned(), source };
+            flash.start(stream.into()).map_err(failed)?;
+        }
         match start.boot {
             Boot::Kernel { cmdline, smbios, .. } => {
                 place(&ram, SMBIOS, &smbios)?;
@@ -80,10 +88,11 @@ impl Core {
         let memories = chips.iter().map(|chip| chip.memory()).chain([&ram]);
         held.extend(memories.flat_map(|memory| memory.regions().map(|region| region.fd.as_raw_fd())));
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
+        held.extend(flash.iter().flat_map(|flash| flash.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(timer.as_fd().as_raw_fd());
         let vcpus = spawn(vcpus, gate, &reports)?;
-        Ok(Self { machine, vcpus, virtio, registers, reports, timer, descriptors: held, _vm: vm })
+        Ok(Self { machine, vcpus, virtio, registers, flash, reports, timer, descriptors: held, _vm: vm })
     }
 }
 
@@ -93,10 +102,33 @@ impl Core {
         self.virtio.iter().find(|device| device.id() == id).map(|device| &**device)
     }
 
+    /// The chip with firmware's variables, if that is its name.
+    pub(super) fn flash(&self, id: &str) -> Option<&Flash> {
+        self.flash.as_deref().filter(|flash| flash.id() == id)
+    }
+
     /// The register device of this name.
     pub(super) fn registers(&self, id: &str) -> Option<&RegisterDevice> {
         self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
     }
+}
+
+/// Puts the chip with firmware's variables below the ROM.
+fn add_flash(
+    memory: OwnedFd,
+    start: &CoreStart,
+    firmware: &mut Vec<Arc<dyn MemoryChip>>,
+    reports: &Arc<Reports>,
+) -> Result<Arc<Flash>, CoreError> {
+    let id = start.devices.iter().find(|link| link.kind == LinkKind::Flash).map_or("", |link| &link.id);
+    let size = File::from(memory.try_clone().map_err(CoreError::system("dup"))?).metadata();
+    let size = size.map_err(CoreError::system("fstat"))?.len();
+    let rom = firmware.iter().flat_map(|chip| chip.memory().regions().map(|region| region.guest_address));
+    let address = rom.min().unwrap_or(0).saturating_sub(size);
+    let region = SharedRegion { guest_address: address, size, offset: 0, fd: memory };
+    let flash = Arc::new(Flash::new(id, address, GuestRam::attach(vec![region])?, reports.clone()));
+    firmware.insert(0, flash.clone());
+    Ok(flash)
 }
 
 /// Creates the machine without devices, and opens the sessions with the device processes meanwhile.
@@ -127,15 +159,18 @@ struct Resources {
     /// Kernel or firmware.
     image: File,
     initrd: Option<File>,
+    /// The memory of firmware's variables.
+    variables: Option<OwnedFd>,
     devices: Vec<(DeviceLink, UnixStream)>,
 }
 
 impl Resources {
     fn take(start: &CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
-        let (image, initrd) = match start.boot {
-            Boot::Kernel { kernel, initrd, .. } => (kernel, initrd),
-            Boot::Firmware { image, .. } => (image, None),
+        let (image, initrd, variables) = match start.boot {
+            Boot::Kernel { kernel, initrd, .. } => (kernel, initrd, None),
+            Boot::Firmware { image, variables, .. } => (image, None, variables),
         };
+        let variables = variables.map(|memory| descriptors.take(memory)).transpose()?;
         let image = descriptors.take(image)?.into();
         let initrd = initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
         let mut devices = Vec::with_capacity(start.devices.len());
@@ -143,7 +178,7 @@ impl Resources {
             devices.push((link.clone(), UnixStream::from(descriptors.take(link.socket)?)));
         }
         descriptors.finish()?;
-        Ok(Self { image, initrd, devices })
+        Ok(Self { image, initrd, variables, devices })
     }
 }
 

@@ -25,6 +25,8 @@ const FIRST_SLOT: u8 = 2;
 /// A device whose process has answered.
 pub(super) enum Greeted {
     Virtio(Settings, Backend),
+    /// Which is spoken to when it has its place.
+    Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
     Registers(RegisterDevice, u8, OwnedFd),
 }
@@ -37,6 +39,7 @@ pub(super) fn greet(
     let greet = |(link, stream): (DeviceLink, UnixStream)| match link.kind {
         LinkKind::VirtioVhostUser { virtio_id } => greet_virtio(&link.id, virtio_id, stream),
         LinkKind::Registers => greet_registers(&link.id, stream, reports),
+        LinkKind::Flash => Ok(Greeted::Flash(stream)),
     };
     links.into_iter().map(greet).collect()
 }
@@ -69,6 +72,7 @@ fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Resu
 pub(super) struct Attached {
     pub virtio: Vec<Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
+    pub flash: Option<UnixStream>,
 }
 
 /// Gives the devices their places: virtio functions take the slots in the order of the list.
@@ -94,6 +98,7 @@ pub(super) fn attach(
                 platform.machine.attach_isa(device.clone())?;
                 attached.registers.push(device);
             }
+            Greeted::Flash(stream) => attached.flash = Some(stream),
         }
     }
     Ok(attached)

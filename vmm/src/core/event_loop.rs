@@ -103,6 +103,7 @@ fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
                 device.give_up();
             });
             core.registers(&id).inspect(|device| device.give_up());
+            core.flash(&id).inspect(|flash| flash.give_up());
         }
         Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
         Err(ChannelError::Deadline) => {}
@@ -113,15 +114,17 @@ fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
 
 /// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
 fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
-    let (virtio, registers) = (core.virtio(id), core.registers(id));
+    let (virtio, registers, flash) = (core.virtio(id), core.registers(id), core.flash(id));
     // First the predecessor's connection is closed: what fails from here on is the successor's failure.
     virtio.inspect(|device| device.disconnect_backend());
     registers.inspect(|device| device.disconnect());
+    flash.inspect(|flash| flash.disconnect());
     core.reports.device_replaced(id);
-    let result = match (virtio, registers) {
-        (Some(device), _) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
-        (_, Some(device)) => device.replace(socket).map_err(|error| error.to_string()),
-        (None, None) => Err("there is no such device".to_owned()),
+    let result = match (virtio, registers, flash) {
+        (Some(device), ..) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
+        (_, _, Some(flash)) => flash.replace(socket).map_err(|error| error.to_string()),
+        (_, Some(device), _) => device.replace(socket).map_err(|error| error.to_string()),
+        (None, None, None) => Err("there is no such device".to_owned()),
     };
     if let Err(reason) = result {
         core.reports.device_failed(id, reason);

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, LinkKind, RngConfig,
-    ToCore, ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
+    RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
@@ -22,11 +22,11 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream};
+use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -92,6 +92,7 @@ enum Plan<'a> {
     Rng(&'a File),
     Console(&'a Stream),
     Uart(&'a Stream),
+    Flash(&'a Variables),
 }
 
 impl<'a> Plan<'a> {
@@ -101,6 +102,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.urandom.as_ref().map(Self::Rng));
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
+        plans.extend(resources.variables.as_ref().map(Self::Flash));
         plans
     }
 
@@ -110,6 +112,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => RNG,
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
+            Self::Flash(_) => FLASH,
         }
     }
 
@@ -119,6 +122,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => Role::Rng,
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
+            Self::Flash(_) => Role::Flash,
         }
     }
 
@@ -128,6 +132,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY },
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE },
             Self::Uart(_) => LinkKind::Registers,
+            Self::Flash(_) => LinkKind::Flash,
         }
     }
 
@@ -139,6 +144,7 @@ impl<'a> Plan<'a> {
             Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
+            Self::Flash(variables) => Some(variables.size),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -160,6 +166,11 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
+            }),
+            Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
+                file: fds.add(&variables.file),
+                memory: fds.add(&variables.memory),
+                size: variables.size,
             }),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -284,7 +295,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
     let image = fds.add(&resources.image);
     match &config.firmware {
         Some(firmware) => {
-            Boot::Firmware { image, files: firmware::files(config, firmware), menu: firmware.menu }
+            let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
+            let files = firmware::files(config, firmware);
+            Boot::Firmware { image, files, menu: firmware.menu, variables }
         }
         None => Boot::Kernel {
             kernel: image,

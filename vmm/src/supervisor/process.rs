@@ -24,6 +24,8 @@ pub enum Role {
     Console,
     /// The serial port.
     Uart,
+    /// The chip with firmware's variables.
+    Flash,
     /// The process that started the others.
     Supervisor,
 }
@@ -37,6 +39,7 @@ impl Role {
             Self::Rng => "rng",
             Self::Console => "console",
             Self::Uart => "uart",
+            Self::Flash => "flash",
             Self::Supervisor => "supervisor",
         }
     }

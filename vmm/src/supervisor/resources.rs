@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod stream;
+mod variables;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -15,6 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
+pub use variables::Variables;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, SERIAL, Size};
 use super::doctor::kvm::{self, KvmError};
@@ -83,6 +85,17 @@ pub enum ResourceError {
         /// Size in bytes.
         size: u64,
     },
+    /// A file of variables that can be none.
+    #[error("firmware-vars: '{path}' has {size} bytes; such a file has whole blocks of 4 KiB, at least one, and with the image at most 8 MiB: is it the right file?", path = path.display())]
+    VariablesSize {
+        /// The file.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
+    /// A file of variables that somebody else uses.
+    #[error("firmware-vars: '{0}' is locked by another machine or program: stop that first")]
+    VariablesLocked(PathBuf),
     /// A disk without a sector.
     #[error("disk {id}: '{path}' is empty (truncate -s 1G '{path}' makes it 1 GiB long)", path = path.display())]
     DiskEmpty {
@@ -170,6 +183,8 @@ pub struct Resources {
     pub image: File,
     /// The initial RAM file system.
     pub initrd: Option<File>,
+    /// Firmware's variables.
+    pub variables: Option<Variables>,
     /// The disks in the order of their slots.
     pub disks: Vec<Disk>,
     /// `/dev/urandom`, when there is an entropy device.
@@ -202,12 +217,19 @@ impl Resources {
         for disk in &config.disks {
             disks.push(open_disk(disk, &disks)?);
         }
+        let variables = match &config.firmware {
+            Some(firmware) => {
+                variables::open(firmware, image.metadata().map_or(0, |metadata| metadata.len()))?
+            }
+            None => None,
+        };
         let kvm = kvm::open()?;
         kvm::check(&kvm, config.cpus)?;
         Ok(Self {
             kvm,
             image,
             initrd,
+            variables,
             disks,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             core_program: open_program("bulkhead-vmm")?,

@@ -156,6 +156,10 @@ pub fn device() {
             kept.extend(uart.input.map(|input| fds.take(input).unwrap()));
             PolicyName::UartMain
         }
+        DeviceConfig::Flash(flash) => {
+            kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
+            PolicyName::FlashMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" {

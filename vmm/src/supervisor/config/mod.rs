@@ -42,6 +42,8 @@ pub const SERIAL: &str = "serial";
 pub const CONSOLE: &str = "console";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
+/// Name of the chip with firmware's variables among the devices.
+pub const FLASH: &str = "firmware-vars";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -355,7 +357,7 @@ pub fn check_name(field: &str, name: String) -> Result<String, ConfigError> {
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {
