@@ -35,6 +35,8 @@ pub struct Places {
     pub guest: PathBuf,
     /// Folder of the bare-metal payloads.
     pub payloads: PathBuf,
+    /// Folder of the disks that firmware boots, which `tools/make-boot-disks` made.
+    pub boot: PathBuf,
     /// Folder for logs that are kept.
     pub logs: PathBuf,
 }
@@ -49,6 +51,7 @@ impl Places {
         Ok(Self {
             guest: build.join("guest"),
             payloads: build.join("payloads"),
+            boot: build.join("boot"),
             logs: build.join("machine-tests"),
             programs,
         })

@@ -10,6 +10,7 @@
 mod bare;
 mod boot;
 mod disk;
+mod firmware;
 mod jail;
 mod lifecycle;
 mod refusals;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let groups = [
         boot::cases(),
         disk::cases(),
+        firmware::cases(),
         lifecycle::cases(),
         jail::cases(),
         bare::cases(),

@@ -160,6 +160,9 @@ mod firmware {
 
     struct Firmware(Arc<Machine>, GuestRam);
 
+    /// Files with their addresses.
+    type Placed = BTreeMap<String, (u64, Vec<u8>)>;
+
     impl Firmware {
         fn new() -> Self {
             let ram = GuestRam::create(4 << 20).unwrap();
@@ -203,8 +206,8 @@ mod firmware {
     }
 
     /// Carries out the script: the files in memory by name, with their addresses, and what is written back.
-    fn link(firmware: &Firmware) -> (BTreeMap<String, (u64, Vec<u8>)>, Vec<(String, u64)>) {
-        let (mut placed, mut back) = (BTreeMap::new(), Vec::new());
+    fn link(firmware: &Firmware) -> (Placed, Vec<(String, u64)>) {
+        let (mut placed, mut back) = (Placed::new(), Vec::new());
         let mut next = 0x10_0000_u64;
         for entry in firmware.file("etc/table-loader").chunks(128) {
             let name =

@@ -5,17 +5,23 @@ use std::path::{Path, PathBuf};
 use super::{ConfigError, DiskConfig};
 use crate::supervisor::cli::{RunArgs, Switch};
 
-/// Where Debian's packages have firmware: its name, the candidates for its image, each with a template of its variables.
-const KNOWN: [(&str, &str, &[(&str, Option<&str>)]); 2] = [
-    ("seabios", "seabios", &[("/usr/share/seabios/bios-256k.bin", None)]),
-    (
-        "ovmf",
-        "ovmf",
-        &[
+/// Firmware of a Debian package.
+struct Known {
+    /// The name on the command line, which is the package's too.
+    name: &'static str,
+    /// Where its image may be, each with a template of its variables.
+    places: &'static [(&'static str, Option<&'static str>)],
+}
+
+const KNOWN: [Known; 2] = [
+    Known { name: "seabios", places: &[("/usr/share/seabios/bios-256k.bin", None)] },
+    Known {
+        name: "ovmf",
+        places: &[
             ("/usr/share/OVMF/OVMF_CODE_4M.fd", Some("/usr/share/OVMF/OVMF_VARS_4M.fd")),
             ("/usr/share/OVMF/OVMF_CODE.fd", Some("/usr/share/OVMF/OVMF_VARS.fd")),
         ],
-    ),
+    },
 ];
 
 /// Firmware, and what it is told.
@@ -76,20 +82,17 @@ pub fn resolve(
 
 /// Whether this stands for firmware of Debian's packages.
 pub fn is_known(name: &Path) -> bool {
-    KNOWN.iter().any(|(known, ..)| Path::new(known) == name)
+    KNOWN.iter().any(|known| Path::new(known.name) == name)
 }
 
 /// A known name's image and template, or the path itself.
 fn find(named: &Path) -> Result<(PathBuf, Option<PathBuf>), ConfigError> {
-    let Some((name, package, places)) = KNOWN.iter().find(|(name, ..)| Path::new(name) == named) else {
+    let Some(Known { name, places }) = KNOWN.iter().find(|known| Path::new(known.name) == named) else {
         return Ok((named.to_owned(), None));
     };
+    let path = places.first().map_or("", |place| place.0);
     let found = places.iter().find(|(image, _)| Path::new(image).exists());
-    let (image, template) = found.ok_or(ConfigError::NoSuchFirmware {
-        name,
-        package,
-        path: places.first().map_or("", |place| place.0),
-    })?;
+    let (image, template) = found.ok_or(ConfigError::NoSuchFirmware { name, path })?;
     Ok((image.into(), template.map(PathBuf::from)))
 }
 

@@ -138,13 +138,11 @@ pub enum ConfigError {
     NeedsKernel(&'static str),
     /// Firmware by name, which is not there.
     #[error(
-        "firmware: {name} is not installed ('{path}' of the Debian package {package}): install it or name a file"
+        "firmware: {name} is not installed ('{path}' of the Debian package {name}): install it or name a file"
     )]
     NoSuchFirmware {
         /// Its name.
         name: &'static str,
-        /// The package that has it.
-        package: &'static str,
         /// Where it would be.
         path: &'static str,
     },
