@@ -14,6 +14,8 @@ pub enum PolicyName {
     CoreMain,
     /// Core: a vCPU.
     CoreVcpu,
+    /// Core: the thread that makes huge pages of guest RAM.
+    CoreHugePages,
     /// virtio-blk: control channel and vhost-user messages.
     BlkMain,
     /// virtio-blk: a set of queues.
@@ -37,6 +39,7 @@ impl PolicyName {
     pub const ALL: [Self; 10] = [
         Self::CoreMain,
         Self::CoreVcpu,
+        Self::CoreHugePages,
         Self::BlkMain,
         Self::BlkQueue,
         Self::RngMain,
@@ -70,6 +73,7 @@ impl PolicyName {
         match self {
             Self::CoreMain => CORE_MAIN,
             Self::CoreVcpu => CORE_VCPU,
+            Self::CoreHugePages => CORE_HUGE_PAGES,
             Self::BlkMain => BLK_MAIN,
             Self::BlkQueue => BLK_QUEUE,
             Self::RngMain => RNG_MAIN,

@@ -18,6 +18,7 @@ use nix::sys::timerfd::TimerFd;
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
 use super::flash::Flash;
+use super::huge_pages;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -57,6 +58,9 @@ impl Core {
         let kvm = descriptors.take(start.kvm)?;
         let Resources { image, initrd, variables, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
+        if !start.huge_pages {
+            ram.refuse_huge_pages();
+        }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let mut firmware = match start.boot {
             Boot::Kernel { .. } => Vec::new(),
@@ -92,6 +96,9 @@ impl Core {
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(timer.as_fd().as_raw_fd());
         let vcpus = spawn(vcpus, gate, &reports)?;
+        if start.huge_pages {
+            huge_pages::watch(&ram)?;
+        }
         Ok(Self { machine, vcpus, virtio, registers, flash, reports, timer, descriptors: held, _vm: vm })
     }
 }

@@ -5,6 +5,7 @@
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
 //! - `flash`: the chip with firmware's variables, whose commands another process carries out;
+//! - `huge_pages`: makes huge pages of guest RAM in use;
 //! - `event_loop`: the main thread while the machine runs.
 
 mod assembly;
@@ -12,6 +13,7 @@ mod devices;
 mod event_loop;
 mod flash;
 mod host;
+mod huge_pages;
 mod platform;
 pub mod register_device;
 mod reports;

@@ -259,6 +259,7 @@ fn start_core(
         enforcement: Enforcement::Supervised,
         cpus: config.cpus,
         memory_bytes: config.memory,
+        huge_pages: config.thp,
         kvm: fds.add(&resources.kvm),
         boot: boot(config, resources, &mut fds),
         generation: generation().map_err(|source| LaunchError::Io { id: CORE.to_owned(), source })?,

@@ -61,6 +61,7 @@ struct File {
     debug_exit: Option<bool>,
     cpus: Option<u32>,
     memory: Option<Size>,
+    thp: Option<bool>,
     disk: Vec<DiskSpec>,
     rng: Option<bool>,
     console: Option<StreamTarget>,
@@ -95,7 +96,6 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
     })?;
     let base = path.parent().unwrap_or(Path::new(""));
     let at = |relative: PathBuf| base.join(relative);
-    let switch = |on| if on { Switch::On } else { Switch::Off };
     let target = |target| match target {
         StreamTarget::File(path) => StreamTarget::File(at(path)),
         StreamTarget::Unix(path) => StreamTarget::Unix(at(path)),
@@ -109,14 +109,15 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         firmware: file.firmware.map(|path| if firmware::is_known(&path) { path } else { at(path) }),
         firmware_vars: file.firmware_vars.map(at),
         boot_order: file.boot_order,
-        boot_menu: file.boot_menu.map(switch),
+        boot_menu: file.boot_menu.map(Switch::from),
         smbios: file.smbios,
         debug_port: file.debug_port.map(at),
-        debug_exit: file.debug_exit.map(switch),
+        debug_exit: file.debug_exit.map(Switch::from),
         cpus: file.cpus,
         memory: file.memory,
+        thp: file.thp.map(Switch::from),
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
-        rng: file.rng.map(switch),
+        rng: file.rng.map(Switch::from),
         console: file.console.map(target),
         serial: file.serial.map(target),
         config: None,
