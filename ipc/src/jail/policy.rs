@@ -36,7 +36,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::CoreHugePages,

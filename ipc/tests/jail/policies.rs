@@ -76,10 +76,11 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 11] = files![
+const FILES: [(&str, &str); 12] = files![
     "common",
     "core-main",
     "core-vcpu",
+    "core-huge-pages",
     "blk-main",
     "blk-queue",
     "rng-main",

@@ -9,12 +9,14 @@ mod interrupts;
 mod memory_slots;
 mod msrs;
 mod registers;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 mod vcpu_threads;
 mod vm;
 
 pub use cpuid::address_bits;
-pub use doorbells::Doorbells;
+pub use doorbells::{DoorbellEvents, Doorbells};
 pub use interrupts::{FunctionMessages, Interrupts};
 pub use memory_slots::MemorySlots;
 pub use vcpu::{Vcpu, VcpuStop};

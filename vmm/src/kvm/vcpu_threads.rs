@@ -243,3 +243,51 @@ fn arm_kick(vcpu: &mut Vcpu) {
     // SAFETY: `run` points to the vCPU's mapped page; only the field's address is taken.
     IMMEDIATE_EXIT.set(unsafe { &raw mut (*run).immediate_exit });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Threads that go in and out of a guest that is not there, as fast as they can.
+    #[test]
+    fn nobody_is_in_the_guest_while_memory_changes_or_the_machine_is_paused() {
+        install_kick_handler();
+        let gate = Gate::default();
+        let (inside, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let seat = gate.take_seat();
+                    while !stop.load(Ordering::SeqCst) {
+                        gate.enter_guest(&seat);
+                        inside.fetch_add(1, Ordering::SeqCst);
+                        std::hint::spin_loop();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        gate.leave_guest(&seat);
+                    }
+                    gate.leave(&seat);
+                });
+            }
+            let empty = || assert_eq!(inside.load(Ordering::SeqCst), 0);
+            gate.exclude_vcpus(empty);
+            drop(gate.change(|state| state.running = true));
+            // Two at once, as when two vCPUs flip PAM.
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| (0..300).for_each(|_| gate.exclude_vcpus(empty)));
+                }
+            });
+            let mut state = gate.change(|state| state.running = false);
+            while state.waiting < 3 {
+                state = gate.sleep(state);
+            }
+            empty();
+            drop(state);
+            gate.exclude_vcpus(empty);
+            stop.store(true, Ordering::SeqCst);
+            drop(gate.change(|state| state.running = true));
+        });
+    }
+}

@@ -28,6 +28,7 @@ mod sync;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod timers;
 mod tree;
 
 use std::sync::{Arc, Mutex};
@@ -42,7 +43,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugExit, DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugExit, DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
@@ -50,6 +51,7 @@ use pci::{PciBus, Pin, SlotFunction};
 use piix3::{IsaBridge, Piix3};
 use piix4_pm::Piix4Pm;
 use sync::lock;
+use timers::Timers;
 use tree::{Endpoint, Topology};
 
 /// The slots on bus 0.
@@ -67,6 +69,8 @@ pub struct Machine {
     host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
     fw_cfg: Arc<FwCfg>,
+    rtc: Arc<Rtc>,
+    timers: Arc<Timers>,
     router: Arc<InterruptRouter>,
     topology: Arc<Topology>,
     view: ArcSwap<FlatView>,
@@ -92,7 +96,8 @@ impl Machine {
         let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
         let sci = IrqLine::new(router.clone(), piix4_pm::SCI_IRQ);
-        let pm = Arc::new(Piix4Pm::new(host.clone(), sci)?);
+        let timers = Timers::new(host.clone());
+        let pm = Arc::new(Piix4Pm::new(host.clone(), sci, timers.clone())?);
         let chipset: [(u8, u8, Arc<dyn PciFunction>); 3] =
             [(0, 0, host_bridge.clone()), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
         for (slot, function, device) in chipset {
@@ -103,7 +108,10 @@ impl Machine {
             .map(|region| MemoryRange { address: region.guest_address, length: region.size })
             .collect();
         let fw_cfg = Arc::new(FwCfg::new(ram.clone(), config.cpus, &memory));
-        attach_isa_devices(&isa, &config, fw_cfg.clone(), &memory, &host)?;
+        let rtc =
+            Arc::new(Rtc::new(host.clone(), timers.clone(), IrqLine::new(router.clone(), isa::RTC_IRQ)));
+        rtc.describe(&memory, config.cpus);
+        attach_isa_devices(&isa, &config, fw_cfg.clone(), &host, rtc.clone())?;
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
@@ -117,6 +125,8 @@ impl Machine {
             host_bridge,
             pm,
             fw_cfg,
+            rtc,
+            timers,
             router,
             topology,
             view: ArcSwap::default(),
@@ -354,7 +364,11 @@ impl Machine {
     }
 
     /// The host's clock has reached what [`Host::set_timer`] was told last.
-    pub fn timer_expired(&self) {}
+    pub fn timer_expired(&self) {
+        self.timers.expired();
+        self.pm.timer_expired();
+        self.rtc.timer_expired();
+    }
 
     /// The power button was pressed and released.
     pub fn press_power_button(&self) {
@@ -378,15 +392,12 @@ fn attach_isa_devices(
     isa: &IsaBus,
     config: &MachineConfig,
     fw_cfg: Arc<FwCfg>,
-    memory: &[MemoryRange],
     host: &Arc<dyn Host>,
+    rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let size = |above: bool| {
-        let regions = memory.iter().filter(|range| (range.address >= 1 << 32) == above);
-        regions.map(|range| range.length).fold(0, u64::saturating_add)
-    };
-    let devices: [Arc<dyn IsaDevice>; 7] = [
-        Arc::new(Rtc::new(host.clone(), size(false), size(true), config.cpus)),
+    let devices: [Arc<dyn IsaDevice>; 8] = [
+        rtc,
+        Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         fw_cfg,

@@ -43,6 +43,11 @@ impl Recorder {
         lock(&self.0).wall_clock = time;
     }
 
+    /// The timer that was armed runs out now: it is armed no more.
+    pub(crate) fn take_timer(&self) -> Option<Duration> {
+        lock(&self.0).timer.take()
+    }
+
     pub(crate) fn set_monotonic(&self, time: Duration) {
         lock(&self.0).monotonic = time;
     }

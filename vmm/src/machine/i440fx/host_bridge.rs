@@ -23,47 +23,23 @@ const PAM6: u16 = 0x5F;
 const PAM_SHADOWED: [u8; 7] = [0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33];
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(in super::super) const REGISTERS: [Register; 27] = [
-    // 3.2.11 PMCCFG low byte: bus frequency strap, EPTE.
-    Register { offset: 0x50, reset: 0x00, writable: 0x40 },
-    // 3.2.12 DETURBO
-    Register { offset: 0x52, reset: 0x00, writable: 0xFF },
-    // 3.2.13 DBC
-    Register { offset: 0x53, reset: 0x80, writable: 0xF7 },
-    // 3.2.14 AXC
-    Register { offset: 0x54, reset: 0x00, writable: 0x01 },
-    // 3.2.15 DRT
-    Register { offset: 0x55, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x56, reset: 0x00, writable: 0xFF },
-    // 3.2.16 DRAMC
-    Register { offset: 0x57, reset: 0x01, writable: 0x3F },
-    // 3.2.17 DRAMT
-    Register { offset: 0x58, reset: 0x10, writable: 0x7F },
-    // 3.2.18 PAM0–6: bits 0/4 read enable, 1/5 write enable; PAM0's low nibble is reserved.
-    Register { offset: 0x59, reset: 0x00, writable: 0x30 },
-    Register { offset: 0x5A, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5B, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5C, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5D, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5E, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5F, reset: 0x00, writable: 0x33 },
+pub(in super::super) const REGISTERS: [Register; 8] = [
+    // 3.2.11 PMCCFG low byte: EPTE.
+    Register { offset: 0x50, reset: &[], writable: &[0x40] },
+    // 3.2.12 DETURBO, 3.2.13 DBC, 3.2.14 AXC, 3.2.15 DRT
+    Register { offset: 0x52, reset: &[0x00, 0x80], writable: &[0xFF, 0xF7, 0x82, 0xFF, 0xFF] },
+    // 3.2.16 DRAMC, 3.2.17 DRAMT
+    Register { offset: 0x57, reset: &[0x01, 0x10], writable: &[0x3F, 0x7F] },
+    // 3.2.18 PAM0–6
+    Register { offset: PAM0, reset: &[], writable: &PAM_SHADOWED },
     // 3.2.19 DRB0–7, in units of 8 MiB; firmware's business.
-    Register { offset: 0x60, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x61, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x62, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x63, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x64, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x65, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x66, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x67, reset: 0x01, writable: 0xFF },
-    // 3.2.20 FDHC: hole enable.
-    Register { offset: 0x68, reset: 0x00, writable: 0xC0 },
-    // 3.2.21 MTT
-    Register { offset: 0x70, reset: 0x00, writable: 0xF8 },
-    // 3.2.22 CLT
-    Register { offset: 0x71, reset: 0x10, writable: 0xFF },
+    Register { offset: 0x60, reset: &[0x01; 8], writable: &[0xFF; 8] },
+    // 3.2.20 FDHC
+    Register { offset: FDHC, reset: &[], writable: &[0xC0] },
+    // 3.2.21 MTT, 3.2.22 CLT
+    Register { offset: 0x70, reset: &[0x00, 0x10], writable: &[0xF8, 0x1F] },
     // 3.2.24 ERRCMD
-    Register { offset: 0x90, reset: 0x00, writable: 0x1F },
+    Register { offset: 0x90, reset: &[], writable: &[0x1B] },
 ];
 
 /// The host bridge.

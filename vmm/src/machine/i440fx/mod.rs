@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 pub(super) use config_mechanism::ConfigMechanism;
 pub(super) use host_bridge::HostBridge;
-#[cfg(test)]
-pub(super) use host_bridge::REGISTERS;
 
 use super::address::CycleKind;
 use super::pci::PciBus;

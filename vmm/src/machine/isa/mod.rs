@@ -3,6 +3,7 @@
 mod bus;
 mod calendar;
 mod debug_port;
+mod dma;
 mod fw_cfg;
 mod i8042;
 mod port92;
@@ -12,8 +13,9 @@ mod rtc;
 pub(super) use bus::IsaBus;
 pub use bus::{IrqLine, IsaDevice, PortRange};
 pub(super) use debug_port::{DebugExit, DebugPort, PostPort};
+pub(super) use dma::Dma;
 pub(super) use fw_cfg::{FirmwareTables, FwCfg, GENERATION_ADDRESS, MemoryRange};
 pub(super) use i8042::I8042;
 pub(super) use port92::Port92;
 pub(super) use pvpanic::{PORT as PVPANIC_PORT, PvPanic};
-pub(super) use rtc::{CENTURY_REGISTER, Rtc};
+pub(super) use rtc::{CENTURY_REGISTER, IRQ as RTC_IRQ, Rtc};

@@ -7,8 +7,6 @@ mod reset_control;
 
 use std::sync::Arc;
 
-#[cfg(test)]
-pub(super) use isa_bridge::REGISTERS;
 pub(super) use isa_bridge::{IsaBridge, PIRQRC};
 pub(super) use reset_control::{PORT as RESET_CONTROL_PORT, ResetControl};
 

@@ -25,6 +25,8 @@ fn address() -> impl Strategy<Value = u64> {
         Just(u64::MAX),
         u64::MAX - 9..=u64::MAX,
         RAM - 8..RAM + 8,
+        0x9_FFF0_u64..0x10_0010,
+        0xFFFF_FFF0_u64..0x1_0000_0010,
         0xE000_0000_u64..0xE001_0000,
         prop_oneof![Just(0x510), Just(0x511), Just(0x514), Just(0x518), Just(0x70), Just(0x71), Just(0x64)],
     ]
@@ -46,7 +48,7 @@ proptest! {
 
     #[test]
     fn no_sequence_of_accesses_panics(accesses in proptest::collection::vec(access(), 1..200)) {
-        let (_, machine) = machine(2);
+        let (_, machine) = machine_with(2, vec![Rom::chip(0xFFFC_0000, &[0; 0x4_0000])]);
         for slot in 2..5 {
             machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
         }
