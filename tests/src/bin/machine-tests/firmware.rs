@@ -40,7 +40,8 @@ pub fn cases() -> Vec<Case> {
 fn disk(context: &Context, letter: u8, value: u8) -> Outcome<PathBuf> {
     // mov dx, 3F8; mov al, LETTER; out dx, al; mov al, VALUE; out F4, al; hlt; jmp to the hlt
     let code = [0xBA, 0xF8, 0x03, 0xB0, letter, 0xEE, 0xB0, value, 0xE6, 0xF4, 0xF4, 0xEB, 0xFD];
-    let mut sector = [0; 1 << 16];
+    // 2048 sectors: SeaBIOS boots nothing that is smaller than a cylinder.
+    let mut sector = vec![0; 1 << 20];
     for (to, from) in sector.iter_mut().zip(code) {
         *to = from;
     }
