@@ -78,6 +78,8 @@ pub struct Machine {
     deriving: Mutex<()>,
     /// Held by an access to configuration space until its effects are complete: there is one configuration mechanism.
     configuring: Mutex<()>,
+    /// Held by a write to a firmware chip until the map shows what it did: another write might undo it meanwhile.
+    writing_chip: Mutex<()>,
 }
 
 impl Machine {
@@ -132,6 +134,7 @@ impl Machine {
             view: ArcSwap::default(),
             deriving: Mutex::new(()),
             configuring: Mutex::new(()),
+            writing_chip: Mutex::new(()),
         });
         machine.follow_topology();
         Ok(machine)
@@ -227,6 +230,7 @@ impl Machine {
                 let _ = view.and_then(|view| view.write_bytes(0, data));
             }
             Some(Endpoint::Chip(chip)) => {
+                let _one_at_a_time = lock(&self.writing_chip);
                 let before = chip.shows_bytes();
                 chip.write(offset, data);
                 if chip.shows_bytes() != before {

@@ -11,13 +11,10 @@ pub(super) use config_mechanism::ConfigMechanism;
 pub(super) use host_bridge::HostBridge;
 
 use super::address::CycleKind;
+use super::isa::IN_KERNEL_PORTS;
 use super::pci::PciBus;
 use super::tree::{Claim, Decoded, Endpoint, Node};
 
-/// First and last port of the 8259s and their ELCRs, the 8254 and its gate, which the host's kernel answers: wherever they
-/// are on the board, no access to them comes further than this.
-const IN_KERNEL_PORTS: [(u64, u64); 5] =
-    [(0x20, 0x21), (0x40, 0x43), (0x61, 0x61), (0xA0, 0xA1), (0x4D0, 0x4D1)];
 /// First and last address of the I/O APIC's page and of the local APICs' (290549, section 4.1, system memory map).
 const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF_FFFF)];
 
@@ -55,7 +52,10 @@ impl I440Fx {
         match kind {
             CycleKind::Port | CycleKind::PortDword => {
                 let mut own = vec![data];
-                own.extend(IN_KERNEL_PORTS.map(|ends| range(ends, Endpoint::InKernel, 0)));
+                // Wherever they are on the board, no access to them comes further than this.
+                own.extend(IN_KERNEL_PORTS.iter().filter_map(|ports| {
+                    Some(range((ports.first.into(), ports.last()?.into()), Endpoint::InKernel, 0))
+                }));
                 if kind == CycleKind::PortDword {
                     own.push(range((0xCF8, 0xCFB), Endpoint::ConfigAddress, 0));
                 }

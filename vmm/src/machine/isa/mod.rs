@@ -10,7 +10,7 @@ mod port92;
 mod pvpanic;
 mod rtc;
 
-pub(super) use bus::IsaBus;
+pub(super) use bus::{IN_KERNEL_PORTS, IsaBus};
 pub use bus::{IrqLine, IsaDevice, PortRange};
 pub(super) use debug_port::{DebugExit, DebugPort, PostPort};
 pub(super) use dma::Dma;
