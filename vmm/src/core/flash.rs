@@ -197,3 +197,150 @@ impl MemoryChip for Flash {
         self.exchange(state, Client::reset);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::thread::{self, JoinHandle};
+
+    use bulkhead_ipc::vfio_user::{
+        AccessError, Connection, Description, DeviceInfo, Region, RegionInfo, RegisterDevice, Served,
+    };
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+
+    const ADDRESS: u64 = 0xFFC0_0000;
+
+    /// A chip that notes what it is told: command 40 takes one byte more, FF shows the array.
+    #[derive(Default)]
+    struct Model {
+        told: Vec<(u64, u8)>,
+        programming: bool,
+        array: bool,
+    }
+
+    impl RegisterDevice for Model {
+        fn description(&self) -> Description {
+            Description { flags: DeviceInfo::RESET, regions: 2, irqs: 0 }
+        }
+
+        fn region(&self, index: u32) -> Option<Region<'_>> {
+            let size = if index == REGION_BYTES { 8192 } else { 1 };
+            (index < 2).then_some(Region { size, flags: RegionInfo::READ | RegionInfo::WRITE, file: None })
+        }
+
+        fn irq_count(&self, _index: u32) -> u32 {
+            0
+        }
+
+        fn read(&mut self, region: u32, _offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+            let mode = if self.array { MODE_ARRAY } else { MODE_READY };
+            data.fill(if region == REGION_MODE { mode } else { 0x80 });
+            Ok(())
+        }
+
+        fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+            for value in data {
+                self.told.push((offset, *value));
+                self.array = !self.programming && *value == READ_ARRAY;
+                self.programming = !self.programming && *value == 0x40;
+            }
+            Ok(())
+        }
+
+        fn reset(&mut self) {}
+
+        fn set_irq(&mut self, _: u32, _: u32, _: Option<OwnedFd>) -> Result<(), AccessError> {
+            Err(AccessError::OutOfRange)
+        }
+    }
+
+    /// A process with this model; it ends when its connection does, and says what it was told.
+    fn process() -> (OwnedFd, JoinHandle<Vec<(u64, u8)>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let serve = move || {
+            let mut connection = Connection::new(theirs.into(), DEADLINE).unwrap();
+            let mut model = Model::default();
+            loop {
+                let mut fds = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                match connection.serve(&mut model) {
+                    Ok(Served::Open) => {}
+                    _ => return model.told,
+                }
+            }
+        };
+        (ours.into(), thread::spawn(serve))
+    }
+
+    fn flash() -> Flash {
+        let memory = GuestRam::create_at(ADDRESS, 8192).unwrap();
+        Flash::new("firmware-vars", ADDRESS, memory, Arc::new(Reports::new().unwrap()))
+    }
+
+    #[test]
+    fn memory_is_shown_until_a_command_and_again_when_the_chip_says_so() {
+        let (flash, (socket, process)) = (flash(), process());
+        flash.start(socket).unwrap();
+        assert!(flash.shows_bytes());
+        flash.write(ADDRESS + 5, &[0x40]);
+        assert!(!flash.shows_bytes());
+        // Data that looks like the command.
+        flash.write(ADDRESS + 5, &[0xFF]);
+        assert!(!flash.shows_bytes());
+        let mut status = [0; 2];
+        flash.read(ADDRESS + 5, &mut status);
+        assert_eq!(status, [0x80; 2]);
+        flash.write(ADDRESS + 5, &[0xFF]);
+        assert!(flash.shows_bytes());
+        drop(flash);
+        assert_eq!(process.join().unwrap(), [(5, 0x40), (5, 0xFF), (5, 0xFF)]);
+    }
+
+    #[test]
+    fn a_successor_is_told_everything_since_the_array_was_shown() {
+        let (flash, (socket, first)) = (flash(), process());
+        flash.start(socket).unwrap();
+        flash.write(ADDRESS, &[0x40, 1]);
+        flash.write(ADDRESS, &[0xFF]);
+        flash.write(ADDRESS + 7, &[0x40]);
+        flash.disconnect();
+        first.join().unwrap();
+        let (socket, second) = process();
+        thread::scope(|scope| {
+            // It waits for the successor.
+            scope.spawn(|| flash.write(ADDRESS + 7, &[0xFF]));
+            thread::sleep(Duration::from_millis(20));
+            flash.replace(socket).unwrap();
+        });
+        assert!(!flash.shows_bytes());
+        drop(flash);
+        assert_eq!(second.join().unwrap(), [(7, 0x40), (7, 0xFF)]);
+    }
+
+    #[test]
+    fn without_a_process_the_memory_is_shown_and_nobody_waits() {
+        let flash = flash();
+        flash.give_up();
+        let start = Instant::now();
+        flash.write(ADDRESS, &[0x70]);
+        let mut bytes = [0];
+        flash.read(ADDRESS, &mut bytes);
+        assert_eq!(bytes, [0xFF]);
+        flash.write(ADDRESS, &[0xFF]);
+        assert!(flash.shows_bytes() && start.elapsed() < DEADLINE);
+    }
+
+    #[test]
+    fn a_guest_that_never_ends_a_command_fills_no_memory() {
+        let (flash, (socket, process)) = (flash(), process());
+        flash.start(socket).unwrap();
+        for _ in 0..3 * KEPT {
+            flash.write(ADDRESS, &[0x70]);
+        }
+        assert!(flash.lock().writes.len() <= KEPT);
+        drop(flash);
+        assert_eq!(process.join().unwrap().len(), 3 * KEPT);
+    }
+}

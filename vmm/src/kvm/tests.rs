@@ -122,7 +122,7 @@ impl Rig {
         let memory = MemorySlots::new(&vm, Arc::default());
         let host = Arc::new(KvmHost { memory, doorbells: Doorbells::new(&vm), told: Mutex::default() });
         let rom = Rom(GuestRam::create_at(ROM, 0x4_0000).unwrap());
-        let config = MachineConfig { cpus: 1, address_bits: 40, firmware: vec![Arc::new(rom)] };
+        let config = MachineConfig { firmware: vec![Arc::new(rom)], ..MachineConfig::new(1, 40) };
         let machine = Machine::new(config, ram.clone(), host.clone()).unwrap();
         if chips {
             vm.create_chips().unwrap();

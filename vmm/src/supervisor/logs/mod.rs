@@ -22,6 +22,8 @@ use super::config::{CORE, SUPERVISOR};
 /// What one wake-up reads from one pipe at most, in bytes, so that a flood from one process does not starve the rest.
 const READ_AT_ONCE: usize = 4096;
 
+/// What the file of the debug port takes in all: the core lets the guest say 1 MiB at each start, and is not trusted with it.
+const DEBUG_PORT_BYTES: usize = 16 << 20;
 /// How the core's lines begin that the guest wrote to the debug port.
 const FIRMWARE: &str = "firmware: ";
 
@@ -76,7 +78,8 @@ pub struct Log {
     format: LogFormat,
     sink: Sink,
     dropped: u64,
-    debug_port: Option<File>,
+    /// The file, and how many bytes it still takes.
+    debug_port: Option<(File, usize)>,
 }
 
 impl Log {
@@ -89,14 +92,16 @@ impl Log {
 
     /// With a file for what the guest writes to the debug port.
     pub fn with_debug_port(mut self, file: Option<File>) -> Self {
-        self.debug_port = file;
+        self.debug_port = file.map(|file| (file, DEBUG_PORT_BYTES));
         self
     }
 
-    /// A line of the debug port. The core bounds how much the guest may say there.
+    /// A line of the debug port. False: there is no file for it.
     fn firmware(&mut self, line: &str) -> bool {
-        let Some(file) = &mut self.debug_port else { return false };
-        if file.write_all(format!("{line}\n").as_bytes()).is_err() {
+        let Some((file, left)) = &mut self.debug_port else { return false };
+        let line = format!("{line}\n");
+        *left = left.saturating_sub(line.len());
+        if *left == 0 || file.write_all(line.as_bytes()).is_err() {
             self.dropped = self.dropped.saturating_add(1);
         }
         true
@@ -279,6 +284,29 @@ mod tests {
         assert_eq!(value.get("process").unwrap(), "disk0");
         assert_eq!(value.get("level").unwrap(), "error");
         assert_eq!(value.get("message").unwrap(), "blk: \"q\"\\u{1b}[0m");
+    }
+
+    #[test]
+    fn the_debug_port_has_its_own_file_and_cannot_fill_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, port) = (folder.path().join("log"), folder.path().join("port"));
+        let create = |path| Some(File::create(path).unwrap());
+        let log = Log::new("web", LogLevel::Info, LogFormat::Text, create(&path));
+        let mut log = log.with_debug_port(create(&port));
+        let mut limiter = Limiter::new(Instant::now());
+        for process in [CORE, "disk0"] {
+            pass("INFO firmware: SeaBIOS", process, &mut limiter, &mut log);
+        }
+        assert_eq!(fs::read_to_string(&port).unwrap(), "SeaBIOS\n");
+        assert!(fs::read_to_string(&path).unwrap().ends_with("web/disk0: info: firmware: SeaBIOS\n"));
+        let line = format!("INFO firmware: {}", "x".repeat(1000));
+        for _ in 0..2 * DEBUG_PORT_BYTES / 1000 {
+            pass(&line, CORE, &mut limiter, &mut log);
+        }
+        assert!(fs::metadata(&port).unwrap().len() <= DEBUG_PORT_BYTES as u64);
+        log.debug_port = None;
+        pass("INFO firmware: unasked", CORE, &mut limiter, &mut log);
+        assert!(!fs::read_to_string(&path).unwrap().contains("unasked"), "only with --log-level debug");
     }
 
     #[test]
