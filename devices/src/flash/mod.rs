@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{FlashConfig, FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{FlashConfig, FromDevice, Progress, ToDevice};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::memory::MemoryError;
 use bulkhead_ipc::vfio_user::{Connection, Served, ServerError};
@@ -118,7 +118,7 @@ impl Flash<'_> {
     fn control(&self) -> Result<bool, FlashError> {
         match self.channel.recv::<ToDevice>(Some(Duration::ZERO)) {
             Ok((ToDevice::Stop, _)) | Err(ChannelError::PeerClosed) => return Ok(false),
-            Ok((ToDevice::Ping, _)) => self.channel.send(&FromDevice::Alive, &[])?,
+            Ok((ToDevice::Ping, _)) => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             Ok((message, _)) => tracing::warn!(?message, "a control message that this device does not know"),
             Err(ChannelError::Deadline) => {}
             Err(error) => return Err(error.into()),

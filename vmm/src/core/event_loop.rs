@@ -105,6 +105,7 @@ fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
             core.registers(&id).inspect(|device| device.give_up());
             core.flash(&id).inspect(|flash| flash.give_up());
         }
+        Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
         Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
         Err(ChannelError::Deadline) => {}
         Err(error) => return Err(error.into()),

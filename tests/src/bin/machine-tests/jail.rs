@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
-use bulkhead_tests::machine::{Kernel, Machine, Running, expect_gone};
+use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, expect_gone};
 use bulkhead_tests::processes::Process;
 use nix::sys::signal::Signal;
 
@@ -35,6 +35,7 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
     ensure!(processes.len() == 6, "{} processes, not supervisor, core and four devices", processes.len());
     let mut namespaces = HashSet::new();
     let mut layouts = HashSet::new();
+    let mut users = HashSet::new();
     for kind in NAMESPACES {
         namespaces.insert(
             fs::read_link(format!("/proc/self/ns/{kind}")).map_or(String::new(), |l| l.display().to_string()),
@@ -47,6 +48,8 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
         root(process).map_err(|sentence| format!("{title}: {sentence}"))?;
         descriptors(context, process, &title).map_err(|sentence| format!("{title}: {sentence}"))?;
         limits(context, process).map_err(|sentence| format!("{title}: {sentence}"))?;
+        let user = process.threads()?.first().map(|thread| thread.status("Uid")).transpose()?;
+        ensure!(users.insert(user.clone()), "{title}: the user {user:?} is another process's as well");
         for kind in NAMESPACES {
             let namespace = process.namespace(kind)?;
             ensure!(namespaces.insert(namespace.clone()), "{title}: shares the namespace {namespace}");
@@ -56,9 +59,34 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
         let first = maps.split('-').next().unwrap_or_default().to_owned();
         ensure!(layouts.insert(first.clone()), "{title}: mapped at {first} like another process");
     }
+    shown(context, &running.name)?;
     running.signal(Signal::SIGTERM)?;
     running.wait()?;
     expect_gone(&processes, Duration::from_secs(1))
+}
+
+/// `bulkhead ps --security` says the same.
+fn shown(context: &Context, name: &str) -> Outcome {
+    let output = bulkhead(context).args(["ps", name, "--security", "--json"]).output();
+    let text = output.map_err(|error| error.to_string())?.stdout;
+    let shown: serde_json::Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let processes = shown["processes"].as_array().ok_or("no processes")?;
+    ensure!(processes.len() == 6, "{} processes", processes.len());
+    for process in processes.iter().skip(1) {
+        let id = process["id"].as_str().unwrap_or_default();
+        ensure!(process["own_namespaces"].as_array().is_some_and(|own| own.len() == 7), "{id}: {process}");
+        ensure!(process["root_entries"] == 0, "{id}: {process}");
+        ensure!(process["mounts"].as_array().is_some_and(|mounts| mounts.len() == 1), "{id}: {process}");
+        ensure!(process["landlock"] == "not visible", "{id}: {process}");
+        ensure!(process["descriptors"].as_u64().is_some_and(|count| count > 3), "{id}: {process}");
+        let threads = process["threads"].as_array().ok_or("no threads")?;
+        for thread in threads {
+            let held =
+                thread["seccomp"] == 2 && thread["capabilities"] == "0" && thread["no_new_privs"] == true;
+            ensure!(held && !threads.is_empty(), "{id}: {thread}");
+        }
+    }
+    Ok(())
 }
 
 fn threads(process: &Process) -> Outcome {
