@@ -9,7 +9,7 @@ RELEASE := target/x86_64-unknown-linux-gnu/release
 CARGO := cargo
 LAB := tools/lab --auto
 
-.PHONY: build demo test check bench lab guest help clean-build packages unit machine sanitize
+.PHONY: build demo test check bench lab guest help clean-build packages unit machine sanitize fuzz qemu-qtests
 
 build: packages ## compile everything (the default)
 	$(CARGO) build --release --locked
@@ -39,12 +39,19 @@ sanitize: packages ## unit tests of the unsafe code in ipc/ under AddressSanitiz
 machine: build guest ## whole machines: bare payloads here, stock guests in the lab if needed; CASES="word…" selects
 	mkdir -p build/machine-tests
 	status=0; \
+	$(if $(CASES),,$(RELEASE)/attack || status=1;) \
 	$(RELEASE)/machine-tests --bare $(CASES) || status=1; \
 	tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
 	exit $$status
 
 bench: build guest ## comparisons with other monitors, written to docs/benchmarks.md
 	tools/bench
+
+fuzz: packages ## each fuzz target under libFuzzer for SECONDS=60; TARGETS="word…" selects
+	tools/fuzz $(or $(SECONDS),60) $(TARGETS)
+
+qemu-qtests: build ## QEMU's own i440FX, RTC, fw_cfg and pvpanic tests, built from Debian's source package, against this machine
+	tools/qemu-qtests
 
 lab: ## run CMD="…" in the lab
 	@test -n '$(CMD)' || { echo 'usage: make lab CMD="command"'; exit 2; }

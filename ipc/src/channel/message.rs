@@ -38,6 +38,23 @@ pub enum ToCore {
         /// Which device.
         id: String,
     },
+    /// A device process was started while the machine runs: show its virtio function to the guest. Answered by
+    /// [`FromCore::DeviceAdded`] or [`FromCore::DeviceRefused`].
+    DeviceAdd(DeviceLink),
+    /// Ask the guest to let go of a virtio device. [`FromCore::DeviceRemoved`] comes when it did.
+    DeviceRemove {
+        /// Which device.
+        id: String,
+        /// Pull it out without asking.
+        force: bool,
+    },
+    /// Plug in the possible CPU of this index, or ask the guest to let it go. [`FromCore::CpuRemoved`] comes when it did.
+    Cpu {
+        /// Its index, from 0.
+        index: u8,
+        /// Plug in.
+        insert: bool,
+    },
     /// Press the ACPI power button.
     Stop,
     /// Answer [`FromCore::Alive`]: a core that hangs does not.
@@ -53,8 +70,8 @@ pub struct CoreStart {
     pub log: LogLevel,
     /// What a forbidden system call does.
     pub enforcement: Enforcement,
-    /// Number of vCPUs.
-    pub cpus: u8,
+    /// The vCPUs.
+    pub processors: Processors,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
     /// Whether guest RAM in use becomes huge pages.
@@ -107,6 +124,34 @@ pub struct FirmwareFile {
     pub contents: Vec<u8>,
 }
 
+/// The processors that the guest sees, and may see later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processors {
+    /// How many of them are there at the start.
+    pub present: u8,
+    /// The local APIC ids of all, in ascending order.
+    pub apic_ids: Vec<u8>,
+    /// The bits of an APIC id from this one on name the core.
+    pub core_shift: u8,
+    /// The bits of an APIC id from this one on name the package.
+    pub package_shift: u8,
+    /// CPUID without the numbers that each processor has for itself.
+    pub cpuid: Vec<CpuidLeaf>,
+}
+
+/// What CPUID answers for one leaf and subleaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidLeaf {
+    /// EAX on entry.
+    pub leaf: u32,
+    /// ECX on entry.
+    pub subleaf: u32,
+    /// `KVM_CPUID_FLAG_…`: whether the subleaf counts.
+    pub flags: u32,
+    /// EAX, EBX, ECX and EDX.
+    pub registers: [u32; 4],
+}
+
 /// A stream to a device process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceLink {
@@ -125,6 +170,8 @@ pub enum LinkKind {
     VirtioVhostUser {
         /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
         virtio_id: u16,
+        /// Its slot on PCI bus 0, 2–31.
+        slot: u8,
     },
     /// vfio-user; the chip with firmware's variables.
     Flash,
@@ -153,6 +200,28 @@ pub enum FromCore {
     DeviceReplaced {
         /// Which device.
         id: String,
+    },
+    /// The function of [`ToCore::DeviceAdd`] is in its slot and the guest was told.
+    DeviceAdded {
+        /// Which device.
+        id: String,
+    },
+    /// A device cannot be added, or there is none to be removed.
+    DeviceRefused {
+        /// Which device.
+        id: String,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// The guest let go of a device, asked or not, or it was pulled out: nothing in the core belongs to it any more.
+    DeviceRemoved {
+        /// Which device.
+        id: String,
+    },
+    /// The guest let go of a CPU, which runs no more.
+    CpuRemoved {
+        /// Its index.
+        index: u8,
     },
     /// The answer to [`ToCore::Ping`].
     Alive,

@@ -223,33 +223,34 @@ impl Parent {
         wanted: &[Controller],
         any: bool,
     ) -> Result<Option<Self>, CgroupError> {
-        let (mut nearest, mut delegated) = (None, false);
+        let (mut nearest, mut refused) = (None, false);
         for folder in folders {
             nearest.get_or_insert(folder);
             if folder.ends_with(SUPERVISORS) {
                 continue;
             }
-            let writable = |path: &Path| faccessat(AT_FDCWD, path, AccessFlags::W_OK, AtFlags::AT_EACCESS);
-            if writable(folder).is_err() || writable(&folder.join("cgroup.procs")).is_err() {
-                continue;
-            }
-            // The hierarchy's root alone has no type, and may have controllers and processes.
-            let root = !folder.join("cgroup.type").exists();
-            let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-            let alone = procs.trim() == process::id().to_string();
-            if !root && !procs.trim().is_empty() && !alone {
-                continue;
-            }
-            delegated = true;
             let offered = fs::read_to_string(folder.join("cgroup.controllers")).unwrap_or_default();
             let has = |controller: &&Controller| offered.split_whitespace().any(|it| it == controller.name());
             let controllers: Vec<Controller> = wanted.iter().filter(has).copied().collect();
-            if any || !controllers.is_empty() {
-                return Ok(Some(Self { folder: folder.to_owned(), occupied: alone && !root, controllers }));
+            if controllers.is_empty() && !any {
+                continue;
             }
+            let writable = |path: &Path| faccessat(AT_FDCWD, path, AccessFlags::W_OK, AtFlags::AT_EACCESS);
+            if writable(folder).is_ok() && writable(&folder.join("cgroup.procs")).is_ok() {
+                match occupants(folder) {
+                    Occupants::None => {
+                        return Ok(Some(Self { folder: folder.to_owned(), occupied: false, controllers }));
+                    }
+                    Occupants::Supervisor => {
+                        return Ok(Some(Self { folder: folder.to_owned(), occupied: true, controllers }));
+                    }
+                    Occupants::Others => {}
+                }
+            }
+            refused = true;
         }
         match nearest {
-            Some(own) if !delegated => Err(CgroupError::NotDelegated { own: own.to_owned() }),
+            Some(own) if refused => Err(CgroupError::NotDelegated { own: own.to_owned() }),
             _ => Ok(None),
         }
     }
@@ -258,6 +259,28 @@ impl Parent {
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+}
+
+/// Who keeps a group from having controllers for the groups below it.
+enum Occupants {
+    None,
+    Supervisor,
+    Others,
+}
+
+fn occupants(folder: &Path) -> Occupants {
+    // The hierarchy's root alone has no type; processes there, which may be many, are in nobody's way.
+    if !folder.join("cgroup.type").exists() {
+        return Occupants::None;
+    }
+    let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    if procs.trim().is_empty() {
+        Occupants::None
+    } else if procs.trim() == process::id().to_string() {
+        Occupants::Supervisor
+    } else {
+        Occupants::Others
     }
 }
 

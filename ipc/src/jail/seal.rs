@@ -9,7 +9,7 @@
 //! the well-known race (arguments change after they were checked) has nothing to win.
 //! The price: the listener must leave the process before it reads a byte from guest or peer, since who holds it can let a call
 //! through. [`Sealed`] closes its copies on drop; no policy allows `seccomp`, and no `ioctl` with a listener's request numbers.
-//! A thread that breaks its policy before that waits until the supervisor's deadline for `Ready` passes.
+//! A thread that breaks its policy before that waits until the supervisor looks (`JailedProcess::early_violation`).
 
 use std::fmt::Write as _;
 use std::mem;

@@ -138,15 +138,17 @@ impl UidBlock {
     fn claim_in(path: &Path, range: UidRange, count: u32, subordinate: bool) -> Result<Self, UidError> {
         let failed = |source: io::Error| UidError::Account { path: path.to_owned(), source };
         let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        let account = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(failed)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
+        let account = options.open(path).or_else(|error| match (error.kind(), path.parent()) {
+            // The first machine since the host started.
+            (io::ErrorKind::NotFound, Some(folder)) => {
+                let _exists = DirBuilder::new().mode(0o755).create(folder);
+                options.open(path)
+            }
+            _ => Err(error),
+        });
+        let account = account.map_err(failed)?;
         let blocks = range.count / count.max(1);
         // Not always the first free one: processes of a supervisor that was killed end a moment after its locks.
         let start = std::process::id() % blocks.max(1);
@@ -199,13 +201,7 @@ fn account_path(subordinate: bool) -> Result<PathBuf, UidError> {
         let own = |folder: &PathBuf| fs::metadata(folder).is_ok_and(|it| it.uid() == geteuid().as_raw());
         return Ok(folder.filter(own).ok_or(UidError::NoRuntimeFolder)?.join("bulkhead-uids"));
     }
-    let folder = Path::new("/run/bulkhead");
-    match DirBuilder::new().mode(0o755).create(folder) {
-        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-            Err(UidError::Account { path: folder.to_owned(), source })
-        }
-        _ => Ok(folder.join("uids")),
-    }
+    Ok(PathBuf::from("/run/bulkhead/uids"))
 }
 
 /// Whether a line of `uid_map` (user_namespaces(7)) holds the whole range.

@@ -1,7 +1,7 @@
 //! Disk load with verification, run inside the test guest (`tests/guests/tests/iotest`).
 //!
 //! ```text
-//! guest-io DEVICE [verify|read] [--mib N] [--depth N] [--seconds N] [--block BYTES] [--seed N]
+//! guest-io DEVICE [verify|read|swap] [--rounds N] [--mib N] [--depth N] [--seconds N] [--block BYTES] [--seed N]
 //! ```
 //!
 //! `verify` (the default): first writes the whole device, then reads and writes `--mib` MiB (default 256) at random
@@ -9,6 +9,9 @@
 //! each read with what must be there; at last it reads all again, compares, and prints a digest for the host.
 //!
 //! `read`: random reads of `--block` bytes (default 4096) at `--depth` for `--seconds`; prints how many.
+//!
+//! `swap`: `--rounds` disks that come one after the other: each must hold what the host wrote for its round, is written whole,
+//! and is waited for to go.
 //!
 //! All I/O is `O_DIRECT`. Exit status 1 and a sentence on a difference or an I/O error.
 
@@ -28,9 +31,17 @@ const LARGEST: usize = 1 << 20;
 
 type Outcome<T> = Result<T, String>;
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Verify,
+    Read,
+    Swap,
+}
+
 struct Options {
     device: String,
-    read_only: bool,
+    mode: Mode,
+    rounds: u64,
     bytes: u64,
     depth: u64,
     duration: Duration,
@@ -39,9 +50,12 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match parse(std::env::args().skip(1))
-        .and_then(|options| if options.read_only { read_load(&options) } else { verify(&options) })
-    {
+    let run = |options: Options| match options.mode {
+        Mode::Verify => verify(&options),
+        Mode::Read => read_load(&options),
+        Mode::Swap => swap(&options),
+    };
+    match parse(std::env::args().skip(1)).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
             println!("guest-io: {sentence}");
@@ -53,7 +67,8 @@ fn main() -> ExitCode {
 fn parse(mut arguments: impl Iterator<Item = String>) -> Outcome<Options> {
     let mut options = Options {
         device: arguments.next().ok_or("no device given")?,
-        read_only: false,
+        mode: Mode::Verify,
+        rounds: 1,
         bytes: 256 << 20,
         depth: 32,
         duration: Duration::from_secs(10),
@@ -66,8 +81,10 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Outcome<Options> {
             text.parse().map_err(|_| format!("{word}: '{text}' is not a number"))
         };
         match word.as_str() {
-            "verify" => options.read_only = false,
-            "read" => options.read_only = true,
+            "verify" => options.mode = Mode::Verify,
+            "read" => options.mode = Mode::Read,
+            "swap" => options.mode = Mode::Swap,
+            "--rounds" => options.rounds = number()?,
             "--mib" => options.bytes = number()?.saturating_mul(1 << 20),
             "--depth" => options.depth = number()?.clamp(1, 256),
             "--seconds" => options.duration = Duration::from_secs(number()?),
@@ -237,6 +254,33 @@ fn verify(options: &Options) -> Outcome<()> {
         digest.update(data);
     }
     println!("guest: io digest {:016x}", digest.value());
+    Ok(())
+}
+
+fn swap(options: &Options) -> Outcome<()> {
+    let pause = || std::thread::sleep(Duration::from_millis(2));
+    let mut buffer = Buffer::new();
+    let serial = options.device.replace("/dev/", "/sys/block/") + "/serial";
+    for round in 1..=options.rounds {
+        let (file, count) = loop {
+            match open(&options.device, true) {
+                Ok((file, count)) if count > 0 => break (file, count),
+                _ => pause(),
+            }
+        };
+        let data = buffer.first(index(count) * SECTOR);
+        file.read_exact_at(data, 0).map_err(|e| failed("read", 0, &e))?;
+        compare(round, 0, &vec![0; index(count)], data)?;
+        fill(round, 0, &vec![1; index(count)], data);
+        file.write_all_at(data, 0).map_err(|e| failed("write", 0, &e))?;
+        file.sync_all().map_err(|error| format!("sync: {error}"))?;
+        let serial = std::fs::read_to_string(&serial).map_err(|error| format!("{serial}: {error}"))?;
+        println!("guest: disk {round} {} holds what the host wrote", serial.trim_end());
+        drop(file);
+        while std::fs::exists(&options.device).unwrap_or(true) {
+            pause();
+        }
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 //! Two things take time and wait on others: KVM, and the device processes, which are still starting. They go on side by
 //! side, each on a thread; what needs both comes after.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -13,8 +14,6 @@ use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, L
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam, SharedRegion};
 
-use nix::sys::timerfd::TimerFd;
-
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
 use super::flash::Flash;
@@ -23,7 +22,7 @@ use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_firmware, load_kernel};
-use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
 use crate::machine::{IsaDevice, Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
@@ -35,17 +34,17 @@ const SMBIOS: u64 = 0xF_0000;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
-    pub machine: Arc<Machine>,
+    /// Its `vm` lives as long as the vCPUs run.
+    pub platform: Platform,
+    pub ram: GuestRam,
     pub vcpus: VcpuThreads,
-    pub virtio: Vec<Arc<VirtioPci>>,
+    /// By slot.
+    pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
-    pub timer: Arc<TimerFd>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
-    /// Lives as long as the vCPUs run.
-    _vm: Vm,
 }
 
 impl Core {
@@ -71,7 +70,6 @@ impl Core {
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
         let Attached { virtio, registers, flash: flash_stream } =
             devices::attach(greeted, &platform, &ram, &reports)?;
-        let Platform { vm, machine, gate, timer, .. } = platform;
         if let Some((flash, stream)) = flash.as_ref().zip(flash_stream) {
             let failed = |source| CoreError::Register { id: flash.id().to_owned(), source };
             flash.start(stream.into()).map_err(failed)?;
@@ -79,34 +77,34 @@ impl Core {
         match start.boot {
             Boot::Kernel { cmdline, smbios, .. } => {
                 place(&ram, SMBIOS, &smbios)?;
-                boot(&machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
+                boot(&platform.machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
             }
             Boot::Firmware { files, menu, .. } => {
-                machine
-                    .serve_firmware(files.into_iter().map(|file| (file.name, file.contents)).collect(), menu);
+                let files = files.into_iter().map(|file| (file.name, file.contents)).collect();
+                platform.machine.serve_firmware(files, menu);
             }
         }
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
-        held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
+        held.extend(platform.vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
         let memories = chips.iter().map(|chip| chip.memory()).chain([&ram]);
         held.extend(memories.flat_map(|memory| memory.regions().map(|region| region.fd.as_raw_fd())));
-        held.extend(virtio.iter().flat_map(|device| device.descriptors()));
+        held.extend(virtio.values().flat_map(|device| device.descriptors()));
         held.extend(flash.iter().flat_map(|flash| flash.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        held.push(timer.as_fd().as_raw_fd());
-        let vcpus = spawn(vcpus, gate, &reports)?;
+        held.push(platform.timer.as_fd().as_raw_fd());
+        let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
         if start.huge_pages {
             huge_pages::watch(&ram)?;
         }
-        Ok(Self { machine, vcpus, virtio, registers, flash, reports, timer, descriptors: held, _vm: vm })
+        Ok(Self { platform, ram, vcpus, virtio, registers, flash, reports, descriptors: held })
     }
 }
 
 impl Core {
     /// The virtio device of this name.
     pub(super) fn virtio(&self, id: &str) -> Option<&VirtioPci> {
-        self.virtio.iter().find(|device| device.id() == id).map(|device| &**device)
+        self.virtio.values().find(|device| device.id() == id).map(|device| &**device)
     }
 
     /// The chip with firmware's variables, if that is its name.
@@ -212,7 +210,12 @@ fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {
     Ok(ram.view(address, length, Direction::Write)?.write_bytes(0, bytes)?)
 }
 
-fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(
+    vcpus: Vec<Vcpu>,
+    gate: Arc<Gate>,
+    present: u8,
+    reports: &Arc<Reports>,
+) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -224,5 +227,5 @@ fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<Vc
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, gate, prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, gate, present.into(), prepare, on_stop)?)
 }

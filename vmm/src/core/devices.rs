@@ -1,11 +1,13 @@
 //! The device processes: opening a session with each, and giving each device its place on the buses.
 //!
-//! Two steps, because the first needs nothing of the virtual machine and spends its time waiting: it runs on a thread of
+//! Two steps at the start, because the first needs nothing of the virtual machine and spends its time waiting: it runs on a thread of
 //! its own while KVM builds the machine.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{DeviceLink, LinkKind};
 use bulkhead_ipc::memory::GuestRam;
@@ -13,18 +15,20 @@ use bulkhead_ipc::vfio_user::ClientError;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::CoreError;
+use super::assembly::Core;
 use super::platform::Platform;
 use super::register_device::{RegisterDevice, RegisterDeviceConfig};
 use super::reports::Reports;
 use crate::kvm::FunctionMessages;
 use crate::virtio::{Backend, DeviceType, Settings, VirtioPci};
 
-/// The first slot that the chipset leaves to other functions.
-const FIRST_SLOT: u8 = 2;
+/// How long a device process that is ready may take to open its session: others' events wait meanwhile.
+const HOT_PLUG_LIMIT: Duration = Duration::from_secs(1);
 
 /// A device whose process has answered.
 pub(super) enum Greeted {
-    Virtio(Settings, Backend),
+    /// With its slot.
+    Virtio(u8, Settings, Backend),
     /// Which is spoken to when it has its place.
     Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
@@ -36,20 +40,28 @@ pub(super) fn greet(
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<Vec<Greeted>, CoreError> {
-    let greet = |(link, stream): (DeviceLink, UnixStream)| match link.kind {
-        LinkKind::VirtioVhostUser { virtio_id } => greet_virtio(&link.id, virtio_id, stream),
-        LinkKind::Registers => greet_registers(&link.id, stream, reports),
-        LinkKind::Flash => Ok(Greeted::Flash(stream)),
-    };
-    links.into_iter().map(greet).collect()
+    links.into_iter().map(|(link, stream)| greet_one(&link, stream, None, reports)).collect()
 }
 
-fn greet_virtio(id: &str, virtio_id: u16, stream: UnixStream) -> Result<Greeted, CoreError> {
+/// Opens the session with a device process, for which a virtio device has the usual time or that of `limit`.
+fn greet_one(
+    link: &DeviceLink,
+    stream: UnixStream,
+    limit: Option<Duration>,
+    reports: &Arc<Reports>,
+) -> Result<Greeted, CoreError> {
+    let (virtio_id, slot) = match link.kind {
+        LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
+        LinkKind::Registers => return greet_registers(&link.id, stream, reports),
+        LinkKind::Flash => return Ok(Greeted::Flash(stream)),
+    };
+    let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
-    let settings = Settings { hold_on_failure: true, ..Settings::new(id, DeviceType::from_id(virtio_id)) };
+    let mut settings = Settings { hold_on_failure: true, ..Settings::new(&link.id, kind) };
+    settings.start_limit = limit.unwrap_or(settings.start_limit);
     match Backend::open(&settings, stream) {
-        Ok(backend) => Ok(Greeted::Virtio(settings, backend)),
-        Err(source) => Err(CoreError::Virtio { id: id.to_owned(), source }),
+        Ok(backend) => Ok(Greeted::Virtio(slot, settings, backend)),
+        Err(source) => Err(CoreError::Virtio { id: link.id.clone(), source }),
     }
 }
 
@@ -70,12 +82,13 @@ fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Resu
 /// The devices in their places.
 #[derive(Default)]
 pub(super) struct Attached {
-    pub virtio: Vec<Arc<VirtioPci>>,
+    /// By slot.
+    pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub flash: Option<UnixStream>,
 }
 
-/// Gives the devices their places: virtio functions take the slots in the order of the list.
+/// Gives the devices their places.
 pub(super) fn attach(
     devices: Vec<Greeted>,
     platform: &Platform,
@@ -83,13 +96,11 @@ pub(super) fn attach(
     reports: &Arc<Reports>,
 ) -> Result<Attached, CoreError> {
     let mut attached = Attached::default();
-    let mut slot = FIRST_SLOT;
     for device in devices {
         match device {
-            Greeted::Virtio(settings, backend) => {
+            Greeted::Virtio(slot, settings, backend) => {
                 let device = attach_virtio(slot, settings, backend, platform, ram, reports)?;
-                attached.virtio.push(device);
-                slot = slot.saturating_add(1);
+                attached.virtio.insert(slot, device);
             }
             Greeted::Registers(device, irq, interrupt) => {
                 // What the device signalled before is in the eventfd, and KVM looks at it now.
@@ -117,7 +128,64 @@ fn attach_virtio(
     let device = VirtioPci::new(settings, backend, ram.clone(), messages, reports.clone())
         .map_err(|source| CoreError::Virtio { id, source })?;
     platform.doorbells.register(slot, device.clone());
-    let pin = platform.machine.attach_pci(slot, device.clone())?;
+    let pin = match platform.machine.attach_pci(slot, device.clone()) {
+        Ok(pin) => pin,
+        Err(error) => {
+            platform.doorbells.forget(slot);
+            return Err(error.into());
+        }
+    };
     device.connect_pin(Arc::new(pin));
     Ok(device)
+}
+
+impl Core {
+    /// Puts the function of a device process, which is ready, into its slot and tells the guest. Returns the slot.
+    ///
+    /// # Errors
+    /// The process does not answer as it must, the slot is taken, or KVM or the kernel refused something: then nothing is left of it.
+    pub(super) fn add_device(&mut self, link: &DeviceLink, stream: UnixStream) -> Result<u8, CoreError> {
+        let reports = self.reports.clone();
+        match greet_one(link, stream, Some(HOT_PLUG_LIMIT), &reports)? {
+            Greeted::Virtio(slot, settings, backend) => {
+                let device = attach_virtio(slot, settings, backend, &self.platform, &self.ram, &reports)?;
+                self.virtio.insert(slot, device);
+                self.platform.machine.announce_pci(slot);
+                Ok(slot)
+            }
+            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(link.id.clone())),
+        }
+    }
+
+    /// Asks the guest to let go of the virtio device of this name or, with `force`, takes it out of its slot and tells the
+    /// guest afterwards. Returns the slot that is empty now.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub(super) fn remove_device(&self, id: &str, force: bool) -> Result<Option<u8>, CoreError> {
+        let found = self.virtio.iter().find(|(_, device)| device.id() == id);
+        let (slot, _) = found.ok_or_else(|| CoreError::NotPluggable(id.to_owned()))?;
+        if !force {
+            self.platform.machine.request_eject(*slot);
+            return Ok(None);
+        }
+        self.platform.machine.detach_pci(*slot)?;
+        self.platform.machine.announce_pci(*slot);
+        Ok(Some(*slot))
+    }
+
+    /// Takes back the function that was put into a slot a moment ago.
+    pub(super) fn pull_out(&mut self, slot: u8) -> Option<Arc<VirtioPci>> {
+        let _ = self.platform.machine.detach_pci(slot);
+        self.release_slot(slot)
+    }
+
+    /// Lets go of all that belonged to the function that was in a slot, which the bus has let go of. Returns it: its
+    /// descriptors are closed with it.
+    pub(super) fn release_slot(&mut self, slot: u8) -> Option<Arc<VirtioPci>> {
+        let device = self.virtio.remove(&slot)?;
+        self.platform.doorbells.forget(slot);
+        device.disconnect_backend();
+        Some(device)
+    }
 }

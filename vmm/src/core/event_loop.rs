@@ -12,9 +12,10 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::assembly::Core;
+use super::reports::Ejected;
 use super::{CoreError, SEND_DEADLINE};
 
-/// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
+/// Tokens of the loop's own descriptors; the device in slot `n` has `DEVICES + n`.
 const CONTROL: u64 = 0;
 const REPORTS: u64 = 1;
 const TIMER: u64 = 2;
@@ -32,20 +33,23 @@ impl EventLoop {
     pub(super) fn new(channel: &Channel, core: &Core) -> Result<Self, CoreError> {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
-        let add = |fd, token| {
-            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token)).map_err(CoreError::system("epoll_ctl"))
-        };
-        add(channel.as_fd(), CONTROL)?;
-        add(core.reports.as_fd(), REPORTS)?;
-        add(core.timer.as_fd(), TIMER)?;
-        for (token, device) in (DEVICES..).zip(&core.virtio) {
-            add(device.as_fd(), token)?;
+        let this = Self { epoll };
+        this.add(channel.as_fd(), CONTROL)?;
+        this.add(core.reports.as_fd(), REPORTS)?;
+        this.add(core.platform.timer.as_fd(), TIMER)?;
+        for (slot, device) in &core.virtio {
+            this.add(device.as_fd(), token(*slot))?;
         }
-        Ok(Self { epoll })
+        Ok(this)
+    }
+
+    fn add(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), CoreError> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        self.epoll.add(fd, event).map_err(CoreError::system("epoll_ctl"))
     }
 
     /// Serves until the machine ends or the supervisor is gone.
-    pub(super) fn run(&self, channel: &Channel, core: &Core) -> Result<MachineEnd, CoreError> {
+    pub(super) fn run(&self, channel: &Channel, core: &mut Core) -> Result<MachineEnd, CoreError> {
         let mut events = [EpollEvent::empty(); BATCH];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -54,8 +58,18 @@ impl EventLoop {
             };
             for event in events.iter().take(count) {
                 match event.data() {
-                    CONTROL => control(channel, core)?,
+                    CONTROL => self.control(channel, core)?,
                     REPORTS => {
+                        core.reports.acknowledge();
+                        while let Some(ejected) = core.reports.next_ejected() {
+                            match ejected {
+                                Ejected::Slot(slot) => self.removed(core, slot),
+                                Ejected::Cpu(index) => {
+                                    core.vcpus.set_online(index.into(), false);
+                                    core.reports.tell(FromCore::CpuRemoved { index });
+                                }
+                            }
+                        }
                         if let Some(end) = send_reports(channel, core)? {
                             // A machine that is off executes nothing more.
                             core.vcpus.pause();
@@ -64,18 +78,85 @@ impl EventLoop {
                     }
                     TIMER => {
                         // Taken back first; it is empty when a vCPU has armed the timer anew meanwhile.
-                        let _ = nix::unistd::read(core.timer.as_fd(), &mut [0; 8]);
-                        core.machine.timer_expired();
+                        let _ = nix::unistd::read(core.platform.timer.as_fd(), &mut [0; 8]);
+                        core.platform.machine.timer_expired();
                     }
                     token => {
-                        let index = usize::try_from(token.saturating_sub(DEVICES)).unwrap_or(usize::MAX);
-                        if let Some(device) = core.virtio.get(index) {
+                        let slot = u8::try_from(token.saturating_sub(DEVICES)).unwrap_or(u8::MAX);
+                        if let Some(device) = core.virtio.get(&slot) {
                             device.on_event();
                         }
                     }
                 }
             }
         }
+    }
+}
+
+impl EventLoop {
+    fn control(&self, channel: &Channel, core: &mut Core) -> Result<(), CoreError> {
+        match channel.recv(Some(Duration::ZERO)) {
+            Ok((ToCore::Stop, _)) => core.platform.machine.press_power_button(),
+            Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
+                let socket = Descriptors::from(descriptors).take(socket)?;
+                device_replaced(core, &id, socket);
+            }
+            Ok((ToCore::DeviceGivenUp { id }, _)) => {
+                core.virtio(&id).inspect(|device| {
+                    device.disconnect_backend();
+                    device.give_up();
+                });
+                core.registers(&id).inspect(|device| device.give_up());
+                core.flash(&id).inspect(|flash| flash.give_up());
+            }
+            Ok((ToCore::DeviceAdd(link), descriptors)) => {
+                let stream = Descriptors::from(descriptors).take(link.socket)?.into();
+                let added = core.add_device(&link, stream).and_then(|slot| {
+                    let device = core.virtio.get(&slot);
+                    let watched = device.map_or(Ok(()), |device| self.add(device.as_fd(), token(slot)));
+                    watched.inspect_err(|_| drop(core.pull_out(slot)))
+                });
+                core.reports.tell(answer(link.id, added));
+            }
+            Ok((ToCore::DeviceRemove { id, force }, _)) => match core.remove_device(&id, force) {
+                Ok(Some(slot)) => self.removed(core, slot),
+                Ok(None) => {}
+                Err(error) => core.reports.tell(answer(id, Err(error))),
+            },
+            Ok((ToCore::Cpu { index, insert: true }, _)) => {
+                core.vcpus.set_online(index.into(), true);
+                core.platform.machine.insert_cpu(index);
+            }
+            Ok((ToCore::Cpu { index, insert: false }, _)) => {
+                core.platform.machine.request_cpu_removal(index);
+            }
+            Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
+            Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
+            Err(ChannelError::Deadline) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// A slot is empty: nothing of what was in it stays.
+    fn removed(&self, core: &mut Core, slot: u8) {
+        if let Some(device) = core.release_slot(slot) {
+            let _ = self.epoll.delete(device.as_fd());
+            core.reports.tell(FromCore::DeviceRemoved { id: device.id().to_owned() });
+        }
+    }
+}
+
+/// The token of the device in a slot.
+fn token(slot: u8) -> u64 {
+    DEVICES.saturating_add(slot.into())
+}
+
+/// What the supervisor hears of a device that it wants to add or remove.
+fn answer(id: String, result: Result<(), CoreError>) -> FromCore {
+    match result {
+        Ok(()) => FromCore::DeviceAdded { id },
+        Err(error) => FromCore::DeviceRefused { id, reason: super::chain(&error) },
     }
 }
 
@@ -90,29 +171,6 @@ fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, Co
     Ok(None)
 }
 
-fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
-    match channel.recv(Some(Duration::ZERO)) {
-        Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
-        Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
-            let socket = Descriptors::from(descriptors).take(socket)?;
-            device_replaced(core, &id, socket);
-        }
-        Ok((ToCore::DeviceGivenUp { id }, _)) => {
-            core.virtio(&id).inspect(|device| {
-                device.disconnect_backend();
-                device.give_up();
-            });
-            core.registers(&id).inspect(|device| device.give_up());
-            core.flash(&id).inspect(|flash| flash.give_up());
-        }
-        Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
-        Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
-        Err(ChannelError::Deadline) => {}
-        Err(error) => return Err(error.into()),
-    }
-    Ok(())
-}
-
 /// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
 fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
     let (virtio, registers, flash) = (core.virtio(id), core.registers(id), core.flash(id));
@@ -120,12 +178,13 @@ fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
     virtio.inspect(|device| device.disconnect_backend());
     registers.inspect(|device| device.disconnect());
     flash.inspect(|flash| flash.disconnect());
-    core.reports.device_replaced(id);
+    core.reports.tell(FromCore::DeviceReplaced { id: id.to_owned() });
     let result = match (virtio, registers, flash) {
         (Some(device), ..) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
-        (_, _, Some(flash)) => flash.replace(socket).map_err(|error| error.to_string()),
         (_, Some(device), _) => device.replace(socket).map_err(|error| error.to_string()),
-        (None, None, None) => Err("there is no such device".to_owned()),
+        (_, _, Some(flash)) => flash.replace(socket).map_err(|error| error.to_string()),
+        // It has just been removed, and the supervisor is about to hear of it.
+        (None, None, None) => Ok(()),
     };
     if let Err(reason) = result {
         core.reports.device_failed(id, reason);

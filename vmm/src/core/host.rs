@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bulkhead_ipc::channel::message::MachineEnd;
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 
-use super::reports::Reports;
+use super::reports::{Ejected, Reports};
 use crate::kvm::{Doorbells, Interrupts, MemorySlots};
 use crate::machine::{Host, MappedDoorbell, MemorySlot, PowerEvent};
 
@@ -55,6 +55,14 @@ impl Host for CoreHost {
         if let Err(error) = self.doorbells.update(doorbells) {
             tracing::warn!(%error, "a doorbell stays on the slow path");
         }
+    }
+
+    fn pci_ejected(&self, slot: u8) {
+        self.reports.ejected(Ejected::Slot(slot));
+    }
+
+    fn cpu_ejected(&self, cpu: u8) {
+        self.reports.ejected(Ejected::Cpu(cpu));
     }
 
     fn memory_changed(&self, slots: &[MemorySlot]) {

@@ -84,6 +84,9 @@ pub enum CoreError {
         /// What went wrong.
         source: ClientError,
     },
+    /// No virtio device of that name.
+    #[error("{0} is no device that can be added or removed while the machine runs")]
+    NotPluggable(String),
     /// A system call failed.
     #[error("{call}: {source}")]
     System {
@@ -161,11 +164,11 @@ fn run(channel: &Channel) -> Result<MachineEnd, CoreError> {
     let ToCore::Start(start) = message else { return Err(CoreError::NotStarted) };
     log::init(start.log);
     jail::set_enforcement(start.enforcement);
-    let core = Core::assemble(start, Descriptors::from(descriptors))?;
+    let mut core = Core::assemble(start, Descriptors::from(descriptors))?;
     let events = EventLoop::new(channel, &core)?;
     seal(channel, &core, &events)?;
     core.vcpus.resume();
-    events.run(channel, &core)
+    events.run(channel, &mut core)
 }
 
 /// Locks the process down and tells the supervisor that the machine is complete.

@@ -26,7 +26,7 @@ pub(super) struct Platform {
 }
 
 impl Platform {
-    /// Creates the virtual machine that `start` describes.
+    /// Creates the virtual machine that `start` describes, with all vCPUs that it may have.
     pub(super) fn create(
         kvm: OwnedFd,
         ram: &GuestRam,
@@ -34,16 +34,17 @@ impl Platform {
         firmware: Vec<Arc<dyn MemoryChip>>,
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
-        let CoreStart { cpus, generation, debug_exit, .. } = *start;
-        let vm = Vm::create(kvm, ram, cpus)?;
+        let CoreStart { processors, generation, debug_exit, .. } = start;
+        let vm = Vm::create(kvm, ram)?;
         let interrupts = Arc::new(Interrupts::new(&vm));
         let doorbells = Arc::new(Doorbells::new(&vm));
-        let supported = vm.supported_cpuid()?;
         let config = MachineConfig {
+            cpus: processors.present,
+            apic_ids: processors.apic_ids.clone(),
+            address_bits: address_bits(processors),
+            generation: *generation,
+            debug_exit: *debug_exit,
             firmware,
-            generation,
-            debug_exit,
-            ..MachineConfig::new(cpus, address_bits(&supported))
         };
         let gate = Arc::new(Gate::default());
         let memory = MemorySlots::new(&vm, gate.clone());
@@ -59,8 +60,10 @@ impl Platform {
         }
         vm.create_chips()?;
         interrupts.connect_lines()?;
-        let vcpus = (0..cpus)
-            .map(|id| Vcpu::create(&vm, &supported, id, machine.clone()))
+        let vcpus = processors
+            .apic_ids
+            .iter()
+            .map(|id| Vcpu::create(&vm, processors, *id, machine.clone()))
             .collect::<Result<_, _>>()?;
         Ok((Self { vm, interrupts, doorbells, machine, gate, timer }, vcpus))
     }

@@ -24,6 +24,17 @@ struct Waiting {
     /// The first one counts: what a guest does after it has powered off changes nothing.
     end: Option<MachineEnd>,
     reports: VecDeque<FromCore>,
+    /// Not more than there are slots and CPUs: to be ejected again, each must be plugged in again.
+    ejected: VecDeque<Ejected>,
+}
+
+/// What the guest let go of.
+#[derive(Clone, Copy)]
+pub(super) enum Ejected {
+    /// The function in a PCI slot.
+    Slot(u8),
+    /// A CPU, by its index.
+    Cpu(u8),
 }
 
 impl Reports {
@@ -48,16 +59,30 @@ impl Reports {
         self.wake();
     }
 
-    /// A successor's connection is about to be made.
-    pub(super) fn device_replaced(&self, id: &str) {
-        self.lock().reports.push_back(FromCore::DeviceReplaced { id: id.to_owned() });
+    /// The guest let go of something: what belongs to it can go.
+    pub(super) fn ejected(&self, what: Ejected) {
+        self.lock().ejected.push_back(what);
         self.wake();
+    }
+
+    /// The next thing that the guest let go of.
+    pub(super) fn next_ejected(&self) -> Option<Ejected> {
+        self.lock().ejected.pop_front()
+    }
+
+    /// Tells the supervisor something that it waits for.
+    pub(super) fn tell(&self, report: FromCore) {
+        self.lock().reports.push_back(report);
+        self.wake();
+    }
+
+    /// Takes the wake-up back; to be called before the queues are looked at, so that what comes meanwhile wakes again.
+    pub(super) fn acknowledge(&self) {
+        let _ = self.event.read();
     }
 
     /// The next report, if any. The machine's end comes before all others: none of them could still matter.
     pub(super) fn next(&self) -> Option<FromCore> {
-        // Taken back before the queue is looked at, so that a report that comes meanwhile wakes again.
-        let _ = self.event.read();
         let mut waiting = self.lock();
         if let Some(end) = &waiting.end {
             return Some(FromCore::Ended(end.clone()));

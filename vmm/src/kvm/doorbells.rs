@@ -50,6 +50,11 @@ impl Doorbells {
         self.lock().functions.insert(slot, function);
     }
 
+    /// The function that was in `slot` is gone from the tree.
+    pub fn forget(&self, slot: u8) {
+        self.lock().functions.remove(&slot);
+    }
+
     /// Makes KVM's ioeventfds equal to `wanted`, which is sorted. What KVM refuses stays with the slow path (the tree gets the
     /// write and signals the eventfd itself), so nothing is lost; the first error is returned for the log.
     ///

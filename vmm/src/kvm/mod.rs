@@ -44,7 +44,7 @@ pub enum KvmError {
     #[error("cannot start the thread of vCPU {id}: {source}")]
     Thread {
         /// The vCPU's number.
-        id: u8,
+        id: usize,
         /// The operating system's answer.
         source: std::io::Error,
     },

@@ -118,7 +118,7 @@ impl Rig {
     fn new(chips: bool) -> Self {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
         let ram = GuestRam::create(RAM).unwrap();
-        let vm = Vm::create(kvm.into(), &ram, 1).unwrap();
+        let vm = Vm::create(kvm.into(), &ram).unwrap();
         let memory = MemorySlots::new(&vm, Arc::default());
         let host = Arc::new(KvmHost { memory, doorbells: Doorbells::new(&vm), told: Mutex::default() });
         let rom = Rom(GuestRam::create_at(ROM, 0x4_0000).unwrap());

@@ -6,9 +6,10 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
-use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::vcpu_threads::{Gate, Seat};
 use super::{KvmError, Vm, call, cpuid, exit_report, msrs, registers};
@@ -36,30 +37,29 @@ pub(super) enum Step {
 
 /// One vCPU, owned by its thread while it runs.
 pub struct Vcpu {
-    id: u8,
+    apic_id: u8,
     fd: VcpuFd,
     machine: Arc<Machine>,
     ram: GuestRam,
 }
 
 impl Vcpu {
-    /// Creates vCPU `id` with its CPUID, MSRs and LAPIC as after firmware. Application processors wait for INIT-SIPI.
+    /// Creates the vCPU with this local APIC id, with its CPUID, MSRs and LAPIC as after firmware. Application processors wait for INIT-SIPI.
     ///
     /// # Errors
     /// The ioctl that failed.
     pub fn create(
         vm: &Vm,
-        supported: &kvm_bindings::CpuId,
-        id: u8,
+        processors: &Processors,
+        apic_id: u8,
         machine: Arc<Machine>,
     ) -> Result<Self, KvmError> {
-        let fd = vm.fd.create_vcpu(u64::from(id)).map_err(call("KVM_CREATE_VCPU"))?;
-        let deadline_timer = vm.kvm.check_extension(Cap::TscDeadlineTimer);
-        let table = cpuid::table(supported, id, vm.cpus, deadline_timer)?;
+        let fd = vm.fd.create_vcpu(u64::from(apic_id)).map_err(call("KVM_CREATE_VCPU"))?;
+        let table = cpuid::table(processors, apic_id)?;
         fd.set_cpuid2(&table).map_err(call("KVM_SET_CPUID2"))?;
         msrs::set_up(&fd)?;
         registers::set_up_lapic(&fd)?;
-        Ok(Self { id, fd, machine, ram: vm.ram.clone() })
+        Ok(Self { apic_id, fd, machine, ram: vm.ram.clone() })
     }
 
     /// Sets the state in which a kernel is entered; for the boot processor alone.
@@ -68,11 +68,6 @@ impl Vcpu {
     /// The ioctl that failed.
     pub fn enter_at(&self, entry: &Entry) -> Result<(), KvmError> {
         registers::set_entry(&self.fd, entry)
-    }
-
-    /// The vCPU's number, which is its APIC id too.
-    pub fn id(&self) -> u8 {
-        self.id
     }
 
     /// The vCPU's descriptor number, for the check of all descriptors before the process is sealed.
@@ -119,7 +114,7 @@ impl Vcpu {
     fn failed(&self, what: &str) -> Step {
         Step::Stop(VcpuStop::Failed(format!(
             "vCPU {}: {what}; {}",
-            self.id,
+            self.apic_id,
             exit_report::describe(&self.fd, &self.ram)
         )))
     }

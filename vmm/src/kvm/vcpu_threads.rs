@@ -49,12 +49,15 @@ struct State {
 
 /// One vCPU thread as the gate sees it.
 pub(super) struct Seat {
+    index: usize,
+    /// The vCPU is plugged in.
+    online: AtomicBool,
     in_guest: AtomicBool,
     thread: libc::pthread_t,
 }
 
 impl VcpuThreads {
-    /// Makes one thread for each vCPU and returns when all stand at the gate. `prepare` runs first in each (its seccomp
+    /// Makes one thread for each vCPU, of which the first `online` are plugged in, and returns when all stand at the gate. `prepare` runs first in each (its seccomp
     /// filter) and says why a vCPU must not run, `on_stop` when a vCPU cannot go on.
     ///
     /// # Errors
@@ -62,16 +65,17 @@ impl VcpuThreads {
     pub fn spawn(
         vcpus: Vec<Vcpu>,
         gate: Arc<Gate>,
+        online: usize,
         prepare: impl Fn() -> Result<(), String> + Clone + Send + 'static,
         on_stop: impl Fn(VcpuStop) + Clone + Send + 'static,
     ) -> Result<Self, KvmError> {
         install_kick_handler();
         let mut threads = Vec::with_capacity(vcpus.len());
-        for mut vcpu in vcpus {
-            let (id, gate, prepare, on_stop) = (vcpu.id(), gate.clone(), prepare.clone(), on_stop.clone());
+        for (id, mut vcpu) in vcpus.into_iter().enumerate() {
+            let (gate, prepare, on_stop) = (gate.clone(), prepare.clone(), on_stop.clone());
             let thread = Builder::new().name(format!("vcpu{id}")).stack_size(STACK_BYTES).spawn(move || {
                 arm_kick(&mut vcpu);
-                let seat = gate.take_seat();
+                let seat = gate.take_seat(id, id < online);
                 on_stop(match prepare() {
                     Ok(()) => run(&mut vcpu, &gate, &seat),
                     Err(reason) => VcpuStop::Failed(reason),
@@ -97,6 +101,16 @@ impl VcpuThreads {
     pub fn pause(&self) {
         self.gate.change(|state| state.running = false).kick();
         self.wait_at_gate();
+    }
+
+    /// Plugs a vCPU in or out. One that is out stays at the gate whatever the guest sends it; it has left the guest soon
+    /// after this returns.
+    pub fn set_online(&self, index: usize, online: bool) {
+        let set = |state: &mut State| {
+            let seat = state.seats.iter().find(|seat| seat.index == index);
+            seat.inspect(|seat| seat.online.store(online, Ordering::SeqCst));
+        };
+        self.gate.change(set).kick();
     }
 
     fn wait_at_gate(&self) {
@@ -159,11 +173,11 @@ impl Gate {
     pub(super) fn enter_guest(&self, seat: &Seat) {
         loop {
             seat.in_guest.store(true, Ordering::SeqCst);
-            if !self.closed.load(Ordering::SeqCst) {
+            if !self.closed.load(Ordering::SeqCst) && seat.online.load(Ordering::SeqCst) {
                 return;
             }
             self.leave_guest(seat);
-            self.wait();
+            self.wait(seat);
         }
     }
 
@@ -176,20 +190,20 @@ impl Gate {
         }
     }
 
-    fn wait(&self) {
+    fn wait(&self, seat: &Seat) {
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while !state.running || state.exclusive {
+        while !state.running || state.exclusive || !seat.online.load(Ordering::SeqCst) {
             state = self.sleep(state);
         }
         state.waiting -= 1;
     }
 
-    fn take_seat(&self) -> Arc<Seat> {
+    fn take_seat(&self, index: usize, online: bool) -> Arc<Seat> {
         // SAFETY: takes no argument and cannot fail.
         let thread = unsafe { libc::pthread_self() };
-        let seat = Arc::new(Seat { in_guest: AtomicBool::new(false), thread });
+        let seat = Arc::new(Seat { index, online: online.into(), in_guest: AtomicBool::new(false), thread });
         self.lock().seats.push(seat.clone());
         seat
     }
@@ -204,7 +218,7 @@ impl Gate {
 
 /// Runs until the vCPU cannot go on. After a look at a flag, so that the guest's exits take no lock.
 fn run(vcpu: &mut Vcpu, gate: &Gate, seat: &Seat) -> VcpuStop {
-    gate.wait();
+    gate.wait(seat);
     loop {
         match vcpu.step(gate, seat) {
             Step::Continue => {}
@@ -255,11 +269,11 @@ mod tests {
     fn nobody_is_in_the_guest_while_memory_changes_or_the_machine_is_paused() {
         install_kick_handler();
         let gate = Gate::default();
-        let (inside, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (inside, stop, met) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
-                    let seat = gate.take_seat();
+                    let seat = gate.take_seat(0, true);
                     while !stop.load(Ordering::SeqCst) {
                         gate.enter_guest(&seat);
                         inside.fetch_add(1, Ordering::SeqCst);
@@ -270,7 +284,9 @@ mod tests {
                     gate.leave(&seat);
                 });
             }
-            let empty = || assert_eq!(inside.load(Ordering::SeqCst), 0);
+            let empty = || {
+                met.fetch_add(inside.load(Ordering::SeqCst), Ordering::SeqCst);
+            };
             gate.exclude_vcpus(empty);
             drop(gate.change(|state| state.running = true));
             // Two at once, as when two vCPUs flip PAM.
@@ -289,5 +305,6 @@ mod tests {
             stop.store(true, Ordering::SeqCst);
             drop(gate.change(|state| state.running = true));
         });
+        assert_eq!(met.load(Ordering::SeqCst), 0);
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, call};
@@ -21,7 +21,6 @@ pub struct Vm {
     pub(super) kvm: Kvm,
     pub(super) fd: Arc<VmFd>,
     pub(super) ram: GuestRam,
-    pub(super) cpus: u8,
 }
 
 impl Vm {
@@ -29,14 +28,14 @@ impl Vm {
     ///
     /// # Errors
     /// The ioctl that failed. What KVM must offer, and for how many vCPUs, the supervisor has asked before.
-    pub fn create(kvm: OwnedFd, ram: &GuestRam, cpus: u8) -> Result<Self, KvmError> {
+    pub fn create(kvm: OwnedFd, ram: &GuestRam) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned and open, and ownership moves into `Kvm`; the first ioctl below fails on
         // anything other than /dev/kvm.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        Ok(Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus })
+        Ok(Self { kvm, fd: Arc::new(fd), ram: ram.clone() })
     }
 
     /// Adds the interrupt controllers (PIC, IOAPIC, LAPICs) and the PIT; before the first vCPU, and after the memory map: a
@@ -61,13 +60,5 @@ impl Vm {
     pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         // SAFETY: both belong to `self`, which the result borrows.
         unsafe { [BorrowedFd::borrow_raw(self.kvm.as_raw_fd()), BorrowedFd::borrow_raw(self.fd.as_raw_fd())] }
-    }
-
-    /// What the host's processor and KVM can show to a guest, for [`super::Vcpu::create`].
-    ///
-    /// # Errors
-    /// KVM refused to tell.
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
     }
 }

@@ -9,8 +9,10 @@ use super::pci::ConfigError;
 /// The parts of a machine that are the user's choice.
 #[derive(Clone)]
 pub struct MachineConfig {
-    /// Number of vCPUs, 1–254; their local APIC ids are 0, 1, 2 …
+    /// Number of vCPUs at the start, at least 1.
     pub cpus: u8,
+    /// The local APIC ids of all vCPUs that there may be, those at the start first, in ascending order.
+    pub apic_ids: Vec<u8>,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
     /// The generation id: 128 bits that no other run of a machine has.
@@ -31,8 +33,8 @@ impl fmt::Debug for MachineConfig {
 /// A configuration that makes no machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BuildError {
-    /// Too few or too many vCPUs.
-    #[error("a machine has 1 to {MAX_CPUS} CPUs, not {0}")]
+    /// Too few or too many vCPUs, or ids that they cannot have.
+    #[error("a machine has 1 to {MAX_CPUS} CPUs, not {0}, with APIC ids below 255")]
     Cpus(u8),
     /// An address width that no such CPU has.
     #[error("guest-physical addresses have 36 to 52 bits, not {0}")]
@@ -45,19 +47,23 @@ pub enum BuildError {
     Attach(#[from] AttachError),
 }
 
-/// The most vCPUs that 8-bit local APIC ids allow: 255 is the broadcast id.
-pub const MAX_CPUS: u8 = 254;
+/// The most vCPUs that 8-bit local APIC ids allow: 255 is the broadcast id. More would need an I/O APIC with wider ids,
+/// which the one in the host's kernel has not.
+pub const MAX_CPUS: u8 = 255;
 
 impl MachineConfig {
-    /// A machine with nothing beyond what every one has.
+    /// A machine with `cpus` vCPUs, all there from the start, with the APIC ids 0, 1, 2 …, and nothing beyond what every one
+    /// has.
     #[must_use]
     pub fn new(cpus: u8, address_bits: u8) -> Self {
-        Self { cpus, address_bits, generation: [0; 16], debug_exit: false, firmware: Vec::new() }
+        let apic_ids = (0..cpus).collect();
+        Self { cpus, apic_ids, address_bits, generation: [0; 16], debug_exit: false, firmware: Vec::new() }
     }
 
     /// Checks the limits.
     pub(super) fn check(&self) -> Result<(), BuildError> {
-        if !(1..=MAX_CPUS).contains(&self.cpus) {
+        let ascending = self.apic_ids.is_sorted_by(|a, b| a < b) && self.apic_ids.last() < Some(&u8::MAX);
+        if self.cpus == 0 || self.apic_ids.len() < self.cpus.into() || !ascending {
             return Err(BuildError::Cpus(self.cpus));
         }
         if !(36..=52).contains(&self.address_bits) {

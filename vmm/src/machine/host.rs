@@ -79,6 +79,12 @@ pub trait Host: Send + Sync {
     /// The map changed: these are all the doorbells that the guest can reach now, sorted.
     fn topology_changed(&self, doorbells: &[MappedDoorbell]);
 
+    /// The guest ejected what was in a PCI slot: the bus has let go of it.
+    fn pci_ejected(&self, _slot: u8) {}
+
+    /// The guest let a CPU go, the index of which is given: it must run no more.
+    fn cpu_ejected(&self, _cpu: u8) {}
+
     /// The memory map changed: these are all slots now, by address, none overlapping another. When this returns the guest sees
     /// them. While one is replaced no vCPU may be in the guest, and none of its dirty pages may be lost.
     fn memory_changed(&self, slots: &[MemorySlot]);

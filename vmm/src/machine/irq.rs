@@ -88,6 +88,10 @@ impl InterruptRouter {
     fn update(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.state);
         change(&mut state);
+        self.tell(&mut state);
+    }
+
+    fn tell(&self, state: &mut State) {
         let levels = state.levels();
         let changed = levels ^ state.driven;
         state.driven = levels;
@@ -155,12 +159,13 @@ impl InterruptRouter {
         state.isa.len() - 1
     }
 
+    /// Sets a source. Devices say again and again what they said before: that costs a look.
     pub(super) fn set_line(&self, index: usize, level: bool) {
-        self.update(|state| {
-            if let Some(line) = state.isa.get_mut(index) {
-                line.1 = level;
-            }
-        });
+        let mut state = lock(&self.state);
+        if let Some(line) = state.isa.get_mut(index).filter(|line| line.1 != level) {
+            line.1 = level;
+            self.tell(&mut state);
+        }
     }
 }
 

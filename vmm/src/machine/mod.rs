@@ -43,7 +43,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugExit, DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugExit, DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
@@ -93,13 +93,13 @@ impl Machine {
         let router = InterruptRouter::new(host.clone());
         let isa = Arc::new(IsaBus::new(topology.clone()));
         let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
-        let host_bridge = Arc::new(HostBridge::new(config.cpus, topology.clone())?);
+        let host_bridge = Arc::new(HostBridge::new(config.apic_ids.len(), topology.clone())?);
         let chips = config.firmware.clone();
         let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
         let sci = IrqLine::new(router.clone(), piix4_pm::SCI_IRQ);
         let timers = Timers::new(host.clone());
-        let pm = Arc::new(Piix4Pm::new(host.clone(), sci, timers.clone())?);
+        let pm = Arc::new(Piix4Pm::new(host.clone(), sci, timers.clone(), &config.apic_ids, config.cpus)?);
         let chipset: [(u8, u8, Arc<dyn PciFunction>); 3] =
             [(0, 0, host_bridge.clone()), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
         for (slot, function, device) in chipset {
@@ -109,7 +109,7 @@ impl Machine {
             .regions()
             .map(|region| MemoryRange { address: region.guest_address, length: region.size })
             .collect();
-        let fw_cfg = Arc::new(FwCfg::new(ram.clone(), config.cpus, &memory));
+        let fw_cfg = Arc::new(FwCfg::new(ram.clone(), config.cpus, &config.apic_ids, &memory));
         let rtc =
             Arc::new(Rtc::new(host.clone(), timers.clone(), IrqLine::new(router.clone(), isa::RTC_IRQ)));
         rtc.describe(&memory, config.cpus);
@@ -216,7 +216,10 @@ impl Machine {
         let offset = resolved.offset;
         match resolved.endpoint {
             Some(Endpoint::Bar(function, bar)) => function.bar_write(*bar, offset, data),
-            Some(Endpoint::Window(function, window)) => function.window_write(*window, offset, data),
+            Some(Endpoint::Window(function, window)) => {
+                function.window_write(*window, offset, data);
+                self.follow_ejections();
+            }
             Some(Endpoint::Isa(device)) => device.write(port(offset), data),
             Some(Endpoint::ConfigAddress) => {
                 if let [a, b, c, d] = data {
@@ -316,8 +319,39 @@ impl Machine {
         let removed = if pluggable { self.root.bus.detach(at) } else { None };
         let function = removed.ok_or(AttachError::NoSuchSlot(slot))?;
         self.router.release(slot, 0);
+        self.pm.slot_emptied(slot);
         self.follow_topology();
         Ok(function)
+    }
+
+    /// Tells the guest by ACPI that the contents of `slot` changed.
+    pub fn announce_pci(&self, slot: u8) {
+        self.pm.announce_slot(slot);
+    }
+
+    /// Asks the guest by ACPI to eject the function in `slot`. When it does, [`Host::pci_ejected`] tells.
+    pub fn request_eject(&self, slot: u8) {
+        self.pm.request_eject(slot);
+    }
+
+    /// Empties the slots that the guest has ejected.
+    fn follow_ejections(&self) {
+        let slots = self.pm.take_ejected();
+        for slot in (0..SLOTS).filter(|slot| slots >> slot & 1 != 0) {
+            if self.detach_pci(slot).is_ok() {
+                self.host.pci_ejected(slot);
+            }
+        }
+    }
+
+    /// Plugs in the possible CPU of this index and tells the guest by ACPI. False when there is none, or it is there.
+    pub fn insert_cpu(&self, index: u8) -> bool {
+        self.pm.insert_cpu(index)
+    }
+
+    /// Asks the guest by ACPI to let a CPU go. When it does, [`Host::cpu_ejected`] tells. False when it is not there, or is the boot processor.
+    pub fn request_cpu_removal(&self, index: u8) -> bool {
+        self.pm.request_cpu_removal(index)
     }
 
     /// The way to memory of the function in `slot`.
@@ -340,13 +374,15 @@ impl Machine {
 
     /// Resets every register of every device to its reset value and derives the map anew. The caller has stopped the vCPUs.
     pub fn reset(&self) {
-        let _one_at_a_time = lock(&self.configuring);
+        let one_at_a_time = lock(&self.configuring);
         self.root.mechanism.reset();
         self.root.bus.reset();
         self.isa.reset();
         self.config.firmware.iter().for_each(|chip| chip.reset());
         self.router.reset();
         self.follow_topology();
+        drop(one_at_a_time);
+        self.follow_ejections();
     }
 
     /// Gives firmware these files and the ACPI tables. Called once, when every device is in its place.
@@ -399,14 +435,13 @@ fn attach_isa_devices(
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let devices: [Arc<dyn IsaDevice>; 8] = [
+    let devices: [Arc<dyn IsaDevice>; 7] = [
         rtc,
         Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         fw_cfg,
         Arc::new(DebugPort::new()),
-        Arc::new(PostPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {

@@ -62,7 +62,7 @@ impl Windows {
     fn take(&mut self, bar: &Bar) -> Option<u64> {
         match bar.kind {
             BarKind::Io => self.ports.take(bar.size),
-            BarKind::Memory32 => self.low.take(bar.size),
+            BarKind::Memory32 | BarKind::Rom => self.low.take(bar.size),
             BarKind::Memory64 { .. } => {
                 self.low.take(bar.size).or_else(|| self.high.as_mut().and_then(|high| high.take(bar.size)))
             }

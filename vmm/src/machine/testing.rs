@@ -22,6 +22,8 @@ pub(crate) struct Recorded {
     pub(crate) power: Vec<PowerEvent>,
     /// The doorbells told last.
     pub(crate) doorbells: Vec<MappedDoorbell>,
+    /// Every slot and CPU that the guest ejected.
+    pub(crate) ejected: Vec<u8>,
     /// The memory map told last.
     pub(crate) slots: Vec<MemorySlot>,
     /// The deadline told last.
@@ -66,6 +68,14 @@ impl Host for Recorder {
 
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         lock(&self.0).doorbells = doorbells.to_vec();
+    }
+
+    fn pci_ejected(&self, slot: u8) {
+        lock(&self.0).ejected.push(slot);
+    }
+
+    fn cpu_ejected(&self, cpu: u8) {
+        lock(&self.0).ejected.push(cpu);
     }
 
     fn memory_changed(&self, slots: &[MemorySlot]) {

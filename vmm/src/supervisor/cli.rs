@@ -6,14 +6,15 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
-    DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRemoveArgs, DeviceRestartArgs,
+    DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -121,8 +122,10 @@ pub enum Command {
     Stop(StopArgs),
     /// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
     Console(ConsoleArgs),
-    /// List, restart or upgrade the devices of a machine that runs
+    /// List, add, remove, restart or upgrade the devices of a machine that runs
     Device(DeviceArgs),
+    /// Change the number of CPUs of a machine that runs
+    Resize(ResizeArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),
     /// Say what this host offers, and what is lost without it
@@ -162,9 +165,12 @@ pub struct RunArgs {
     /// Give the guest a port (F4) by which it ends the machine: V written there is exit code 2·V+1
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub debug_exit: Option<Switch>,
-    /// Number of virtual CPUs [default: 1]
-    #[arg(long, value_name = "N")]
-    pub cpus: Option<u32>,
+    /// Virtual CPUs: how many, how many there may be, and how they sit together [default: 1]
+    #[arg(long, value_name = "N[,max=N][,sockets=N][,cores=N][,threads=N]")]
+    pub cpus: Option<CpuSpec>,
+    /// What the CPUs can do: host, x86-64-v2, x86-64-v3, or a file of CPUID masks [default: host]
+    #[arg(long, value_name = "MODEL|FILE")]
+    pub cpu_model: Option<String>,
     /// Guest memory, such as 512M or 1G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
@@ -273,6 +279,19 @@ pub struct ConsoleArgs {
     pub name: String,
     /// Which one, when the machine has both [default: console, if it can be attached]
     pub device: Option<String>,
+}
+
+/// Options of `bulkhead resize`.
+#[derive(Debug, Args)]
+pub struct ResizeArgs {
+    /// The machine
+    pub name: String,
+    /// How many CPUs it is to have, from 1 to the max= of its --cpus
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub cpus: u8,
+    /// Seconds for the guest to let go of CPUs
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub timeout: u32,
 }
 
 /// Options of `bulkhead doctor`.

@@ -66,8 +66,8 @@ pub struct Confinement {
     missing: Vec<Missing>,
     /// Devices whose images the io controller can limit.
     devices: BTreeMap<String, (u64, u64)>,
-    /// How many kills for want of memory were explained, by process.
-    explained: RefCell<BTreeMap<String, u64>>,
+    /// Of each process that has ended last: its number, and the kernel's kills for want of memory before and with it.
+    killed: RefCell<BTreeMap<String, Killed>>,
 }
 
 /// The processes that a machine will have, in the order of their users.
@@ -79,6 +79,13 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend((config.console != Off).then_some(CONSOLE));
     names.extend((config.serial != Off).then_some(SERIAL));
     names
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Killed {
+    pid: i32,
+    before: u64,
+    with: u64,
 }
 
 impl Confinement {
@@ -209,10 +216,14 @@ impl Confinement {
     }
 
     /// How a process ended, for people; the memory limit of its cgroup is named when the kernel enforced that.
-    pub fn describe(&self, id: &str, exit: Exit) -> String {
-        let killed = self.group.as_ref().map_or(0, |group| group.killed_for_memory(id));
-        let before = self.explained.borrow_mut().insert(id.to_owned(), killed).unwrap_or(0);
-        if exit == Exit::Signal(libc::SIGKILL) && killed > before {
+    pub fn describe(&self, id: &str, pid: i32, exit: Exit) -> String {
+        let mut killed = self.killed.borrow_mut();
+        let last = killed.entry(id.to_owned()).or_default();
+        if last.pid != pid {
+            let with = self.group.as_ref().map_or(0, |group| group.killed_for_memory(id));
+            *last = Killed { pid, before: last.with, with };
+        }
+        if exit == Exit::Signal(libc::SIGKILL) && last.with > last.before {
             return format!(
                 "was killed by the kernel: it reached the memory limit of its cgroup (--limit {id}:memory=…)"
             );

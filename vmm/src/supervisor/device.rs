@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::api::client::{ClientError, Connection};
-use super::api::{DeviceEntry, ProgramInfo, Request, Response};
-use super::cli::{DeviceArgs, DeviceCommand, DeviceUpgradeArgs};
+use super::api::{AddRequest, DeviceEntry, ProgramInfo, Request, Response};
+use super::cli::{DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs};
 use super::exit_code::ExitCode;
 
 /// How long a restart or upgrade may take: the old process finishes what is in flight first, on a slow disk maybe.
 const REPLACE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long it may take to add a device; and to end the process of one that the guest has let go of.
+const ADD_DEADLINE: Duration = Duration::from_secs(20);
+const REMOVE_SLACK: Duration = Duration::from_secs(20);
 /// How long a program may take to say its version.
 const VERSION_DEADLINE: Duration = Duration::from_secs(5);
 /// The longest text that is read as a version, in bytes.
@@ -83,12 +86,26 @@ pub fn device(args: &DeviceArgs) -> Result<String, DeviceError> {
                 table(&devices)
             })
         }
+        DeviceCommand::Add(args) => add(args),
+        DeviceCommand::Remove(args) => {
+            let DeviceRemoveArgs { name, device, force, timeout } = args;
+            let request = Request::DeviceRemove { device: device.clone(), force: *force, timeout: *timeout };
+            let limit = Duration::from_secs((*timeout).into()) + REMOVE_SLACK;
+            done(&Connection::to_name(name)?, &request, None, limit)
+        }
         DeviceCommand::Restart(args) => {
             let request = Request::DeviceRestart { device: args.device.clone() };
             replace(&Connection::to_name(&args.name)?, &request, None)
         }
         DeviceCommand::Upgrade(args) => upgrade(args),
     }
+}
+
+/// `bulkhead resize`: asks for another number of CPUs and waits until they are there, or gone.
+pub fn resize(args: &ResizeArgs) -> Result<String, DeviceError> {
+    let request = Request::Cpus { count: args.cpus, timeout: args.timeout };
+    let limit = Duration::from_secs(args.timeout.into()) + REMOVE_SLACK;
+    done(&Connection::to_name(&args.name)?, &request, None, limit)
 }
 
 fn devices(connection: &Connection) -> Result<(Vec<DeviceEntry>, u32), ClientError> {
@@ -103,8 +120,28 @@ fn replace(
     request: &Request,
     program: Option<&File>,
 ) -> Result<String, DeviceError> {
-    let program = program.map(AsFd::as_fd);
-    match connection.ask_within(request, program, REPLACE_DEADLINE)? {
+    done(connection, request, program, REPLACE_DEADLINE)
+}
+
+fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
+    let device = match &args.disk {
+        Some(spec) => {
+            let folder = std::env::current_dir().map_err(ClientError::from)?;
+            AddRequest::Disk { spec: spec.clone(), folder }
+        }
+        None if args.rng => AddRequest::Rng,
+        None => AddRequest::Console,
+    };
+    done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
+}
+
+fn done(
+    connection: &Connection,
+    request: &Request,
+    descriptor: Option<&File>,
+    limit: Duration,
+) -> Result<String, DeviceError> {
+    match connection.ask_within(request, descriptor.map(AsFd::as_fd), limit)? {
         Response::Done => Ok(String::new()),
         other => Err(ClientError::Answer(format!("{other:?}")).into()),
     }

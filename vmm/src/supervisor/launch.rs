@@ -106,7 +106,7 @@ enum Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// The devices of a machine; the virtio ones in the order of their PCI slots.
+    /// The devices of a machine.
     fn all(resources: &'a Resources) -> Vec<Self> {
         let mut plans: Vec<Self> = resources.disks.iter().map(Self::Blk).collect();
         plans.extend(resources.urandom.as_ref().map(Self::Rng));
@@ -136,11 +136,12 @@ impl<'a> Plan<'a> {
         }
     }
 
-    const fn link(&self) -> LinkKind {
+    fn link(&self, resources: &Resources) -> LinkKind {
+        let slot = resources.slots.of(self.id()).unwrap_or_default();
         match self {
-            Self::Blk(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BLOCK },
-            Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY },
-            Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE },
+            Self::Blk(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BLOCK, slot },
+            Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY, slot },
+            Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
         }
@@ -245,6 +246,11 @@ fn release(process: &mut Process) -> Result<(), LaunchError> {
     process.jailed.release().map_err(|source| LaunchError::Jail { id: id.clone(), source })
 }
 
+/// What the core and the process of this device speak, and where the guest finds it.
+pub fn link_of(resources: &Resources, id: &str) -> Option<LinkKind> {
+    Plan::all(resources).iter().find(|plan| plan.id() == id).map(|plan| plan.link(resources))
+}
+
 fn start_device<'a>(
     config: &MachineConfig,
     resources: &'a Resources,
@@ -283,7 +289,7 @@ fn start_core(
         machine: config.name.clone(),
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
-        cpus: config.cpus,
+        processors: resources.processors.clone(),
         memory_bytes: config.memory,
         huge_pages: config.thp,
         kvm: fds.add(&resources.kvm),
@@ -295,12 +301,12 @@ fn start_core(
             .zip(links)
             .map(|(plan, (socket, _))| DeviceLink {
                 id: plan.id().to_owned(),
-                kind: plan.link(),
+                kind: plan.link(resources),
                 socket: fds.add(socket),
             })
             .collect(),
     });
-    let cpus = u64::from(config.cpus);
+    let cpus = u64::from(config.topology.count());
     let limits = Limits {
         // A stack of 2 MiB and its guard for each vCPU thread.
         data: Some((256 << 20) + (cpus << 22)),

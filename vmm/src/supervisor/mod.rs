@@ -22,6 +22,7 @@ pub mod logs;
 pub mod notify;
 pub mod poller;
 pub mod process;
+pub mod processor;
 pub mod programs;
 pub mod ps;
 pub mod resources;
@@ -68,6 +69,10 @@ pub fn main() -> ExitCode {
             Err(error) => fail(&error, client_code(&error)),
         },
         Command::Device(args) => match device::device(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Resize(args) => match device::resize(&args) {
             Ok(text) => print(&text),
             Err(error) => fail(&error, error.exit_code()),
         },

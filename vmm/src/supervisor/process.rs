@@ -46,6 +46,25 @@ impl Role {
     }
 }
 
+impl Role {
+    /// The policy of a thread of this name, or of the main thread.
+    pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
+        match (self, thread) {
+            (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
+            (Self::Core | Self::Supervisor, Some("huge-pages")) => PolicyName::CoreHugePages,
+            (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
+            (Self::Blk, None) => PolicyName::BlkMain,
+            (Self::Blk, Some(_)) => PolicyName::BlkQueue,
+            (Self::Rng, None) => PolicyName::RngMain,
+            (Self::Rng, Some(_)) => PolicyName::RngQueue,
+            (Self::Console, None) => PolicyName::ConsoleMain,
+            (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
+            (Self::Uart, _) => PolicyName::UartMain,
+            (Self::Flash, _) => PolicyName::FlashMain,
+        }
+    }
+}
+
 /// How far a process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {

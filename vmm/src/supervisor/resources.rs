@@ -1,6 +1,8 @@
 //! The host's side of a machine: every file, device and socket that it needs, opened and checked before any process
 //! exists. All are close-on-exec; each process gets its own by name.
 
+mod added;
+mod slots;
 mod stream;
 mod variables;
 
@@ -12,15 +14,19 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use added::NewDevice;
+use bulkhead_ipc::channel::message::Processors;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, SERIAL, Size};
+use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
+use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
@@ -38,6 +44,12 @@ pub enum ResourceError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The processors.
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
+    /// The model of the processors.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// More memory than there is.
     #[error("memory: {wanted} is more than this host has ({have} MiB)", wanted = Size(*wanted), have = have >> 20)]
     Memory {
@@ -146,6 +158,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// No slot.
+    #[error("device {0}: no PCI slot is free")]
+    NoSlot(String),
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
@@ -189,8 +204,12 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// Firmware's variables.
     pub variables: Option<Variables>,
-    /// The disks in the order of their slots.
+    /// The disks.
     pub disks: Vec<Disk>,
+    /// The PCI slots of the virtio devices.
+    pub slots: Slots,
+    /// What CPUs there are at the next start, and what they can do.
+    pub processors: Processors,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
     /// The host's side of the serial port.
@@ -229,8 +248,16 @@ impl Resources {
             }
             None => None,
         };
+        let mut slots = Slots::default();
+        let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+            slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+        }
         let kvm = kvm::open()?;
-        kvm::check(&kvm, config.cpus)?;
+        let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
+        kvm::check(&kvm, most)?;
+        let model = CpuModel::read(&config.cpu_model)?;
+        let processors = processors(&config.topology, &model, config.cpus)?;
         let confinement = Confinement::prepare(config, &disks)?;
         Ok(Self {
             kvm,
@@ -238,6 +265,8 @@ impl Resources {
             initrd,
             variables,
             disks,
+            slots,
+            processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,

@@ -65,12 +65,12 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
     let log =
         Log::new(&config.name, config.log.level, config.log.format, log_file).with_debug_port(debug_port);
     let server = Server::bind(&config.name)?;
-    let resources = Resources::open(&config)?;
+    let mut resources = Resources::open(&config)?;
     let mut environment = Environment::new(server, log)?;
     environment.watch(&resources)?;
     announce(&config, &resources, &mut environment.log);
     loop {
-        let end = EventLoop::launch(&config, &resources, &mut environment, started)?.run()?;
+        let end = EventLoop::launch(&config, &mut resources, &mut environment, started)?.run()?;
         if end.restarts(&config) {
             continue;
         }

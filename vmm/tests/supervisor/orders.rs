@@ -54,7 +54,9 @@ fn in_order() {
             assert_eq!(device(&bench, id)["restarts"], round);
         }
     }
-    assert_eq!(count(&bench, "error: ") + count(&bench, "warn: "), 0);
+    for bad in ["error: ", "killed", "hangs", "not replaced", "it is restarted"] {
+        assert_eq!(count(&bench, bad), 0, "{bad}");
+    }
     assert_eq!(bench.left().len(), 5);
     let text = bench.ask("device list NAME").out;
     assert!(text.contains("serving") && text.contains("never") && text.contains("0/60"), "{text}");

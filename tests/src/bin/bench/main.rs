@@ -3,13 +3,16 @@
 //! ```text
 //! bench stock [ROUNDS]   stock kernels: needs hardware virtualization or the lab (default 5 rounds)
 //! bench bare [ROUNDS]    bare payloads on this machine's own KVM (default 20 rounds)
+//! bench exits [ROUNDS]   what an access costs that the core answers (default 5 rounds)
 //! bench static           sizes, policies, lines of code
 //! ```
 //!
-//! Prints Markdown tables. `tools/bench` runs all three and writes `docs/benchmarks.md`.
+//! Prints Markdown tables. `tools/bench` runs all of them and writes `docs/benchmarks.md`.
 
 mod bare;
+mod bare_kvm;
 mod contenders;
+mod exits;
 mod measure;
 mod sources;
 mod stock;
@@ -36,7 +39,8 @@ fn run(what: &str, rounds: Option<usize>, places: &Places) -> Outcome {
     match what {
         "stock" => stock::run(places, rounds.unwrap_or(5)),
         "bare" => bare::run(places, rounds.unwrap_or(20)),
+        "exits" => exits::run(places, rounds.unwrap_or(5)),
         "static" => sources::run(places),
-        _ => Err("say stock, bare or static".into()),
+        _ => Err("say stock, bare, exits or static".into()),
     }
 }

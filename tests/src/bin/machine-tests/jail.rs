@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_tests::ensure;
@@ -27,7 +28,31 @@ pub fn cases() -> Vec<Case> {
             let (running, _) = bare::waiting(context, &[])?;
             inspect(context, running)
         }),
+        Case::new("bare", "unused rules of the policies are found", 60, unused_rules),
     ]
+}
+
+/// The tool sees a bare machine load its policies, and tells what its guest needs from what it does not.
+fn unused_rules(context: &Context) -> Outcome {
+    let programs = &context.places.programs;
+    let mut command = Command::new(programs.join("unused-rules"));
+    command.arg("--calls").arg(programs.join("machine-tests"));
+    let output = command.args(["--bare", "jail holds on every process of a bare"]).output();
+    let output = output.map_err(|error| format!("unused-rules: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    context.log(&text);
+    ensure!(text.contains("1 passed, 0 failed"), "the case did not pass under it");
+    ensure!(output.status.code() == Some(1), "a machine that only waits needs every rule: {}", output.status);
+    for policy in ["core-main", "core-vcpu", "blk-main", "blk-queue", "rng-main", "console-main", "uart-main"]
+    {
+        let line = format!("seccomp-policies/{policy}.json: 1 threads");
+        ensure!(text.contains(&line), "no line '{line}'");
+    }
+    let unused =
+        |what: &str| text.lines().any(|line| line.starts_with("never used: ") && line.contains(what));
+    ensure!(unused("KVM_GET_SREGS") && !unused("KVM_RUN ("), "it errs about ioctls of the vCPU");
+    ensure!(!text.contains("forbidden: "), "something forbidden was called");
+    Ok(())
 }
 
 fn inspect(context: &Context, mut running: Running) -> Outcome {

@@ -11,6 +11,7 @@ mod bare;
 mod boot;
 mod disk;
 mod firmware;
+mod hotplug;
 mod jail;
 mod lifecycle;
 mod limits;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         bare::cases(),
         serial::cases(),
         refusals::cases(),
+        hotplug::cases(),
         restart::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

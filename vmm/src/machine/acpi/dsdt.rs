@@ -10,13 +10,15 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::super::isa::PVPANIC_PORT;
 use super::super::piix3::PIRQRC;
-use super::super::piix4_pm::{APM_CONTROL, GPE0_BLOCK, PM_BLOCK_SIZE, S5_SLEEP_TYPE, SCI_IRQ};
+use super::super::piix4_pm::{APM_CONTROL, GPE0_BLOCK, PCI_HOTPLUG, PM_BLOCK_SIZE, S5_SLEEP_TYPE, SCI_IRQ};
 use super::super::{SLOTS, irq::swizzle};
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, hotplug};
 
 /// What differs between machines.
-pub(super) struct Platform {
+pub(super) struct Platform<'a> {
+    /// The CPUs at the start, and the APIC ids of all that there may be.
     pub(super) cpus: u8,
+    pub(super) apic_ids: &'a [u8],
     /// Where the PM register block is.
     pub(super) pm_block: u16,
     /// The window for BARs below 4 GiB, first address; the last is where the APICs begin.
@@ -41,12 +43,13 @@ const LINKS: [(&str, [u8; 4], &str); 4] = [
 /// Where an extended interrupt descriptor has its first interrupt number (section 6.4.3.6).
 const INTERRUPT_NUMBER_OFFSET: u8 = 5;
 /// _STA: present, enabled, shown and working; the same but disabled; not there (section 6.3.7).
-const STA_PRESENT: u8 = 0x0F;
+pub(super) const STA_PRESENT: u8 = 0x0F;
 const STA_LINK_ON: u8 = 0x0B;
 const STA_LINK_OFF: u8 = 0x09;
 
 /// Bytes of AML, ready-made.
-struct Raw(Vec<u8>);
+#[derive(Clone)]
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -71,31 +74,37 @@ impl Aml for InterruptChoice<'_> {
 }
 
 /// The table.
-pub(super) fn table(platform: &Platform) -> Vec<u8> {
+pub(super) fn table(platform: &Platform<'_>) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&bytes(&pci_root(platform)));
     table.append_slice(&bytes(&link_devices()));
-    table.append_slice(&bytes(&cpus(platform.cpus)));
+    table.append_slice(&bytes(&cpus(platform)));
+    let hot_plug = platform.apic_ids.len() > platform.cpus.into();
+    table.append_slice(&bytes(&scope("\\_GPE", &hotplug::events(hot_plug))));
     table.append_slice(&bytes(&soft_off()));
     table.append_slice(&bytes(&generation()));
     table.as_slice().to_vec()
 }
 
-fn named(name: &str, value: &dyn Aml) -> Raw {
+pub(super) fn named(name: &str, value: &dyn Aml) -> Raw {
     Raw(bytes(&Name::new(Path::new(name), value)))
 }
 
-fn scope_sb(children: &[Raw]) -> Raw {
+fn scope(name: &str, children: &[Raw]) -> Raw {
     let children = children.iter().map(|child| child as &dyn Aml).collect();
-    Raw(bytes(&Scope::new(Path::new("\\_SB_"), children)))
+    Raw(bytes(&Scope::new(Path::new(name), children)))
 }
 
-fn device(name: &str, children: &[Raw]) -> Raw {
+fn scope_sb(children: &[Raw]) -> Raw {
+    scope("\\_SB_", children)
+}
+
+pub(super) fn device(name: &str, children: &[Raw]) -> Raw {
     let children = children.iter().map(|child| child as &dyn Aml).collect();
     Raw(bytes(&Device::new(Path::new(name), children)))
 }
 
-fn ports(first: u16, length: u8) -> IO {
+pub(super) fn ports(first: u16, length: u8) -> IO {
     IO::new(first, first, 1, length)
 }
 
@@ -105,20 +114,19 @@ fn isa_interrupt(number: u32) -> Interrupt {
 }
 
 /// `\_SB.PCI0` with its windows, its interrupt routing and the ISA bridge.
-fn pci_root(platform: &Platform) -> Raw {
-    scope_sb(&[device(
-        "PCI0",
-        &[
-            named("_HID", &EISAName::new("PNP0A03")),
-            named("_UID", &Zero {}),
-            root_resources(platform),
-            interrupt_routing(),
-            isa_bridge(platform),
-        ],
-    )])
+fn pci_root(platform: &Platform<'_>) -> Raw {
+    let mut children = vec![
+        named("_HID", &EISAName::new("PNP0A03")),
+        named("_UID", &Zero {}),
+        root_resources(platform),
+        interrupt_routing(),
+        isa_bridge(platform),
+    ];
+    children.extend(hotplug::pci());
+    scope_sb(&[device("PCI0", &children)])
 }
 
-fn root_resources(platform: &Platform) -> Raw {
+fn root_resources(platform: &Platform<'_>) -> Raw {
     let buses = AddressSpace::new_bus_number(0_u16, 0xFF);
     let mechanism = IO::new(0xCF8, 0xCF8, 1, 8);
     let ports_below = AddressSpace::new_io(0_u16, 0xCF7, None);
@@ -161,7 +169,7 @@ fn interrupt_routing() -> Raw {
 }
 
 /// The PIIX3 with PIRQRC and the devices on its ISA bus.
-fn isa_bridge(platform: &Platform) -> Raw {
+fn isa_bridge(platform: &Platform<'_>) -> Raw {
     let region = OpRegion::new(Path::new("PIRQ"), OpRegionSpace::PCIConfig, &PIRQRC, &4_u8);
     let registers = Field::new(
         Path::new("PIRQ"),
@@ -210,12 +218,13 @@ fn panic_device() -> Raw {
     device("PEVT", &[named("_HID", &"QEMU0001"), named("_STA", &STA_PRESENT), resources])
 }
 
-/// Ports that belong to the chipset: the PM block, APM, GPE0.
+/// Ports that belong to the chipset: the PM block, APM, GPE0, the registers of PCI hot-plug.
 fn motherboard_resources(pm_block: u16) -> Raw {
     let pm = ports(pm_block, u8::try_from(PM_BLOCK_SIZE).unwrap_or(0));
     let apm = ports(APM_CONTROL, 2);
     let gpe0 = ports(GPE0_BLOCK.0, GPE0_BLOCK.1);
-    let resources = named("_CRS", &ResourceTemplate::new(vec![&pm, &apm, &gpe0]));
+    let hotplug = ports(PCI_HOTPLUG.0, PCI_HOTPLUG.1);
+    let resources = named("_CRS", &ResourceTemplate::new(vec![&pm, &apm, &gpe0, &hotplug]));
     device("MRES", &[named("_HID", &EISAName::new("PNP0C02")), named("_UID", &1_u8), resources])
 }
 
@@ -277,14 +286,19 @@ impl Aml for ReturnStatus {
     }
 }
 
-/// The processors that the MADT lists (section 8.4).
-fn cpus(count: u8) -> Raw {
-    let cpu = |uid: u8| {
-        let name = format!("C{uid:03X}");
-        device(&name, &[named("_HID", &"ACPI0007"), named("_UID", &uid)])
+/// The processors that the MADT lists (section 8.4), with what hot-plug needs where some of them may come later.
+fn cpus(platform: &Platform<'_>) -> Raw {
+    let hot_plug = platform.apic_ids.len() > platform.cpus.into();
+    let cpu = |(index, apic_id): (u8, &u8)| {
+        let mut children = vec![named("_HID", &"ACPI0007"), named("_UID", &index)];
+        if hot_plug {
+            children.extend(hotplug::cpu_methods(index, *apic_id));
+        }
+        device(&hotplug::cpu_name(index), &children)
     };
-    let cpus: Vec<Raw> = (0..count).map(cpu).collect();
-    scope_sb(&cpus)
+    let mut children = if hot_plug { hotplug::cpu_registers(platform.apic_ids) } else { Vec::new() };
+    children.extend((0..=u8::MAX).zip(platform.apic_ids).map(cpu));
+    scope_sb(&children)
 }
 
 /// What [`generation`] has where the address of the generation id belongs, so that a table's builder finds the place.

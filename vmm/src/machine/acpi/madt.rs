@@ -13,8 +13,9 @@ const TYPE_LOCAL_APIC: u8 = 0;
 const TYPE_IO_APIC: u8 = 1;
 const TYPE_SOURCE_OVERRIDE: u8 = 2;
 const TYPE_LOCAL_APIC_NMI: u8 = 4;
-/// Local APIC flags: enabled.
+/// Local APIC flags: enabled; not yet, but it can come online.
 const ENABLED: u32 = 1;
+const ONLINE_CAPABLE: u32 = 2;
 /// MPS INTI flags: as the ISA bus has it (active high, edge).
 const CONFORMS: u16 = 0;
 /// MPS INTI flags: active high, level triggered.
@@ -23,14 +24,19 @@ const HIGH_LEVEL: u16 = 0b1101;
 const OVERRIDES: [(u8, u32, u16); 5] =
     [(0, 2, CONFORMS), (5, 5, HIGH_LEVEL), (9, 9, HIGH_LEVEL), (10, 10, HIGH_LEVEL), (11, 11, HIGH_LEVEL)];
 
-/// The table. CPU n has the local APIC id n and the processor UID n.
-pub(super) fn table(cpus: u8) -> Vec<u8> {
+/// The structure of a CPU.
+pub(super) fn local_apic(index: u8, apic_id: u8, enabled: bool) -> Vec<u8> {
+    let flags = if enabled { ENABLED } else { ONLINE_CAPABLE };
+    [&[TYPE_LOCAL_APIC, 8, index, apic_id], flags.to_le_bytes().as_slice()].concat()
+}
+
+/// The table. The CPU with index n has the processor UID n; the first `cpus` are there.
+pub(super) fn table(cpus: u8, apic_ids: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend(LOCAL_APIC.to_le_bytes());
     body.extend(PCAT_COMPAT.to_le_bytes());
-    for cpu in 0..cpus {
-        body.extend([TYPE_LOCAL_APIC, 8, cpu, cpu]);
-        body.extend(ENABLED.to_le_bytes());
+    for (index, apic_id) in (0..=u8::MAX).zip(apic_ids) {
+        body.extend(local_apic(index, *apic_id, index < cpus));
     }
     body.extend([TYPE_IO_APIC, 12, 0, 0]);
     body.extend(IO_APIC.to_le_bytes());

@@ -3,6 +3,7 @@
 
 mod dsdt;
 mod fadt;
+mod hotplug;
 mod loader;
 mod madt;
 
@@ -102,6 +103,7 @@ impl Machine {
         let pm_block = self.pm.block();
         let platform = dsdt::Platform {
             cpus: self.config.cpus,
+            apic_ids: &self.config.apic_ids,
             pm_block,
             low_window: low_ram.max(LOW_WINDOW),
             high_window: self.high_bars().or_else(|| high_window(&self.config, self.ram.end())),
@@ -112,7 +114,7 @@ impl Machine {
         let facs = placed.add(&bytes(&FACS::new()), &[]);
         let dsdt = placed.add_dsdt(&dsdt::table(&platform));
         let fadt = placed.add(&bytes(&fadt::table(facs, dsdt, pm_block)), &[(36, 4), (40, 4), (140, 8)]);
-        let madt = placed.add(&madt::table(self.config.cpus), &[]);
+        let madt = placed.add(&madt::table(self.config.cpus, &self.config.apic_ids), &[]);
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt.into());
         xsdt.add_entry(madt.into());

@@ -14,8 +14,8 @@ fn tables(cpus: u8) -> AcpiTables {
     machine.acpi_tables()
 }
 
-fn platform(cpus: u8, high_window: Option<(u64, u64)>) -> dsdt::Platform {
-    dsdt::Platform { cpus, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
+fn platform(cpus: u8, apic_ids: &[u8], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
+    dsdt::Platform { cpus, apic_ids, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
 }
 
 fn at(tables: &AcpiTables, address: u64) -> &[u8] {
@@ -102,7 +102,7 @@ fn fixed_hardware_is_where_the_machine_has_it() {
 
 #[test]
 fn tables_of_the_largest_machine_fit_below_one_mib() {
-    let tables = tables(254);
+    let tables = tables(255);
     assert!(tables.address + tables.blob.len() as u64 <= 1 << 20);
     assert_eq!(tables.rsdp % 16, 0);
 }
@@ -111,7 +111,7 @@ fn tables_of_the_largest_machine_fit_below_one_mib() {
 fn serial_port_is_described_only_when_it_is_there() {
     let find = |blob: &[u8]| blob.windows(4).any(|name| name == b"COM1");
     assert!(!find(&tables(1).blob));
-    let platform = platform(1, None);
+    let platform = platform(1, &[0], None);
     assert!(find(&dsdt::table(&platform)));
 }
 
@@ -140,8 +140,11 @@ fn iasl_accepts_every_table() {
     assert_eq!(complaints("madt", listed(&tables)[1]), "");
     let facs = &at(&tables, u32_at(fadt, 36).into())[..64];
     assert_eq!(complaints("facs", facs), "");
-    let platform = platform(254, Some((1 << 32, (1 << 36) - 1)));
-    assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
+    let apic_ids: Vec<u8> = (0..255).collect();
+    for cpus in [2, 255] {
+        let platform = platform(cpus, &apic_ids, Some((1 << 32, (1 << 36) - 1)));
+        assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
+    }
 }
 
 /// fw_cfg as firmware reads it: the files by name, and what the loader's script makes of them at these addresses.

@@ -7,6 +7,9 @@ use super::super::pci::SlotFunction;
 
 /// The bits of CONFADD that exist: enable, bus, device, function, register.
 const CONFADD_MASK: u32 = 0x80FF_FFFC;
+/// The reserved bits 1:0. They read zero, but software written for QEMU (libqos among it) puts a register's low bits there and
+/// reads a byte or word at CFC: they count like the port's own low bits.
+const CONFADD_LANE: u32 = 0b11;
 
 /// The two ports. Only aligned dwords reach CONFADD.
 #[derive(Debug, Default)]
@@ -17,18 +20,18 @@ pub(in super::super) struct ConfigMechanism {
 impl ConfigMechanism {
     /// Reads CONFADD.
     pub(in super::super) fn address(&self) -> u32 {
-        self.address.load(Ordering::Acquire)
+        self.address.load(Ordering::Acquire) & CONFADD_MASK
     }
 
     /// Writes CONFADD.
     pub(in super::super) fn set_address(&self, value: u32) {
-        self.address.store(value & CONFADD_MASK, Ordering::Release);
+        self.address.store(value & (CONFADD_MASK | CONFADD_LANE), Ordering::Release);
     }
 
     /// Which register of which function an access to CONFDATA means, `lane` being the port's low two bits.
     /// Nothing while the mechanism is off, or when the bus is not bus 0: there is no other.
     pub(in super::super) fn target(&self, lane: u64) -> Option<(SlotFunction, u16)> {
-        let [register, devfn, bus, enable] = self.address().to_le_bytes();
+        let [register, devfn, bus, enable] = self.address.load(Ordering::Acquire).to_le_bytes();
         if enable & 0x80 == 0 || bus != 0 {
             return None;
         }

@@ -53,7 +53,7 @@ pub(in super::super) struct HostBridge {
 }
 
 impl HostBridge {
-    pub(in super::super) fn new(cpus: u8, topology: Arc<Topology>) -> Result<Self, ConfigError> {
+    pub(in super::super) fn new(cpus: usize, topology: Arc<Topology>) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x1237,

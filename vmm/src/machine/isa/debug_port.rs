@@ -1,6 +1,5 @@
-//! Ports for those who write firmware and kernels: debug port 402, power-on self-test port 80, debug exit port F4.
+//! Ports for those who write firmware and kernels: debug port 402, debug exit port F4.
 
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::super::host::{Host, PowerEvent};
@@ -8,7 +7,6 @@ use super::super::sync::lock;
 use super::{IsaDevice, PortRange};
 
 const DEBUG: u16 = 0x402;
-const POST: u16 = 0x80;
 const EXIT: u16 = 0xF4;
 /// What the debug port reads, so that firmware finds it.
 const PRESENT: u8 = 0xE9;
@@ -65,39 +63,6 @@ impl IsaDevice for DebugPort {
 
     fn reset(&self) {
         lock(&self.state).line.clear();
-    }
-}
-
-/// The POST port: keeps the code written last. Also what drivers write to for a short delay.
-pub(in super::super) struct PostPort(AtomicU8);
-
-impl PostPort {
-    pub(in super::super) fn new() -> Self {
-        Self(AtomicU8::new(0))
-    }
-}
-
-impl IsaDevice for PostPort {
-    fn name(&self) -> &str {
-        "POST port"
-    }
-
-    fn ports(&self) -> Vec<PortRange> {
-        vec![PortRange { first: POST, count: 1 }]
-    }
-
-    fn read(&self, _port: u16, data: &mut [u8]) {
-        data.fill(self.0.load(Ordering::Relaxed));
-    }
-
-    fn write(&self, _port: u16, data: &[u8]) {
-        if let [value] = data {
-            self.0.store(*value, Ordering::Relaxed);
-        }
-    }
-
-    fn reset(&self) {
-        self.0.store(0, Ordering::Relaxed);
     }
 }
 

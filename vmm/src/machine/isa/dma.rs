@@ -6,8 +6,9 @@ use std::sync::Mutex;
 use super::super::sync::lock;
 use super::{IsaDevice, PortRange};
 
-/// Page registers without a channel keep what is written to them, as on a PC. Port 80 is the POST port's.
-const PAGES: PortRange = PortRange { first: 0x81, count: 15 };
+/// Page registers without a channel keep what is written to them, as on a PC: the first is the power-on self-test port, which
+/// drivers write to for a short delay.
+const PAGES: PortRange = PortRange { first: 0x80, count: 16 };
 /// Registers of a controller beyond the four pairs of address and count.
 const MASK_BIT: usize = 0xA;
 const CLEAR_POINTER: usize = 0xC;
@@ -54,7 +55,7 @@ impl Controller {
 
 /// Both controllers: the first at 00–0F, the second at every other port of C0–DF.
 #[derive(Default)]
-pub(in super::super) struct Dma(Mutex<([Controller; 2], [u8; 15])>);
+pub(in super::super) struct Dma(Mutex<([Controller; 2], [u8; 16])>);
 
 impl Dma {
     fn access(&self, port: u16, write: Option<u8>) -> u8 {
@@ -136,10 +137,10 @@ mod tests {
     #[test]
     fn page_registers_keep_what_is_written() {
         let dma = Dma::default();
-        for port in 0x81..=0x8F {
+        for port in 0x80..=0x8F {
             dma.write(port, &[u8::try_from(port).unwrap()]);
         }
-        for port in 0x81..=0x8F {
+        for port in 0x80..=0x8F {
             assert_eq!(u16::from(get(&dma, port)), port);
         }
         dma.reset();

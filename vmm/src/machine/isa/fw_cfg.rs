@@ -135,15 +135,17 @@ impl State {
 }
 
 impl FwCfg {
-    /// The device of a machine with so many CPUs and these ranges of RAM.
-    pub(in super::super) fn new(ram: GuestRam, cpus: u8, memory: &[MemoryRange]) -> Self {
+    /// The device of a machine with so many CPUs at the start, these APIC ids of all, in ascending order, and these ranges of RAM.
+    pub(in super::super) fn new(ram: GuestRam, cpus: u8, apic_ids: &[u8], memory: &[MemoryRange]) -> Self {
         let mut state = State::default();
         state.set_item(key::SIGNATURE, b"QEMU".to_vec());
         state.set_item(key::ID, ID.to_le_bytes().to_vec());
         state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
         state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
-        state.set_item(key::MAX_CPUS, u16::from(cpus).to_le_bytes().to_vec());
+        // Not a number of CPUs but one above the last APIC id.
+        let apic_ids = apic_ids.last().map_or(0, |last| u16::from(*last).saturating_add(1));
+        state.set_item(key::MAX_CPUS, apic_ids.to_le_bytes().to_vec());
         let mut e820 = Vec::new();
         for range in memory {
             e820.extend(range.address.to_le_bytes());
@@ -297,7 +299,7 @@ mod tests {
     fn device() -> (GuestRam, FwCfg) {
         let ram = GuestRam::create(1 << 20).unwrap();
         let memory = [MemoryRange { address: 0, length: 1 << 20 }];
-        (ram.clone(), FwCfg::new(ram, 2, &memory))
+        (ram.clone(), FwCfg::new(ram, 2, &[0, 1, 6], &memory))
     }
 
     fn read(device: &FwCfg, key: u16, count: usize) -> Vec<u8> {
@@ -325,6 +327,7 @@ mod tests {
         assert_eq!(read(&device, key::SIGNATURE, 6), b"QEMU\0\0");
         assert_eq!(read(&device, key::ID, 4), [3, 0, 0, 0]);
         assert_eq!(read(&device, key::NB_CPUS, 2), [2, 0]);
+        assert_eq!(read(&device, key::MAX_CPUS, 2), [7, 0]);
         assert_eq!(read(&device, 0x4242, 2), [0, 0]);
     }
 
@@ -359,7 +362,7 @@ mod tests {
         assert_eq!(dma(&device, &ram, CONTROL_WRITE, 1, 0), CONTROL_ERROR);
         // Far more than any item, although there would be room.
         let large = GuestRam::create(u64::from(MAX_TRANSFER) + (1 << 20)).unwrap();
-        let cfg = FwCfg::new(large.clone(), 1, &[]);
+        let cfg = FwCfg::new(large.clone(), 1, &[0], &[]);
         assert_eq!(dma(&cfg, &large, CONTROL_READ, MAX_TRANSFER + 1, 0x2000), CONTROL_ERROR);
         // The request itself outside of RAM: nothing happens.
         device.write(DMA_HIGH, &u32::MAX.to_be_bytes());

@@ -12,7 +12,7 @@ mod rtc;
 
 pub(super) use bus::{IN_KERNEL_PORTS, IsaBus};
 pub use bus::{IrqLine, IsaDevice, PortRange};
-pub(super) use debug_port::{DebugExit, DebugPort, PostPort};
+pub(super) use debug_port::{DebugExit, DebugPort};
 pub(super) use dma::Dma;
 pub(super) use fw_cfg::{FirmwareTables, FwCfg, GENERATION_ADDRESS, MemoryRange};
 pub(super) use i8042::I8042;

@@ -1,8 +1,8 @@
 //! MC146818 real-time clock and CMOS RAM, ports 70 and 71.
 //!
-//! The time is the host's plus an offset that the guest sets by setting its clock; its seconds begin with the host's. Events
-//! (a second ended, the alarm, the periodic rate) are found when somebody looks, or when the deadline of the next one that
-//! the guest wants an interrupt for has come.
+//! The time is the host's plus an offset that the guest sets by setting its clock; its seconds begin with the host's until the
+//! guest resets the divider. Events (a second ended, the alarm, the periodic rate) are found when somebody looks, or when the
+//! deadline of the next one that the guest wants an interrupt for has come.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -64,7 +64,7 @@ const C_UPDATE: u8 = 1 << 4;
 const C_ALARM: u8 = 1 << 5;
 const C_PERIODIC: u8 = 1 << 6;
 const C_REQUEST: u8 = 1 << 7;
-/// Register A: the divider runs from 32,768 Hz when bits 6–4 have this value.
+/// Register A: the divider runs from 32,768 Hz while bits 6–4 are at most this; above are its test modes and its reset.
 const A_DIVIDER: u8 = 0x70;
 const A_RUNS: u8 = 0x20;
 /// An alarm register with these bits matches any value.
@@ -75,18 +75,24 @@ const HZ: u128 = 32_768;
 const D_VALID: u8 = 1 << 7;
 /// Hours: afternoon, in 12-hour format.
 const PM: u8 = 1 << 7;
-/// Update-in-progress is set this long before the seconds change: 244 µs notice and 1,984 µs of update.
-const UPDATE_MICROS: u32 = 2228;
+/// Update-in-progress is set this long before the seconds change. The update itself takes no time here.
+const UPDATE_NANOS: i128 = 244_140;
+/// A second, and the time from the end of a divider reset to the first update, in nanoseconds.
+const SECOND: i128 = 1_000_000_000;
+const AFTER_DIVIDER_RESET: i128 = SECOND / 2;
 
 struct State {
     index: u8,
     ram: [u8; SIZE],
-    /// Guest time minus host time in seconds.
-    offset: i64,
+    /// Guest time minus host time in nanoseconds.
+    offset: i128,
     /// Register C.
     flags: u8,
     /// The host's time up to which events were looked for.
     seen: Duration,
+    /// When the last period ended, in ticks of the time base on the host's clock. The next one is counted from there, also
+    /// when the guest has changed its length since.
+    period_end: u128,
 }
 
 /// The clock.
@@ -122,13 +128,18 @@ impl State {
         if self.get(register::B) & B_BINARY != 0 { value } else { from_bcd(value) }
     }
 
-    fn guest_seconds(&self, now: Duration) -> i64 {
-        i64::try_from(now.as_secs()).unwrap_or(i64::MAX).saturating_add(self.offset)
+    /// The guest's time in nanoseconds since 1970.
+    fn guest_nanos(&self, now: Duration) -> i128 {
+        i128::try_from(now.as_nanos()).unwrap_or(i128::MAX).saturating_add(self.offset)
     }
 
-    /// Stores the time of `now` in the time registers, unless the guest is setting them.
+    fn guest_seconds(&self, now: Duration) -> i64 {
+        i64::try_from(self.guest_nanos(now).div_euclid(SECOND)).unwrap_or(i64::MAX)
+    }
+
+    /// Stores the time of `now` in the time registers, unless they stand still.
     fn update(&mut self, now: Duration) {
-        if self.get(register::B) & B_SET != 0 {
+        if !self.ticks() {
             return;
         }
         let time = DateTime::from_unix(self.guest_seconds(now));
@@ -151,8 +162,8 @@ impl State {
         self.put(CENTURY_REGISTER, to_bcd(time.century()));
     }
 
-    /// Takes the time registers for the guest's time.
-    fn adopt(&mut self, now: Duration) {
+    /// Takes the time registers for the guest's time, so many nanoseconds after its second began.
+    fn adopt(&mut self, now: Duration, fraction: i128) {
         let hour = self.decode_hour(self.get(register::HOURS));
         let century = i64::from(from_bcd(self.get(CENTURY_REGISTER)));
         let year =
@@ -160,8 +171,8 @@ impl State {
         let date = (self.decode(self.get(register::MONTH)), self.decode(self.get(register::DAY)));
         let time = (hour, self.decode(self.get(register::MINUTES)), self.decode(self.get(register::SECONDS)));
         let seconds = DateTime::to_unix(year, date, time);
-        let host = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-        self.offset = seconds.saturating_sub(host);
+        let guest = i128::from(seconds).saturating_mul(SECOND).saturating_add(fraction);
+        self.offset = guest.saturating_sub(i128::try_from(now.as_nanos()).unwrap_or(i128::MAX));
     }
 
     fn decode_hour(&self, hours: u8) -> u8 {
@@ -181,12 +192,12 @@ impl State {
             rate @ 1..=2 => rate + 7,
             rate => rate,
         };
-        (a & A_DIVIDER == A_RUNS).then_some(1 << (rate - 1))
+        (a & A_DIVIDER <= A_RUNS).then_some(1 << (rate - 1))
     }
 
     /// Whether the clock moves on.
     fn ticks(&self) -> bool {
-        self.get(register::B) & B_SET == 0 && self.get(register::A) & A_DIVIDER == A_RUNS
+        self.get(register::B) & B_SET == 0 && self.get(register::A) & A_DIVIDER <= A_RUNS
     }
 
     /// The first guest second from `second` on that matches the alarm registers; none when they hold no time.
@@ -225,12 +236,17 @@ impl State {
     fn advance(&mut self, now: Duration) {
         let before = std::mem::replace(&mut self.seen, now);
         if now <= before {
+            self.period_end = self.period_end.min(ticks(now));
             return;
         }
-        if let Some(period) = self.period()
-            && periods(now, period) != periods(before, period)
-        {
-            self.flags |= C_PERIODIC;
+        let elapsed = ticks(now).saturating_sub(self.period_end);
+        match self.period().map(|period| elapsed - elapsed.checked_rem(period).unwrap_or(0)) {
+            Some(0) => {}
+            Some(ended) => {
+                self.flags |= C_PERIODIC;
+                self.period_end = self.period_end.saturating_add(ended);
+            }
+            None => self.period_end = ticks(now),
         }
         let (from, to) = (self.guest_seconds(before), self.guest_seconds(now));
         if from != to && self.ticks() {
@@ -252,11 +268,13 @@ impl State {
             return None;
         }
         let wanted = |event| self.get(register::B) & event != 0;
-        let second =
-            |guest: i64| u64::try_from(guest.saturating_sub(self.offset)).ok().map(Duration::from_secs);
+        let second = |guest: i64| {
+            let host = i128::from(guest).saturating_mul(SECOND).saturating_sub(self.offset);
+            u64::try_from(host).ok().map(Duration::from_nanos)
+        };
         let next = self.guest_seconds(now).saturating_add(1);
         let periodic = self.period().filter(|_| wanted(C_PERIODIC)).and_then(|period| {
-            let nanos = (periods(now, period) + 1).saturating_mul(period).saturating_mul(1_000_000_000);
+            let nanos = self.period_end.saturating_add(period).saturating_mul(1_000_000_000);
             Some(Duration::from_nanos(u64::try_from(nanos.div_ceil(HZ)).ok()?))
         });
         let update = (wanted(C_UPDATE) && self.ticks()).then(|| second(next)).flatten();
@@ -267,9 +285,8 @@ impl State {
     fn read(&mut self, now: Duration) -> u8 {
         match self.index {
             register::A => {
-                let setting = self.get(register::B) & B_SET != 0;
-                let close = now.subsec_micros() >= 1_000_000 - UPDATE_MICROS;
-                self.get(register::A) | if close && !setting { A_UPDATE_IN_PROGRESS } else { 0 }
+                let close = self.guest_nanos(now).rem_euclid(SECOND) >= SECOND - UPDATE_NANOS;
+                self.get(register::A) | if close && self.ticks() { A_UPDATE_IN_PROGRESS } else { 0 }
             }
             register::C => {
                 let request = if self.requests() { C_REQUEST } else { 0 };
@@ -285,13 +302,20 @@ impl State {
 
     fn write(&mut self, value: u8, now: Duration) {
         match self.index {
-            register::A => self.put(register::A, value & !A_UPDATE_IN_PROGRESS),
+            register::A => {
+                self.update(now);
+                let ran = self.get(register::A) & A_DIVIDER <= A_RUNS;
+                self.put(register::A, value & !A_UPDATE_IN_PROGRESS);
+                if !ran && value & A_DIVIDER <= A_RUNS {
+                    self.adopt(now, AFTER_DIVIDER_RESET);
+                }
+            }
             register::B => {
                 self.update(now);
-                let was_setting = self.get(register::B) & B_SET != 0;
+                let ticked = self.ticks();
                 self.put(register::B, value);
-                if was_setting && value & B_SET == 0 {
-                    self.adopt(now);
+                if !ticked && self.ticks() {
+                    self.adopt(now, self.guest_nanos(now).rem_euclid(SECOND));
                 }
             }
             register::C | register::D => {}
@@ -306,8 +330,8 @@ impl State {
                 self.update(now);
                 let index = self.index;
                 self.put(index, value);
-                if self.get(register::B) & B_SET == 0 {
-                    self.adopt(now);
+                if self.ticks() {
+                    self.adopt(now, self.guest_nanos(now).rem_euclid(SECOND));
                 }
             }
             index => self.put(index, value),
@@ -315,16 +339,17 @@ impl State {
     }
 }
 
-/// Whole periods of so many ticks since the host's time began.
-fn periods(now: Duration, period: u128) -> u128 {
-    (now.as_nanos() * HZ / 1_000_000_000).checked_div(period).unwrap_or(0)
+/// A time in ticks of the time base.
+fn ticks(time: Duration) -> u128 {
+    time.as_nanos().saturating_mul(HZ) / 1_000_000_000
 }
 
 impl Rtc {
     /// The clock of a machine that is switched on.
     pub(in super::super) fn new(host: Arc<dyn Host>, timers: Arc<Timers>, line: IrqLine) -> Self {
         let seen = host.wall_clock();
-        let mut state = State { index: 0, ram: [0; SIZE], offset: 0, flags: 0, seen };
+        let mut state =
+            State { index: 0, ram: [0; SIZE], offset: 0, flags: 0, seen, period_end: ticks(seen) };
         state.put(register::A, A_RESET);
         state.put(register::B, B_24_HOURS);
         // A coprocessor, no floppy drives.
@@ -470,8 +495,24 @@ mod tests {
     fn update_in_progress_shows_just_before_a_second_ends() {
         let (host, rtc) = rtc();
         assert_eq!(get(&rtc, register::A), A_RESET);
-        host.set_wall_clock(Duration::from_micros(999_000));
+        host.set_wall_clock(Duration::from_micros(999_755));
+        assert_eq!(get(&rtc, register::A), A_RESET);
+        host.set_wall_clock(Duration::from_micros(999_756));
         assert_eq!(get(&rtc, register::A), A_RESET | A_UPDATE_IN_PROGRESS);
+    }
+
+    #[test]
+    fn the_first_second_after_a_divider_reset_takes_half_a_second() {
+        let (host, rtc) = rtc();
+        put(&rtc, register::A, 0x76);
+        let held = get(&rtc, register::SECONDS);
+        host.set_wall_clock(NOW + Duration::from_millis(7_250));
+        assert_eq!(get(&rtc, register::SECONDS), held);
+        put(&rtc, register::A, A_RESET);
+        host.set_wall_clock(NOW + Duration::from_millis(7_749));
+        assert_eq!(get(&rtc, register::SECONDS), held);
+        host.set_wall_clock(NOW + Duration::from_millis(7_750));
+        assert_eq!((held, get(&rtc, register::SECONDS)), (0x09, 0x10));
     }
 
     #[test]

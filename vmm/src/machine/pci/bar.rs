@@ -1,7 +1,7 @@
 //! Base address registers (PCI Local Bus Specification 3.0, section 6.2.5.1).
 
 use super::super::host::Space;
-use super::config_space::Command;
+use super::config_space::{Command, header};
 
 /// What a base address register maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,20 @@ pub enum BarKind {
         /// Reads have no side effects.
         prefetchable: bool,
     },
+    /// The expansion ROM (section 6.2.5.2), number [`ROM_BAR`]: memory below 4 GiB with an enable bit of its own, at least 2 KiB.
+    Rom,
+}
+
+/// The number of the expansion ROM's register among the base address registers.
+pub const ROM_BAR: u8 = 6;
+
+/// The offset of a base address register in configuration space.
+pub(in super::super) fn register(index: u8) -> u16 {
+    if index == ROM_BAR {
+        header::ROM
+    } else {
+        header::BAR0.saturating_add(u16::from(index).saturating_mul(4))
+    }
 }
 
 impl BarKind {
@@ -22,7 +36,7 @@ impl BarKind {
     pub(super) const fn flags(self) -> u32 {
         match self {
             Self::Io => 1,
-            Self::Memory32 => 0,
+            Self::Memory32 | Self::Rom => 0,
             Self::Memory64 { prefetchable: false } => 0b0100,
             Self::Memory64 { prefetchable: true } => 0b1100,
         }
@@ -33,7 +47,7 @@ impl BarKind {
     pub const fn space(self) -> Space {
         match self {
             Self::Io => Space::Port,
-            Self::Memory32 | Self::Memory64 { .. } => Space::Memory,
+            Self::Memory32 | Self::Memory64 { .. } | Self::Rom => Space::Memory,
         }
     }
 
@@ -44,6 +58,7 @@ impl BarKind {
                 Self::Io => size >= 4 && size <= 256,
                 Self::Memory32 => size >= 16 && size <= 1 << 31,
                 Self::Memory64 { .. } => size >= 16 && size <= 1 << 40,
+                Self::Rom => size >= 1 << 11 && size <= 1 << 24,
             }
     }
 }
@@ -51,7 +66,7 @@ impl BarKind {
 /// A base address register as it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// Its number, 0–5.
+    /// Its number, 0–5, or [`ROM_BAR`].
     pub index: u8,
     /// What it maps.
     pub kind: BarKind,

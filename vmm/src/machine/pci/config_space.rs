@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::super::sync::lock;
-use super::bar::{Bar, BarKind};
+use super::bar::{Bar, BarKind, ROM_BAR, register};
 use super::intx::Pin;
 
 /// Bytes in a function's configuration space.
@@ -33,12 +33,14 @@ pub mod header {
     pub const HEADER_TYPE: u16 = 0x0E;
     /// The first base address register.
     pub const BAR0: u16 = 0x10;
-    /// The byte after the last base address register.
-    pub const BARS_END: u16 = 0x28;
     /// Subsystem vendor ID, 16 bits.
     pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2C;
     /// Subsystem ID, 16 bits.
     pub const SUBSYSTEM_ID: u16 = 0x2E;
+    /// Expansion ROM base address; bit 0 enables it.
+    pub const ROM: u16 = 0x30;
+    /// The byte after it.
+    pub const ROM_END: u16 = 0x34;
     /// Offset of the first capability.
     pub const CAPABILITIES: u16 = 0x34;
     /// Interrupt line: written by firmware, read by drivers, without effect.
@@ -230,14 +232,16 @@ impl ConfigSpaceBuilder {
                 || (matches!(bar.kind, BarKind::Memory64 { .. }) && bar.index.checked_add(1) == Some(index))
         };
         let end = index.saturating_add(u8::from(wide));
-        if end > 5 || self.bars.iter().any(|bar| used(bar, index) || used(bar, end)) {
+        let exists = if kind == BarKind::Rom { index == ROM_BAR } else { end <= 5 };
+        if !exists || self.bars.iter().any(|bar| used(bar, index) || used(bar, end)) {
             return Err(ConfigError::BadBar(index));
         }
         if !kind.allows(size) {
             return Err(ConfigError::BadBarSize { kind, size });
         }
-        let mask = !(size - 1);
-        let offset = header::BAR0 + 4 * u16::from(index);
+        // A ROM's bit 0 enables it.
+        let mask = !(size - 1) | u64::from(kind == BarKind::Rom);
+        let offset = register(index);
         put(&mut self.reset, offset, &kind.flags().to_le_bytes());
         if wide {
             put(&mut self.writable, offset, &mask.to_le_bytes());
@@ -323,14 +327,14 @@ impl ConfigSpace {
     /// Writes as the guest does: only writable bits, bits cleared by writing ones to them. Says what changed.
     pub fn write(&self, offset: u16, data: &[u8]) -> Written {
         let mut value = lock(&self.value);
-        let before = get::<{ header::BARS_END as usize }>(&*value, 0);
+        let before = get::<{ header::ROM_END as usize }>(&*value, 0);
         let layout = self.layout.writable.iter().zip(&self.layout.clear).skip(usize::from(offset));
         for ((byte, (writable, clear)), new) in
             value.iter_mut().skip(usize::from(offset)).zip(layout).zip(data)
         {
             *byte = (*byte & !writable | new & writable) & !(new & clear);
         }
-        let after = get::<{ header::BARS_END as usize }>(&*value, 0);
+        let after = get::<{ header::ROM_END as usize }>(&*value, 0);
         let old = u16::from_le_bytes(get(&before, header::COMMAND));
         let new = u16::from_le_bytes(get(&after, header::COMMAND));
         self.command.store(new, Ordering::Release);
@@ -377,20 +381,24 @@ impl ConfigSpace {
         Command(self.command.load(Ordering::Acquire))
     }
 
-    /// The base address registers as they stand, whether they are decoded or not.
+    /// The base address registers as they stand, whether they are decoded or not; of a ROM only while it is enabled.
     #[must_use]
     pub fn bars(&self) -> Vec<Bar> {
         let value = lock(&self.value);
         let bar = |definition: &BarDefinition| {
-            let offset = header::BAR0 + 4 * u16::from(definition.index);
+            let offset = register(definition.index);
             let raw = match definition.kind {
                 BarKind::Memory64 { .. } => u64::from_le_bytes(get(&*value, offset)),
-                BarKind::Io | BarKind::Memory32 => u64::from(u32::from_le_bytes(get(&*value, offset))),
+                BarKind::Io | BarKind::Memory32 | BarKind::Rom => {
+                    u64::from(u32::from_le_bytes(get(&*value, offset)))
+                }
             };
             let address = raw & !definition.size.wrapping_sub(1);
             Bar { index: definition.index, kind: definition.kind, address, size: definition.size }
         };
-        self.layout.bars.iter().map(bar).collect()
+        let rom_enabled = get::<1>(&*value, header::ROM) != [0];
+        let shown = |bar: &&BarDefinition| bar.kind != BarKind::Rom || rom_enabled;
+        self.layout.bars.iter().filter(shown).map(bar).collect()
     }
 
     /// The interrupt pin that the function drives.
@@ -503,6 +511,26 @@ mod tests {
         assert_eq!(config.write(header::BAR0, &[0xFF, 0x0F]), written(false, false));
         assert_eq!(config.write(header::BAR0, &[0xFF, 0x1F]), written(false, true));
         assert_eq!(config.bars().first().map(|bar| bar.address), Some(0x1000));
+    }
+
+    #[test]
+    fn a_rom_is_sized_without_its_enable_bit_and_shown_while_that_is_set() {
+        let mut builder = builder();
+        assert!(builder.bar(ROM_BAR, BarKind::Memory32, 0x800).is_err());
+        assert!(builder.bar(5, BarKind::Rom, 0x800).is_err());
+        assert!(builder.bar(ROM_BAR, BarKind::Rom, 0x400).is_err(), "2 KiB at least");
+        builder.bar(ROM_BAR, BarKind::Rom, 0x1_0000).unwrap();
+        let config = builder.build();
+        config.write(header::ROM, &0xFFFF_FFFE_u32.to_le_bytes());
+        assert_eq!(config.get_u32(header::ROM), 0xFFFF_0000);
+        assert_eq!(config.bars(), []);
+        let written = config.write(header::ROM, &0xFEA1_2345_u32.to_le_bytes());
+        assert_eq!(written, Written { command: false, decode: true });
+        assert_eq!(config.get_u32(header::ROM), 0xFEA1_0001);
+        let bar = Bar { index: ROM_BAR, kind: BarKind::Rom, address: 0xFEA1_0000, size: 0x1_0000 };
+        assert_eq!(config.bars(), [bar]);
+        assert_eq!(bar.decoded(Command(Command::MEMORY)), Some((0xFEA1_0000, 0xFEA1_FFFF)));
+        assert_eq!(bar.decoded(Command(Command::IO)), None);
     }
 
     proptest! {

@@ -6,7 +6,7 @@ mod config_space;
 mod function;
 mod intx;
 
-pub use bar::{Bar, BarKind};
+pub use bar::{Bar, BarKind, ROM_BAR};
 pub(super) use bus::PciBus;
 pub use bus::SlotFunction;
 pub use config_space::{

@@ -1,7 +1,10 @@
 //! PIIX4 function 3, 00:01.3: power management (290562, chapter 7).
 
+mod cpu_hotplug;
+mod pci_hotplug;
 mod pm_block;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::host::{Host, PowerEvent, Space};
@@ -12,6 +15,10 @@ use super::pci::{
 use super::sync::lock;
 use super::timers::{Timer, Timers};
 
+pub(super) use cpu_hotplug::CPU_HOTPLUG;
+use cpu_hotplug::{CpuHotplug, GPE_CPU_HOTPLUG};
+pub(super) use pci_hotplug::PCI_HOTPLUG;
+use pci_hotplug::{GPE_PCI_HOTPLUG, PciHotplug, slot_bit};
 pub(super) use pm_block::{PM_BLOCK_SIZE, PmBlock, S5_SLEEP_TYPE, register};
 
 /// PMBA: base address of the PM register block.
@@ -71,6 +78,8 @@ pub(super) const REGISTERS: [Register; 7] = [
 const WINDOW_PM: u8 = 0;
 const WINDOW_GPE0: u8 = 1;
 const WINDOW_APM: u8 = 2;
+const WINDOW_PCI_HOTPLUG: u8 = 4;
+const WINDOW_CPU_HOTPLUG: u8 = 5;
 const WINDOW_SMBUS: u8 = 3;
 
 /// The SMBus controller's registers: ports, status, control (bit 6 starts), and a status bit: nobody acknowledged.
@@ -87,10 +96,14 @@ pub(super) struct Piix4Pm {
     sci: IrqLine,
     timers: Arc<Timers>,
     state: Mutex<State>,
+    /// Slots that the guest has ejected and the machine has yet to empty.
+    ejected: AtomicU32,
 }
 
 #[derive(Default)]
 struct State {
+    pci: PciHotplug,
+    cpus: CpuHotplug,
     pm: PmBlock,
     gpe_status: u16,
     gpe_enable: u16,
@@ -118,7 +131,14 @@ impl State {
 }
 
 impl Piix4Pm {
-    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine, timers: Arc<Timers>) -> Result<Self, ConfigError> {
+    /// `apic_ids` are those of all possible CPUs, of which the first `cpus` are there.
+    pub(super) fn new(
+        host: Arc<dyn Host>,
+        sci: IrqLine,
+        timers: Arc<Timers>,
+        apic_ids: &[u8],
+        cpus: u8,
+    ) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x7113,
@@ -134,7 +154,56 @@ impl Piix4Pm {
         builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0])?;
         builder.interrupt_pin(Pin::A);
         builder.registers(&REGISTERS)?;
-        Ok(Self { config: builder.build(), host, sci, timers, state: Mutex::default() })
+        let state = State { cpus: CpuHotplug::new(apic_ids, cpus.into()), ..State::default() };
+        let ejected = AtomicU32::new(0);
+        Ok(Self { config: builder.build(), host, sci, timers, state: Mutex::new(state), ejected })
+    }
+
+    /// Changes what hot-plug registers say and, if that is to be told, raises their event.
+    fn tell(&self, event: u16, change: impl FnOnce(&mut State) -> bool) -> bool {
+        let mut state = lock(&self.state);
+        let told = change(&mut state);
+        if told {
+            state.gpe_status |= event;
+            self.update_sci(&state);
+        }
+        told
+    }
+
+    /// Tells the guest that the contents of a slot changed.
+    pub(super) fn announce_slot(&self, slot: u8) {
+        self.tell(GPE_PCI_HOTPLUG, |state| {
+            state.pci.up |= slot_bit(slot);
+            true
+        });
+    }
+
+    /// Asks the guest to eject what is in a slot.
+    pub(super) fn request_eject(&self, slot: u8) {
+        self.tell(GPE_PCI_HOTPLUG, |state| {
+            state.pci.down |= slot_bit(slot);
+            true
+        });
+    }
+
+    /// A slot was emptied.
+    pub(super) fn slot_emptied(&self, slot: u8) {
+        lock(&self.state).pci.forget(slot);
+    }
+
+    /// The slots that the guest has ejected since the last call, a bit for each. Cheap when there is none.
+    pub(super) fn take_ejected(&self) -> u32 {
+        if self.ejected.load(Ordering::Acquire) == 0 { 0 } else { self.ejected.swap(0, Ordering::AcqRel) }
+    }
+
+    /// Plugs a CPU in. False when there is no such possible CPU, or it is there.
+    pub(super) fn insert_cpu(&self, index: u8) -> bool {
+        self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.insert(index))
+    }
+
+    /// Asks the guest to let a CPU go. False when it is not there, or is the boot processor.
+    pub(super) fn request_cpu_removal(&self, index: u8) -> bool {
+        self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.request_removal(index))
     }
 
     /// Where the register block is, whether or not it is decoded.
@@ -162,8 +231,9 @@ impl Piix4Pm {
         self.sci.set(state.pm.sci_enabled() && (gpe || state.pm.has_event()));
     }
 
-    fn read_byte(state: &State, window: u8, offset: u64) -> u8 {
+    fn read_byte(state: &mut State, window: u8, offset: u64) -> u8 {
         match window {
+            WINDOW_CPU_HOTPLUG => state.cpus.read(offset),
             WINDOW_PM => state.pm.read(offset),
             WINDOW_GPE0 => {
                 let [s0, s1] = state.gpe_status.to_le_bytes();
@@ -221,12 +291,15 @@ impl PciFunction for Piix4Pm {
         let fixed =
             |id, address: u16, length| Window { id, space: Space::Port, address: address.into(), length };
         let (gpe0, gpe0_length) = GPE0_BLOCK;
-        let mut windows = Vec::with_capacity(3);
+        let mut windows = Vec::with_capacity(5);
         if self.config.get_u8(PMREGMISC) & 1 != 0 {
             windows.push(fixed(WINDOW_PM, self.block(), PM_BLOCK_SIZE));
         }
         windows.push(fixed(WINDOW_GPE0, gpe0, gpe0_length.into()));
         windows.push(fixed(WINDOW_APM, APM_CONTROL, 2));
+        for (id, (port, length)) in [(WINDOW_PCI_HOTPLUG, PCI_HOTPLUG), (WINDOW_CPU_HOTPLUG, CPU_HOTPLUG)] {
+            windows.push(fixed(id, port, length.into()));
+        }
         if self.config.command().io() && self.config.get_u8(SMBHSTCFG) & 1 != 0 {
             windows.push(fixed(WINDOW_SMBUS, self.config.get_u16(SMBBA) & 0xFFF0, SMBUS_SIZE));
         }
@@ -235,15 +308,32 @@ impl PciFunction for Piix4Pm {
 
     fn window_read(&self, window: u8, offset: u64, data: &mut [u8]) {
         let mut state = lock(&self.state);
+        if window == WINDOW_PCI_HOTPLUG {
+            state.pci.read(offset, data);
+            return;
+        }
         // One look at the clock for all bytes of an access: the timer must not carry between them.
         state.pm.set_time(self.host.monotonic());
         for (offset, byte) in (offset..).zip(data) {
-            *byte = Self::read_byte(&state, window, offset);
+            *byte = Self::read_byte(&mut state, window, offset);
         }
     }
 
     fn window_write(&self, window: u8, offset: u64, data: &[u8]) {
         let mut state = lock(&self.state);
+        match window {
+            WINDOW_PCI_HOTPLUG => {
+                self.ejected.fetch_or(state.pci.write(offset, data), Ordering::AcqRel);
+                return;
+            }
+            WINDOW_CPU_HOTPLUG => {
+                let gone = state.cpus.write(offset, data);
+                drop(state);
+                gone.into_iter().for_each(|cpu| self.host.cpu_ejected(cpu));
+                return;
+            }
+            _ => {}
+        }
         state.pm.set_time(self.host.monotonic());
         let mut off = false;
         for (offset, byte) in (offset..).zip(data) {
@@ -258,7 +348,13 @@ impl PciFunction for Piix4Pm {
 
     fn reset(&self) {
         let mut state = lock(&self.state);
-        *state = State::default();
+        // What the guest was asked to let go of goes now.
+        self.ejected.fetch_or(state.pci.down, Ordering::AcqRel);
+        let gone = state.cpus.reset();
+        let cpus = std::mem::take(&mut state.cpus);
+        *state = State { cpus, ..State::default() };
         self.update_sci(&state);
+        drop(state);
+        gone.into_iter().for_each(|cpu| self.host.cpu_ejected(cpu));
     }
 }

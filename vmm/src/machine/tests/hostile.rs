@@ -76,14 +76,20 @@ proptest! {
 }
 
 #[test]
-fn several_vcpus_move_bars_at_once() {
+fn several_vcpus_move_bars_and_flip_pam_at_once() {
     let (host, machine) = machine(4);
     for slot in 2..6 {
         machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
     }
     std::thread::scope(|scope| {
+        let machine = &machine;
+        scope.spawn(move || {
+            for round in 0..200 {
+                config_write(machine, (0, 0), 0x59 + round % 7, 1, round);
+                write(machine, Space::Memory, 0xC_0000 + (round & 15) * 0x4000, 4, round);
+            }
+        });
         for slot in 2..6_u64 {
-            let machine = &machine;
             scope.spawn(move || {
                 for round in 0..200 {
                     // The latch is shared, as on hardware: these may hit each other's function.
@@ -96,5 +102,6 @@ fn several_vcpus_move_bars_at_once() {
     });
     // Whatever came last, what the host was told is what the tree says.
     assert_eq!(host.recorded().doorbells, machine.view.load().doorbells);
+    assert_eq!(host.recorded().slots, machine.view.load().slots);
     assert_eq!(machine.view.load().generation, machine.topology.generation());
 }

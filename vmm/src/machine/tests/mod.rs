@@ -2,6 +2,7 @@
 
 mod flat_view;
 mod hostile;
+mod hotplug;
 mod interrupts;
 mod memory_map;
 mod platform;

@@ -26,6 +26,17 @@ fn linux_finds_mechanism_1() {
 }
 
 #[test]
+fn low_bits_of_confadd_read_zero_and_select_the_lane() {
+    let (_, machine) = machine(1);
+    write(&machine, Space::Port, 0xCF8, 4, 0x8000_0002);
+    assert_eq!(read(&machine, Space::Port, 0xCF8, 4), 0x8000_0000);
+    assert_eq!(read(&machine, Space::Port, 0xCFC, 2), 0x1237);
+    assert_eq!(read(&machine, Space::Port, 0xCFE, 2), 0x1237);
+    write(&machine, Space::Port, 0xCF8, 4, 0x8000_00FF);
+    assert_eq!(read(&machine, Space::Port, 0xCFC, 4), 0xFFFF_FF00, "beyond the last register is nothing");
+}
+
+#[test]
 fn configuration_data_takes_bytes_and_words_in_their_lanes() {
     let (_, machine) = machine(1);
     select(&machine, 1, 0, 0x60);

@@ -143,6 +143,8 @@ impl Model {
         match port {
             0xAFE0..=0xAFE3 => return Owner::Window(1, 3, 1, port - 0xAFE0),
             0xB2 | 0xB3 => return Owner::Window(1, 3, 2, port - 0xB2),
+            0xAE00..=0xAE13 => return Owner::Window(1, 3, 4, port - 0xAE00),
+            0xAF00..=0xAF0B => return Owner::Window(1, 3, 5, port - 0xAF00),
             _ => {}
         }
         for slot in FIRST_SLOT..=LAST_SLOT {

@@ -1,8 +1,27 @@
 //! Devices and events as the API shows them.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::supervisor::process::Role;
+
+/// A device to be added to a machine that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum AddRequest {
+    /// A disk.
+    Disk {
+        /// As after `--disk`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
+    /// The entropy device.
+    Rng,
+    /// The virtio console, for `bulkhead console`.
+    Console,
+}
 
 /// A device program, as it describes itself (`bulkhead-device --version`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +109,10 @@ pub enum EventKind {
     GivenUp,
     /// Every process of the machine is ready.
     Running,
+    /// A device was added and the guest was told.
+    Added,
+    /// A device was removed.
+    Removed,
     /// The machine ends.
     End,
 }

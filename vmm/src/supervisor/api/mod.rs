@@ -9,7 +9,7 @@ pub mod device;
 pub mod packet;
 pub mod server;
 
-pub use device::{DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
+pub use device::{AddRequest, DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
 use serde::{Deserialize, Serialize};
 
 use super::process::Role;
@@ -43,6 +43,27 @@ pub enum Request {
     },
     /// The devices of the machine.
     Devices,
+    /// Add a device. The answer comes when the guest was told.
+    DeviceAdd {
+        /// Which.
+        device: AddRequest,
+    },
+    /// Remove a virtio device. The answer comes when nothing is left of it.
+    DeviceRemove {
+        /// Its id.
+        device: String,
+        /// Do not ask the guest.
+        force: bool,
+        /// For the guest to let go of it, in seconds.
+        timeout: u32,
+    },
+    /// Have another number of CPUs. The answer comes when the guest was told of all that came, and let go of all that went.
+    Cpus {
+        /// How many.
+        count: u8,
+        /// For the guest to let go of them, in seconds.
+        timeout: u32,
+    },
     /// Replace the process of a device in order. The answer comes when the successor serves.
     DeviceRestart {
         /// Its id.

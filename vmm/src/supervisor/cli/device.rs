@@ -17,6 +17,10 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// List the devices of a machine: process, state, restarts, and how the last process ended
     List(DeviceListArgs),
+    /// Add a disk, an entropy device or a console: its process is started, then the guest is told by ACPI
+    Add(DeviceAddArgs),
+    /// Ask the guest by ACPI to let go of a virtio device, then end its process and unlock its disk
+    Remove(DeviceRemoveArgs),
     /// Replace the process of a device, losing nothing; one that was given up is brought back
     Restart(DeviceRestartArgs),
     /// Let a device, or all of them, go on with another bulkhead-device program while the guest runs
@@ -38,6 +42,43 @@ pub struct DeviceListArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `bulkhead device add`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true))]
+pub struct DeviceAddArgs {
+    /// The machine
+    pub name: String,
+    /// A disk, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "path=FILE,…",
+        group = "what",
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]"
+    )]
+    pub disk: Option<String>,
+    /// The entropy device
+    #[arg(long, group = "what")]
+    pub rng: bool,
+    /// The virtio console, for `bulkhead console`
+    #[arg(long, group = "what")]
+    pub console: bool,
+}
+
+/// Options of `bulkhead device remove`.
+#[derive(Debug, Args)]
+pub struct DeviceRemoveArgs {
+    /// The machine
+    pub name: String,
+    /// The device, as `bulkhead device list` names it
+    pub device: String,
+    /// Take it away without asking the guest, as if it were pulled out
+    #[arg(long)]
+    pub force: bool,
+    /// Seconds for the guest to let go of it
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub timeout: u32,
 }
 
 /// Options of `bulkhead device restart`.

@@ -11,6 +11,7 @@ use thiserror::Error;
 use bulkhead_ipc::jail::Layer;
 
 use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
+use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
 use super::nearest::hint;
@@ -65,7 +66,8 @@ struct File {
     smbios: Option<SmbiosSpec>,
     debug_port: Option<PathBuf>,
     debug_exit: Option<bool>,
-    cpus: Option<u32>,
+    cpus: Option<CpuSpec>,
+    cpu_model: Option<String>,
     memory: Option<Size>,
     thp: Option<bool>,
     disk: Vec<DiskSpec>,
@@ -138,6 +140,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         debug_port: file.debug_port.map(at),
         debug_exit: file.debug_exit.map(Switch::from),
         cpus: file.cpus,
+        cpu_model: file.cpu_model.map(|model| model_at(base, model)),
         memory: file.memory,
         thp: file.thp.map(Switch::from),
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
@@ -159,6 +162,12 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_format: file.log_format,
         log_file: file.log_file.map(at),
     })
+}
+
+/// A model that is a file beside the configuration file is that file.
+fn model_at(base: &Path, model: String) -> String {
+    let path = base.join(&model);
+    if path.is_file() { path.to_string_lossy().into_owned() } else { model }
 }
 
 /// serde's "unknown field `x`, expected one of `a`, `b`" with the nearest key in place of the list.

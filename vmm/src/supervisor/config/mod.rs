@@ -2,6 +2,7 @@
 //! checked without opening a host resource.
 
 pub mod confinement;
+pub mod cpus;
 pub mod disk;
 pub mod file;
 pub mod firmware;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use std::process;
 
 pub use confinement::ConfinementConfig;
+pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
@@ -38,8 +40,6 @@ use super::confinement::process_names;
 const PAGE: u64 = 4096;
 /// The least memory that a PC with a kernel at 1 MiB can do with, in bytes.
 const MIN_MEMORY: u64 = 2 << 20;
-/// APIC ids are 8 bits wide and 255 is the broadcast address.
-const MAX_CPUS: u32 = 254;
 /// Slots of PCI bus 0 behind host bridge and PIIX (2 to 31).
 const MAX_VIRTIO_DEVICES: usize = 30;
 /// `sun_path` without its terminating zero, in bytes (`unix(7)`).
@@ -81,8 +81,12 @@ pub struct MachineConfig {
     pub debug_port: Option<PathBuf>,
     /// There is a debug exit port.
     pub debug_exit: bool,
-    /// Number of virtual CPUs, 1 to 254.
+    /// Number of virtual CPUs at the start.
     pub cpus: u8,
+    /// All that there may be, and how they sit together.
+    pub topology: Topology,
+    /// `host`, or a model that the processors are reduced to.
+    pub cpu_model: String,
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory: u64,
     /// Whether guest memory in use becomes huge pages.
@@ -179,12 +183,9 @@ pub enum ConfigError {
     /// A text for SMBIOS.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosSpecError),
-    /// No CPUs at all.
-    #[error("cpus: 0 is not possible; a machine has at least 1 CPU")]
-    NoCpus,
-    /// More CPUs than the platform can have.
-    #[error("cpus: {0} is too many; this machine type has at most {MAX_CPUS}")]
-    TooManyCpus(u32),
+    /// CPUs that make no machine.
+    #[error(transparent)]
+    Cpus(#[from] CpuSpecError),
     /// Memory that does not consist of pages.
     #[error("memory: {0} bytes is not a multiple of a page (4 KiB){hint}", hint = unit_hint(*.0))]
     MemoryNotPages(u64),
@@ -331,6 +332,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         return Err(ConfigError::CmdlineZero);
     }
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
+    let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
         name: check_name("name", name)?,
         kernel,
@@ -341,7 +343,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
-        cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
+        cpus,
+        topology,
+        cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
@@ -425,14 +429,6 @@ fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), Co
         }
     }
     Ok(())
-}
-
-fn check_cpus(cpus: u32) -> Result<u8, ConfigError> {
-    match u8::try_from(cpus) {
-        Ok(0) => Err(ConfigError::NoCpus),
-        Ok(count) if cpus <= MAX_CPUS => Ok(count),
-        _ => Err(ConfigError::TooManyCpus(cpus)),
-    }
 }
 
 fn check_memory(bytes: u64) -> Result<u64, ConfigError> {

@@ -5,6 +5,9 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod cpus;
+mod early;
+mod hotplug;
 mod liveness;
 mod orders;
 mod processes;
@@ -35,6 +38,8 @@ use super::process::{Process, Role, State};
 use super::programs::Programs;
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
+use cpus::Cpus;
+use hotplug::Change;
 use orders::Order;
 use recovery::Recovery;
 
@@ -185,17 +190,23 @@ impl Environment {
 /// One run of a machine.
 pub struct EventLoop<'a> {
     config: &'a MachineConfig,
-    resources: &'a Resources,
+    resources: &'a mut Resources,
     environment: &'a mut Environment,
     processes: Vec<Process>,
     /// What is to be done for each of `processes` when it ends, by the same index.
     recoveries: Vec<Recovery>,
     /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
     /// What users asked for and has not been carried out.
     orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
+    /// Devices that are being added or removed.
+    changes: Vec<Change>,
+    /// The CPUs that are plugged in, and what was asked about them.
+    cpus: Cpus,
     started: Instant,
     phase: Phase,
     end: Option<End>,
@@ -208,13 +219,14 @@ impl<'a> EventLoop<'a> {
     /// Starts every process.
     pub fn launch(
         config: &'a MachineConfig,
-        resources: &'a Resources,
+        resources: &'a mut Resources,
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
         let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
+        let cpus = Cpus::new(&resources.processors);
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
         Ok(Self {
             config,
@@ -223,8 +235,11 @@ impl<'a> EventLoop<'a> {
             processes,
             recoveries,
             heartbeat: Instant::now(),
+            early_look: Instant::now() + early::INTERVAL,
             orders: Vec::new(),
             peers: Vec::new(),
+            changes: Vec::new(),
+            cpus,
             started,
             phase,
             end: None,
@@ -245,9 +260,16 @@ impl<'a> EventLoop<'a> {
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
             let environment = &self.environment;
-            let others = [environment.server.deadline(), environment.muted];
-            let deadlines = [self.deadline(), self.recovery_deadline()].into_iter().chain(others);
-            let deadline = deadlines.flatten().min();
+            let deadlines = [
+                self.deadline(),
+                self.recovery_deadline(),
+                self.early_deadline(),
+                self.change_deadline(),
+                self.cpus.deadline(),
+                environment.server.deadline(),
+                environment.muted,
+            ];
+            let deadline = deadlines.into_iter().flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
             }
@@ -258,10 +280,15 @@ impl<'a> EventLoop<'a> {
             }
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.carry_out(now);
+            self.cpus_late(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
         }
+        self.settle_changes();
+        self.settle_cpus();
         // All have ended without a cause only when each of them exited with code 0 by itself.
         let end = self.end.unwrap_or(End::Failed(ExitCode::Process));
         let why = self.why.take();

@@ -71,7 +71,8 @@ impl EventLoop<'_> {
             let what = if matches!(self.phase, Phase::Starting(_)) { "starting" } else { "ending" };
             return Err(format!("the machine is {what}"));
         }
-        let devices = self.processes.iter().filter(|process| process.role != Role::Core);
+        let is_device = |process: &&Process| process.role != Role::Core && !process.id.is_empty();
+        let devices = self.processes.iter().filter(is_device);
         let devices: Vec<&str> = devices.map(|process| process.id.as_str()).collect();
         let left: VecDeque<String> = match device {
             None => devices.into_iter().map(str::to_owned).collect(),

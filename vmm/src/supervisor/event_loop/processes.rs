@@ -32,6 +32,10 @@ pub(super) enum Message {
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
     DeviceReplaced { id: String },
+    DeviceAdded { id: String },
+    DeviceRefused { id: String, reason: String },
+    DeviceRemoved { id: String },
+    CpuRemoved { index: u8 },
     Alive(Progress),
     Failed(String),
     Left(Left),
@@ -45,6 +49,10 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::Ended(end), _) => Message::Ended(end),
             (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
             (FromCore::DeviceReplaced { id }, _) => Message::DeviceReplaced { id },
+            (FromCore::DeviceAdded { id }, _) => Message::DeviceAdded { id },
+            (FromCore::DeviceRefused { id, reason }, _) => Message::DeviceRefused { id, reason },
+            (FromCore::DeviceRemoved { id }, _) => Message::DeviceRemoved { id },
+            (FromCore::CpuRemoved { index }, _) => Message::CpuRemoved { index },
             (FromCore::Alive, _) => Message::Alive(Progress::Fine),
         }
     } else {
@@ -131,6 +139,10 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
+            Message::DeviceAdded { id } => self.device_added(&id),
+            Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
+            Message::DeviceRemoved { id } => self.device_removed(&id),
+            Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
@@ -194,7 +206,7 @@ impl EventLoop<'_> {
             self.say(LogLevel::Info, &text);
             self.take_terminal();
             heap::trim();
-        } else {
+        } else if !self.added_is_ready(id) {
             self.hand_to_core(index, id);
         }
     }
@@ -298,6 +310,9 @@ impl EventLoop<'_> {
         poller.remove(&process.log);
         process.listeners.iter().for_each(|listener| poller.remove(listener));
         self.note_death(index, exit, jail_error.as_ref());
+        if self.ends_with_change(index) {
+            return;
+        }
         if self.replaceable(index) {
             self.lost(index, exit, jail_error);
             return;
@@ -330,16 +345,17 @@ impl EventLoop<'_> {
                 self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
             }
             None => {
-                let how = self.resources.confinement.describe(&id, exit);
+                let how = self.resources.confinement.describe(&id, pid, exit);
                 self.fail(ExitCode::Process, &format!("{id} (process {pid}) {how}"));
             }
         }
     }
 
     fn note_death(&mut self, index: usize, exit: Exit, jail_error: Option<&JailError>) {
-        let id = self.processes.get(index).map_or("", |process| &process.id);
-        let why =
-            jail_error.map_or_else(|| self.resources.confinement.describe(id, exit), ToString::to_string);
+        let Some(process) = self.processes.get(index) else { return };
+        let (id, pid) = (&process.id, process.jailed.pid());
+        let how = || self.resources.confinement.describe(id, pid, exit);
+        let why = jail_error.map_or_else(how, ToString::to_string);
         self.note(EventKind::Death, Some(index), |entry| {
             entry.reason = Some(why);
             match exit {
@@ -367,9 +383,10 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
+        // While the thread has a name.
+        let text = describe_violation(&process.id, &violation);
         // Not later: nothing the process does from here on is wanted.
         let _gone = process.kill();
-        let text = describe_violation(&process.id, &violation);
         self.condemn(index, EventKind::Violation, &text);
     }
 
@@ -391,7 +408,8 @@ impl EventLoop<'_> {
     }
 }
 
-fn describe_violation(id: &str, violation: &Violation) -> String {
+/// With the name of the thread, while it is there.
+pub(super) fn describe_violation(id: &str, violation: &Violation) -> String {
     let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
     format!("{id} was killed: {violation} (the thread's name: {comm})")

@@ -192,6 +192,10 @@ impl EventLoop<'_> {
         if !said {
             self.note(kind, Some(index), |entry| entry.reason = Some(text.to_owned()));
         }
+        if self.added_is_condemned(index, text) {
+            self.say(LogLevel::Error, text);
+            return;
+        }
         if !self.replaceable(index) {
             if let Some(process) = self.processes.get_mut(index) {
                 process.explained = true;
@@ -260,7 +264,7 @@ impl EventLoop<'_> {
                 return;
             }
             (None, _, exit) => {
-                format!("{id} (process {pid}) {}", self.resources.confinement.describe(id, exit))
+                format!("{id} (process {pid}) {}", self.resources.confinement.describe(id, pid, exit))
             }
         };
         self.schedule(index, &text);
@@ -433,7 +437,17 @@ impl EventLoop<'_> {
         }
     }
 
-    fn tell_core(&mut self, message: &ToCore, stream: Option<UnixStream>) {
+    /// A device is no more: nothing will be done for it.
+    pub(super) fn retire(&mut self, index: usize) {
+        const REMOVED: &str = "the device was removed";
+        if self.recoveries.get(index).is_some_and(|recovery| recovery.standby.is_some()) {
+            self.dismiss(index, REMOVED);
+        }
+        self.conclude(&self.id_of(index), Err(REMOVED.to_owned()));
+        self.enter(index, Stage::GivenUp);
+    }
+
+    pub(super) fn tell_core(&mut self, message: &ToCore, stream: Option<UnixStream>) {
         let core = self.processes.iter().find(|p| p.role == Role::Core && p.state != State::Ended);
         let Some(core) = core else { return };
         let fds: Vec<_> = stream.iter().map(AsFd::as_fd).collect();

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{self, ToCore, ToDevice};
 
@@ -48,6 +49,14 @@ impl EventLoop<'_> {
                 );
                 Ok(None)
             }
+            Request::Cpus { count, timeout } => {
+                self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
+            }
+            Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
+            Request::DeviceRemove { device, force, timeout } => {
+                let limit = Duration::from_secs(timeout.into());
+                self.remove_device(client, &device, force, limit).map(|()| None)
+            }
         };
         if let Some(response) = answer.unwrap_or_else(|message| Some(Response::Error { message })) {
             self.environment.server.respond(client, &response, &self.environment.poller);
@@ -56,7 +65,7 @@ impl EventLoop<'_> {
 
     fn devices(&self) -> Vec<DeviceEntry> {
         let devices = self.processes.iter().zip(&self.recoveries);
-        let devices = devices.filter(|(process, _)| process.role != Role::Core);
+        let devices = devices.filter(|(process, _)| process.role != Role::Core && !process.id.is_empty());
         devices
             .map(|(process, recovery)| DeviceEntry {
                 id: process.id.clone(),
@@ -112,7 +121,7 @@ impl EventLoop<'_> {
         MachineEntry {
             name: self.config.name.clone(),
             state: state.to_owned(),
-            cpus: self.config.cpus,
+            cpus: self.cpus.count(),
             memory: self.config.memory,
             processes: std::iter::once(supervisor).chain(others).collect(),
         }

@@ -1,0 +1,4 @@
+//! libFuzzer's entry to `bulkhead_fuzz::configuration`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| bulkhead_fuzz::configuration(input));

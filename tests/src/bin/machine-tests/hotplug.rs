@@ -1,0 +1,376 @@
+//! Devices that come and go while the guest runs: what the guest sees, and that nothing stays behind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit};
+use bulkhead_tests::pattern::{SECTOR, fill};
+use bulkhead_tests::processes::Process;
+
+use crate::serial;
+
+/// How often a disk is plugged in and out of a bare guest; of a real one, unless `BULKHEAD_ROUNDS` says otherwise, since a round
+/// takes seconds in the lab; and of a guest that does not listen.
+const ROUNDS: usize = 50;
+const STOCK_ROUNDS: usize = 6;
+const BARE_ROUNDS: usize = 10;
+/// The size of these disks, bytes.
+const DISK: usize = 64 << 10;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new(
+            "bare",
+            "hot-plug: a guest ejects a disk 50 times, and a reset finishes what it did not",
+            60,
+            ejected,
+        ),
+        Case::new("bare", "hot-plug: CPUs come and go", 60, bare_processors),
+        Case::new("bare", "hot-plug: pulled-out devices leave nothing behind", 60, pulled_out),
+        Case::new("bare", "hot-plug: what makes no sense is refused", 60, refused),
+        Case::new("stock", "processors come and go, and sit where --cpus says", 120, processors),
+        Case::new("stock", "hot-plug: a disk comes and goes under load", 900, under_load),
+    ]
+}
+
+/// Runs `bulkhead device …` and returns its exit code and what it said.
+fn device(context: &Context, arguments: &[&str]) -> Outcome<(i32, String)> {
+    let output = bulkhead(context).arg("device").args(arguments).output().map_err(|e| e.to_string())?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).trim().to_owned();
+    context.log(&format!("device {arguments:?}: {} {said}", output.status));
+    Ok((output.status.code().unwrap_or(-1), said))
+}
+
+fn succeed(context: &Context, arguments: &[&str]) -> Outcome {
+    let (code, said) = device(context, arguments)?;
+    ensure!(code == exit::SUCCESS, "device {arguments:?} ended with {code}: {said}");
+    Ok(())
+}
+
+fn refuse(context: &Context, arguments: &[&str], words: &str) -> Outcome {
+    let (code, said) = device(context, arguments)?;
+    ensure!(code != exit::SUCCESS && said.contains(words), "device {arguments:?} ended with {code}: {said}");
+    Ok(())
+}
+
+/// What the processes of a machine hold: of each its name, and how many descriptors (of each kind) and threads it has.
+fn holdings(running: &Running) -> Outcome<BTreeMap<String, String>> {
+    let count = |process: &Process| -> Outcome<(String, String)> {
+        let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+        for link in process.descriptors()?.into_values() {
+            let kind = link.split([':', '(', ' ']).next().unwrap_or_default().to_owned();
+            *kinds.entry(kind).or_default() += 1;
+        }
+        Ok((process.title(), format!("{kinds:?}, {} threads", process.threads()?.len())))
+    };
+    running.processes().iter().map(count).collect()
+}
+
+/// What they hold once that changes no more: the kernel takes down what io_uring had after the process itself.
+fn settled(running: &Running) -> Outcome<BTreeMap<String, String>> {
+    thread::sleep(Duration::from_millis(200));
+    holdings(running)
+}
+
+/// Waits until the processes hold what they held before; what the kernel takes down for io_uring takes a moment.
+fn expect_holdings(running: &Running, before: &BTreeMap<String, String>) -> Outcome {
+    let end = Instant::now() + Duration::from_secs(3);
+    loop {
+        let now = holdings(running)?;
+        if now == *before {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "before the first device: {before:#?}, after the last: {now:#?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Makes an image that holds what belongs to this round, and returns its path.
+fn image(folder: &Path, name: &str, round: u64) -> Outcome<PathBuf> {
+    let path = folder.join(name);
+    fs::write(&path, content(round, 0)).map_err(|error| error.to_string())?;
+    Ok(path)
+}
+
+/// What a disk holds after it was written so often.
+fn content(round: u64, writes: u32) -> Vec<u8> {
+    let mut bytes = vec![0; DISK];
+    fill(round, 0, &[writes; DISK / SECTOR], &mut bytes);
+    bytes
+}
+
+/// A guest that knows nothing of ACPI and goes on for ever.
+fn deaf(context: &Context) -> Outcome<Running> {
+    let machine = Machine::bare(context, &context.places.payloads.join("echo.elf"))?;
+    let serial = format!("unix={}", context.folder.join("serial").display());
+    let (machine, _) = machine.arguments(&["--memory", "64M", "--serial", &serial]).empty_disk(1)?;
+    let running = machine.start()?;
+    let end = Instant::now() + Duration::from_secs(20);
+    while !running.messages().iter().any(|line| line.contains("are ready")) {
+        ensure!(Instant::now() < end, "the machine does not start");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(running)
+}
+
+/// A guest that handles the registers of hot-plug, and a connection to its serial port.
+fn handling(context: &Context, arguments: &[&str]) -> Outcome<(Running, UnixStream)> {
+    let machine = Machine::bare(context, &context.places.payloads.join("hotplug.elf"))?;
+    let path = context.folder.join("serial");
+    let target = format!("unix={}", path.display());
+    let machine = machine.arguments(&["--memory", "64M", "--serial", &target]).arguments(arguments);
+    let running = machine.start()?;
+    let mut stream = serial::connect(context, &path)?;
+    serial::read_until(&mut stream, "hotplug begins\n")?;
+    Ok((running, stream))
+}
+
+fn ejected(context: &Context) -> Outcome {
+    let (mut running, mut stream) = handling(context, &[])?;
+    let name = running.name.clone();
+    let name = name.as_str();
+    let image = image(&context.folder, "hot.img", 1)?;
+    let spec = format!("path={},id=hot", image.display());
+    let mut before = BTreeMap::new();
+    for round in 0..ROUNDS {
+        succeed(context, &["add", name, "--disk", &spec])?;
+        serial::read_until(&mut stream, "in 02\n")?;
+        succeed(context, &["remove", name, "hot"])?;
+        serial::read_until(&mut stream, "out 02\n")?;
+        if round == 0 {
+            before = settled(&running)?;
+        }
+    }
+    expect_holdings(&running, &before)?;
+    succeed(context, &["add", name, "--disk", &spec])?;
+    serial::read_until(&mut stream, "in 02\n")?;
+    let path = context.folder.join("serial");
+    let say =
+        |stream: &mut UnixStream, byte: &[u8]| stream.write_all(byte).map_err(|error| error.to_string());
+    // A machine that starts anew has a new serial port.
+    say(&mut stream, b"r")?;
+    serial::read_until(&mut stream, "no more").err().ok_or("the port is still open")?;
+    let mut stream = serial::connect(context, &path)?;
+    serial::read_until(&mut stream, "has 02\nhotplug begins\n")?;
+    say(&mut stream, b"d")?;
+    hear(&mut stream, &["deaf\n"])?;
+    refuse(context, &["remove", name, "hot", "--timeout", "1"], "did not let go of hot within 1 s")?;
+    let remove = bulkhead(context).args(["device", "remove", name, "hot"]).spawn();
+    let mut remove = remove.map_err(|error| error.to_string())?;
+    thread::sleep(Duration::from_millis(300));
+    say(&mut stream, b"r")?;
+    serial::read_until(&mut stream, "no more").err().ok_or("the port is still open")?;
+    let mut stream = serial::connect(context, &path)?;
+    let said = serial::read_until(&mut stream, "hotplug begins\n")?;
+    ensure!(!said.contains("has 02"), "it is still there: {said}");
+    let status = remove.wait().map_err(|error| error.to_string())?;
+    ensure!(status.success(), "who wanted it removed heard that {status}");
+    succeed(context, &["add", name, "--disk", &spec])?;
+    serial::read_until(&mut stream, "in 02\n")?;
+    succeed(context, &["remove", name, "hot", "--force"])?;
+    serial::read_until(&mut stream, "pulled out 02\n")?;
+    stream.write_all(b"q").map_err(|error| error.to_string())?;
+    running.expect_exit(exit::SUCCESS)
+}
+
+/// Reads until all these lines came, in whatever order.
+fn hear(stream: &mut UnixStream, lines: &[&str]) -> Outcome {
+    let mut all = String::new();
+    let mut part = [0; 256];
+    while !lines.iter().all(|line| all.contains(line)) {
+        let count = stream.read(&mut part).map_err(|error| format!("after '{all}': {error}"))?;
+        ensure!(count > 0, "closed after '{all}'");
+        all.push_str(&String::from_utf8_lossy(part.get(..count).unwrap_or_default()));
+    }
+    Ok(())
+}
+
+fn bare_processors(context: &Context) -> Outcome {
+    let (mut running, mut stream) = handling(context, &["--cpus", "1,max=3"])?;
+    let name = running.name.clone();
+    let resize = |count: &str, limit: &str| {
+        let arguments = ["resize", &name, "--cpus", count, "--timeout", limit];
+        let output = bulkhead(context).args(arguments).output().map_err(|error| error.to_string())?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Ok::<_, String>((output.status.success(), said))
+    };
+    for _ in 0..10 {
+        ensure!(resize("3", "5")?.0, "not up to 3");
+        hear(&mut stream, &["cpu in 01\n", "cpu in 02\n"])?;
+        ensure!(resize("1", "5")?.0, "not down to 1");
+        hear(&mut stream, &["cpu out 01\n", "cpu out 02\n"])?;
+    }
+    let (done, said) = resize("4", "5")?;
+    ensure!(!done && said.contains("1 to 3 CPUs"), "4 of 3: {said}");
+    ensure!(resize("2", "5")?.0, "not up to 2");
+    hear(&mut stream, &["cpu in 01\n"])?;
+    stream.write_all(b"d").map_err(|error| error.to_string())?;
+    hear(&mut stream, &["deaf\n"])?;
+    let (done, said) = resize("1", "1")?;
+    ensure!(!done && said.contains("did not go down to 1 CPUs within 1 s"), "a deaf guest: {said}");
+    stream.write_all(b"q").map_err(|error| error.to_string())?;
+    running.expect_exit(exit::SUCCESS)
+}
+
+fn pulled_out(context: &Context) -> Outcome {
+    let running = deaf(context)?;
+    let path = image(&context.folder, "hot.img", 1)?;
+    let name = running.name.as_str();
+    let spec = format!("path={},id=hot", path.display());
+    let base = running.processes().len();
+    let mut before = BTreeMap::new();
+    for round in 0..BARE_ROUNDS {
+        succeed(context, &["add", name, "--disk", &spec])?;
+        succeed(context, &["add", name, "--rng"])?;
+        succeed(context, &["add", name, "--console"])?;
+        ensure!(running.processes().len() == base + 3, "a process is missing");
+        for device in ["hot", "rng", "console"] {
+            succeed(context, &["remove", name, device, "--force"])?;
+        }
+        if round == 0 {
+            before = settled(&running)?;
+        }
+    }
+    expect_holdings(&running, &before)?;
+    // As many as there are slots, the first of them taken, and one more.
+    for number in 0..29 {
+        let path = image(&context.folder, &format!("{number}.img"), number)?;
+        succeed(context, &["add", name, "--disk", &format!("path={}", path.display())])?;
+    }
+    refuse(context, &["add", name, "--rng"], "no PCI slot is free")?;
+    for number in 0..29 {
+        succeed(context, &["remove", name, &format!("disk{number}"), "--force"])?;
+    }
+    expect_holdings(&running, &before)
+}
+
+fn refused(context: &Context) -> Outcome {
+    let mut running = deaf(context)?;
+    let name = running.name.clone();
+    let name = name.as_str();
+    let path = image(&context.folder, "hot.img", 1)?;
+    let spec = format!("path={},id=hot", path.display());
+    refuse(context, &["remove", name, "hot"], "no device that can be removed")?;
+    refuse(context, &["remove", name, "serial"], "no device that can be removed")?;
+    refuse(context, &["add", name, "--disk", "path=/nowhere"], "no such file")?;
+    refuse(context, &["add", name, "--disk", &format!("{spec},readonly=maybe")], "readonly=on")?;
+    for id in ["core", "serial", "data", "console"] {
+        refuse(context, &["add", name, "--disk", &format!("path={},id={id}", path.display())], "belongs to")?;
+    }
+    succeed(context, &["add", name, "--disk", &spec])?;
+    refuse(context, &["add", name, "--disk", &spec], "already belongs")?;
+    let again = format!("path={},id=again", path.display());
+    refuse(context, &["add", name, "--disk", &again], "already the image of disk hot")?;
+    refuse(context, &["remove", name, "hot", "--timeout", "1"], "did not let go of hot within 1 s")?;
+    // One who asks while another waits.
+    let mut waiting =
+        bulkhead(context).args(["device", "remove", name, "hot"]).spawn().map_err(|e| e.to_string())?;
+    thread::sleep(Duration::from_millis(300));
+    refuse(context, &["remove", name, "hot"], "is being removed already")?;
+    refuse(context, &["add", name, "--disk", &spec], "is being removed already")?;
+    succeed(context, &["remove", name, "hot", "--force"])?;
+    let status = waiting.wait().map_err(|error| error.to_string())?;
+    ensure!(status.success(), "who asked first heard that {status}");
+    succeed(context, &["add", name, "--disk", &again])?;
+    ensure!(bulkhead(context).args(["stop", "--force", name]).status().is_ok_and(|s| s.success()), "no stop");
+    running.expect_exit(exit::FORCED)
+}
+
+/// The processes that every machine has: what they hold does not depend on what the guest does with its disks.
+fn constant(running: &Running) -> Outcome<BTreeMap<String, String>> {
+    let mut all = holdings(running)?;
+    all.retain(|title, _| !title.contains("/data]") && !title.contains("/serial]"));
+    Ok(all)
+}
+
+fn under_load(context: &Context) -> Outcome {
+    let rounds = std::env::var("BULKHEAD_ROUNDS").ok().and_then(|text| text.parse().ok());
+    let rounds: usize = rounds.unwrap_or(STOCK_ROUNDS);
+    let (machine, _) = Machine::stock(context, Kernel::Elf, "hotplug")?
+        .words(&format!("bulkhead.rounds={}", rounds + 1))
+        .empty_disk(2)?;
+    let mut running = machine.arguments(&["--cpus", "2", "--memory", "256M"]).start()?;
+    running.wait_for("guest: ready for disks", 1)?;
+    let mut times = Vec::new();
+    let mut before = BTreeMap::new();
+    for round in 1..=rounds + 1 {
+        let start = Instant::now();
+        plug_and_unplug(context, &mut running, round)?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+        if round == 1 {
+            before = constant(&running)?;
+        } else if round == rounds {
+            let now = constant(&running)?;
+            ensure!(now == before, "after the first disk: {before:#?}, after the last: {now:#?}");
+        }
+    }
+    let mean = times.iter().sum::<f64>() / f64::from(u32::try_from(times.len()).unwrap_or(1));
+    context.log(&format!("plugged in, read, written and out again within {mean:.0} ms on average"));
+    running.expect_exit(exit::SUCCESS)?;
+    ensure!(running.guest("swap status").is_some_and(|status| status == "0"), "the guest found an error");
+    ensure!(!running.serial().iter().any(|line| line.contains("FAILED")), "the load found an error");
+    ensure!(running.guest("load passed").is_some(), "the load did not end");
+    Ok(())
+}
+
+fn plug_and_unplug(context: &Context, running: &mut Running, round: usize) -> Outcome {
+    let seed = u64::try_from(round).unwrap_or(0);
+    let path = image(&context.folder, "hot.img", seed)?;
+    let (name, id) = (running.name.clone(), format!("hot{round}"));
+    succeed(context, &["add", &name, "--disk", &format!("path={},id={id}", path.display())])?;
+    running.wait_for(&format!("guest: disk {round} {id} holds what the host wrote"), 1)?;
+    succeed(context, &["remove", &name, &id])?;
+    let written = fs::read(&path).map_err(|error| error.to_string())?;
+    ensure!(written == content(seed, 1), "round {round}: the image is not what the guest wrote");
+    Ok(())
+}
+
+/// What the guest says of its processors, one line each.
+fn topology(running: &Running) -> Vec<String> {
+    let lines = running.serial();
+    lines.iter().filter_map(|line| line.strip_prefix("guest: processor ").map(str::to_owned)).collect()
+}
+
+fn processors(context: &Context) -> Outcome {
+    let mut running = Machine::stock(context, Kernel::Elf, "processors")?
+        .words("bulkhead.wait")
+        .arguments(&["--cpus", "4,max=8,sockets=2,threads=2", "--cpu-model", "x86-64-v2", "--memory", "256M"])
+        .start()?;
+    running.wait_for("guest: online 0-3", 1)?;
+    let expected = [
+        "0: package 0 core 0 threads 0-1",
+        "1: package 0 core 0 threads 0-1",
+        "2: package 0 core 1 threads 2-3",
+        "3: package 0 core 1 threads 2-3",
+    ];
+    ensure!(topology(&running) == expected, "the guest says {:?}", topology(&running));
+    let flags = running.guest("flags").unwrap_or_default();
+    for (flag, seen) in
+        [("sse4_2", true), ("popcnt", true), ("avx", false), ("rdrand", false), ("svm", false)]
+    {
+        ensure!(flags.split(' ').any(|word| word == flag) == seen, "{flag} is wrong: {flags}");
+    }
+    ensure!(running.guest("possible").is_some_and(|text| text.starts_with("0-7")), "not 8 are possible");
+    let name = running.name.clone();
+    let resize = |count: &str| bulkhead(context).args(["resize", &name, "--cpus", count]).output();
+    let ok = |count| resize(count).is_ok_and(|output| output.status.success());
+    ensure!(ok("6"), "no 6 CPUs");
+    running.wait_for("guest: online 0-5", 1)?;
+    let refused = resize("9").map_err(|error| error.to_string())?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(said.contains("1 to 8 CPUs"), "9 CPUs: {said}");
+    ensure!(ok("2"), "not down to 2");
+    running.wait_for("guest: online 0-1", 1)?;
+    ensure!(ok("3"), "not up to 3");
+    running.wait_for("guest: online 0-2", 1)?;
+    ensure!(ok("1"), "not down to 1");
+    running.expect_exit(exit::SUCCESS)
+}

@@ -1,0 +1,128 @@
+//! Processors that come and go while the machine runs (`bulkhead resize`).
+
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::message::{Processors, ToCore};
+
+use super::{EventLoop, Phase};
+use crate::supervisor::api::Response;
+use crate::supervisor::cli::LogLevel;
+
+/// Which of the possible CPUs are plugged in.
+#[derive(Debug)]
+pub(super) struct Cpus {
+    online: Vec<bool>,
+    /// Who waits for the guest to let go of CPUs, down to what number, until when, and how long that is.
+    waiting: Option<(u16, u8, Instant, Duration)>,
+}
+
+impl Cpus {
+    pub(super) fn new(processors: &Processors) -> Self {
+        let present = usize::from(processors.present);
+        Self { online: (0..processors.apic_ids.len()).map(|index| index < present).collect(), waiting: None }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> u8 {
+        u8::try_from(self.online.iter().filter(|online| **online).count()).unwrap_or(u8::MAX)
+    }
+
+    /// When the guest is late.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.waiting.map(|(_, _, until, _)| until)
+    }
+
+    fn find(&self, online: bool) -> impl DoubleEndedIterator<Item = u8> {
+        let all = (0..=u8::MAX).zip(self.online.clone());
+        all.filter(move |(_, it)| *it == online).map(|(index, _)| index).collect::<Vec<_>>().into_iter()
+    }
+
+    fn set(&mut self, index: u8, online: bool) {
+        if let Some(place) = self.online.get_mut(usize::from(index)) {
+            *place = online;
+        }
+    }
+}
+
+impl EventLoop<'_> {
+    /// Plugs CPUs in, or asks the guest to let go of some; then the client is answered when it did.
+    pub(super) fn resize_cpus(
+        &mut self,
+        client: u16,
+        count: u8,
+        limit: Duration,
+    ) -> Result<Option<Response>, String> {
+        if self.phase != Phase::Running {
+            return Err("CPUs can be added and removed while the machine runs, and it does not".to_owned());
+        }
+        if self.cpus.waiting.is_some() {
+            return Err("the guest is still asked to let go of CPUs".to_owned());
+        }
+        let possible = self.cpus.online.len();
+        if count == 0 || usize::from(count) > possible {
+            return Err(format!("this machine can have 1 to {possible} CPUs: max= of --cpus says how many"));
+        }
+        let now = self.cpus.count();
+        let more: Vec<u8> = self.cpus.find(false).take(count.saturating_sub(now).into()).collect();
+        for index in more {
+            self.cpus.set(index, true);
+            self.tell_core(&ToCore::Cpu { index, insert: true }, None);
+        }
+        let fewer: Vec<u8> = self.cpus.find(true).rev().take(now.saturating_sub(count).into()).collect();
+        for index in &fewer {
+            self.tell_core(&ToCore::Cpu { index: *index, insert: false }, None);
+        }
+        self.remember_cpus();
+        if fewer.is_empty() {
+            self.say(LogLevel::Info, &format!("the machine has {count} CPUs"));
+            return Ok(Some(Response::Done));
+        }
+        self.cpus.waiting = Some((client, count, Instant::now() + limit, limit));
+        Ok(None)
+    }
+
+    /// A machine that starts anew has as many as it has now.
+    fn remember_cpus(&mut self) {
+        self.resources.processors.present = self.cpus.count();
+    }
+
+    /// The guest let go of a CPU.
+    pub(super) fn cpu_removed(&mut self, index: u8) {
+        self.cpus.set(index, false);
+        self.remember_cpus();
+        let count = self.cpus.count();
+        self.say(LogLevel::Info, &format!("the guest let go of CPU {index}: the machine has {count}"));
+        if let Some((client, wanted, ..)) = self.cpus.waiting
+            && count <= wanted
+        {
+            self.answer_resize(client, &Response::Done);
+        }
+    }
+
+    /// Says so when the guest does not let go of CPUs in time.
+    pub(super) fn cpus_late(&mut self, now: Instant) {
+        if let Some((client, wanted, until, limit)) = self.cpus.waiting
+            && until <= now
+        {
+            let message = format!(
+                "the guest did not go down to {wanted} CPUs within {} s: it has {}",
+                limit.as_secs(),
+                self.cpus.count()
+            );
+            self.answer_resize(client, &Response::Error { message });
+        }
+    }
+
+    /// The machine has ended: what was to go is gone when it starts anew.
+    pub(super) fn settle_cpus(&mut self) {
+        if let Some((client, wanted, ..)) = self.cpus.waiting {
+            self.resources.processors.present = wanted;
+            self.answer_resize(client, &Response::Done);
+        }
+    }
+
+    fn answer_resize(&mut self, client: u16, response: &Response) {
+        self.cpus.waiting = None;
+        self.environment.server.respond(client, response, &self.environment.poller);
+    }
+}

@@ -1,0 +1,364 @@
+//! Devices that come and go while the machine runs.
+//!
+//! To add one: its process is started and seals itself, the core opens the session with it, and only then the guest finds
+//! something in the slot. To remove one: the guest is asked by ACPI, or not asked with `--force`; when the core has let go of
+//! the device, its process finishes and ends, and when that is reaped, disk lock and slot are free.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::message::{DeviceLink, FdIndex, ToCore, ToDevice};
+
+use super::recovery::Recovery;
+use super::{EventLoop, Phase, STOP_DEADLINE};
+use crate::supervisor::api::{AddRequest, EventKind, Response};
+use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::{
+    CONSOLE, CORE, DiskConfig, DiskSpec, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+};
+use crate::supervisor::launch::{link_of, relaunch};
+use crate::supervisor::process::State;
+use crate::supervisor::resources::NewDevice;
+
+/// From the start of an added device's process until it has reported READY.
+const READY_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A device on its way in or out.
+#[derive(Debug)]
+pub(super) struct Change {
+    id: String,
+    /// Who waits for the end of it.
+    clients: Vec<u16>,
+    stage: Stage,
+    /// Why it came to nothing.
+    failure: Option<String>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Its process is started as soon as no event is being handled: its number may be one that was used before.
+    Asked(RestartPolicy),
+    /// Its process has until then to report READY; this stream is for the core.
+    Starting(UnixStream, Instant),
+    /// The core puts it into its slot.
+    Adding,
+    /// The guest has until then to let go of it.
+    Removing(Instant, Duration),
+    /// The core has let go of it; its process has until then to end.
+    Stopping(Instant),
+}
+
+impl Change {
+    const fn deadline(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Starting(_, at) | Stage::Removing(at, _) | Stage::Stopping(at) => Some(at),
+            Stage::Asked(_) | Stage::Adding => None,
+        }
+    }
+}
+
+impl EventLoop<'_> {
+    /// When something is to be done for a device that comes or goes.
+    pub(super) fn change_deadline(&self) -> Option<Instant> {
+        self.changes.iter().filter_map(Change::deadline).min()
+    }
+
+    /// A client wants a device to be added; it is answered when the guest was told, or on an error.
+    pub(super) fn add_device(&mut self, client: u16, request: &AddRequest) -> Result<(), String> {
+        if self.phase != Phase::Running {
+            return Err("devices can be added while the machine runs, and it does not".to_owned());
+        }
+        let device = match request {
+            AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
+            AddRequest::Rng => NewDevice::Rng,
+            AddRequest::Console => NewDevice::Console,
+        };
+        let id = device.id();
+        if let Some(change) = self.changes.iter().find(|change| change.id == id) {
+            return Err(format!("device {id} {}", busy(&change.stage)));
+        }
+        if self.is_taken(id) {
+            return Err(format!(
+                "the id '{id}' already belongs to another device or process of this machine"
+            ));
+        }
+        self.resources.add(&device).map_err(|error| error.to_string())?;
+        let policy = match &device {
+            NewDevice::Disk(disk) => disk.restart,
+            NewDevice::Rng | NewDevice::Console => self.config.restart,
+        };
+        let stage = Stage::Asked(policy);
+        self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
+        Ok(())
+    }
+
+    fn is_taken(&self, id: &str) -> bool {
+        [SERIAL, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
+    }
+
+    fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
+        let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let id = match disk.id {
+            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
+                return Err(format!("the id '{id}' belongs to another kind of device"));
+            }
+            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
+            None => {
+                (0..).map(|index| format!("disk{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        let restart = disk.restart.unwrap_or(self.config.restart);
+        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+    }
+
+    /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
+    pub(super) fn remove_device(
+        &mut self,
+        client: u16,
+        id: &str,
+        force: bool,
+        limit: Duration,
+    ) -> Result<(), String> {
+        if self.phase != Phase::Running {
+            return Err("devices can be removed while the machine runs, and it does not".to_owned());
+        }
+        if self.resources.slots.of(id).is_none() {
+            return Err(format!(
+                "'{}' is no device that can be removed: `bulkhead device list {}` names them",
+                id.escape_debug(),
+                self.config.name
+            ));
+        }
+        let until = Instant::now() + limit;
+        match self.changes.iter_mut().find(|change| change.id == id) {
+            // Whoever asked before waits for the same event.
+            Some(change) if force && matches!(change.stage, Stage::Removing(..)) => {
+                change.stage = Stage::Removing(until, limit);
+                change.clients.push(client);
+            }
+            Some(change) => return Err(format!("device {id} {}", busy(&change.stage))),
+            None => self.changes.push(Change {
+                id: id.to_owned(),
+                clients: vec![client],
+                stage: Stage::Removing(until, limit),
+                failure: None,
+            }),
+        }
+        self.tell_core(&ToCore::DeviceRemove { id: id.to_owned(), force }, None);
+        Ok(())
+    }
+
+    /// The process of a device is READY. Says whether the device is one that is being added.
+    pub(super) fn added_is_ready(&mut self, id: &str) -> bool {
+        let change = self.changes.iter_mut().find(|change| change.id == id);
+        let Some(change) = change.filter(|change| matches!(change.stage, Stage::Starting(..))) else {
+            return false;
+        };
+        if let Stage::Starting(stream, _) = std::mem::replace(&mut change.stage, Stage::Adding)
+            && let Some(kind) = link_of(self.resources, id)
+        {
+            let link = DeviceLink { id: id.to_owned(), kind, socket: FdIndex(0) };
+            self.tell_core(&ToCore::DeviceAdd(link), Some(stream));
+        }
+        true
+    }
+
+    /// The process of a device did what none may do. Says whether the device was just being added: then nothing came of it.
+    pub(super) fn added_is_condemned(&mut self, index: usize, text: &str) -> bool {
+        let Some(process) = self.processes.get(index) else { return false };
+        let change = self.changes.iter_mut().find(|change| change.id == process.id);
+        let Some(change) = change.filter(|change| matches!(change.stage, Stage::Starting(..))) else {
+            return false;
+        };
+        change.failure.get_or_insert(text.to_owned());
+        let _gone = process.kill();
+        true
+    }
+
+    /// Whether the end of this process is one that was expected, or concerns a device that the guest does not have yet.
+    pub(super) fn ends_with_change(&self, index: usize) -> bool {
+        let Some(process) = self.processes.get(index) else { return false };
+        let change = self.changes.iter().find(|change| change.id == process.id);
+        change.is_some_and(|change| matches!(change.stage, Stage::Starting(..) | Stage::Stopping(_)))
+    }
+
+    /// The core has put a device into its slot.
+    pub(super) fn device_added(&mut self, id: &str) {
+        let is_it = |change: &Change| change.id == id && matches!(change.stage, Stage::Adding);
+        if let Some(position) = self.changes.iter().position(is_it) {
+            let change = self.changes.remove(position);
+            let slot = self.resources.slots.of(id).unwrap_or_default();
+            self.say(LogLevel::Info, &format!("device {id} was added in PCI slot {slot}"));
+            let index = self.processes.iter().position(|process| process.id == id);
+            self.note(EventKind::Added, index, |_| ());
+            self.answer_change(&change);
+        }
+    }
+
+    /// The core cannot add or remove a device.
+    pub(super) fn device_refused(&mut self, id: &str, reason: String) {
+        self.say(LogLevel::Error, &format!("device {id}: {reason}"));
+        let Some(position) = self.changes.iter().position(|change| change.id == id) else { return };
+        let Some(change) = self.changes.get_mut(position) else { return };
+        change.failure = Some(reason);
+        if matches!(change.stage, Stage::Adding) {
+            self.stop_process(id);
+        } else {
+            let change = self.changes.remove(position);
+            self.answer_change(&change);
+        }
+    }
+
+    /// The core has let go of a device: the guest was asked, or ejected it by itself.
+    pub(super) fn device_removed(&mut self, id: &str) {
+        if let Phase::Abandoned(_) = self.phase {
+            self.phase = Phase::Running;
+        }
+        if self.changes.iter().all(|change| change.id != id) {
+            self.say(LogLevel::Info, &format!("the guest ejected device {id}"));
+            let stage = Stage::Stopping(Instant::now());
+            self.changes.push(Change { id: id.to_owned(), clients: Vec::new(), stage, failure: None });
+        }
+        self.stop_process(id);
+    }
+
+    /// Lets the process of a device end that nobody uses any more.
+    fn stop_process(&mut self, id: &str) {
+        if let Some(change) = self.changes.iter_mut().find(|change| change.id == id) {
+            change.stage = Stage::Stopping(Instant::now() + STOP_DEADLINE);
+        }
+        let Some(index) = self.processes.iter().position(|process| process.id == id) else { return };
+        self.retire(index);
+        let Some(process) = self.processes.get(index) else { return };
+        match process.state {
+            State::Ready => {
+                let _full_or_gone = process.channel.send(&ToDevice::Stop, &[]);
+            }
+            State::Starting => {
+                let _gone = process.kill();
+            }
+            State::Ended => {}
+        }
+    }
+
+    /// Does what is due. Not while events are handled: those left of a batch may be about the process whose number is taken.
+    pub(super) fn carry_out(&mut self, now: Instant) {
+        if self.phase != Phase::Running || self.changes.is_empty() {
+            return;
+        }
+        for mut change in std::mem::take(&mut self.changes) {
+            let process = self.processes.iter().find(|process| process.id == change.id);
+            let ended = process.is_none_or(|process| process.state == State::Ended);
+            let late = change.deadline().is_some_and(|deadline| deadline <= now);
+            match change.stage {
+                Stage::Asked(policy) => match self.start_added(&change.id, policy) {
+                    Ok(stream) => change.stage = Stage::Starting(stream, now + READY_DEADLINE),
+                    Err(reason) => change.failure = Some(reason),
+                },
+                Stage::Starting(..) if ended => {
+                    change.failure.get_or_insert("its process ended before it was ready".to_owned());
+                }
+                Stage::Starting(..) if late => {
+                    let text = format!("its process did not report READY within {READY_DEADLINE:?}");
+                    change.failure.get_or_insert(text);
+                    process.map(super::Process::kill);
+                    change.stage = Stage::Stopping(now + super::KILL_DEADLINE);
+                }
+                Stage::Removing(_, limit) if late => {
+                    change.failure = Some(format!(
+                        "the guest did not let go of {} within {} s: it may still do so; --force takes it away",
+                        change.id,
+                        limit.as_secs()
+                    ));
+                    self.answer_change(&change);
+                    continue;
+                }
+                Stage::Stopping(_) if late && !ended => {
+                    process.map(super::Process::kill);
+                    change.stage = Stage::Stopping(now + super::KILL_DEADLINE);
+                }
+                _ => {}
+            }
+            let gone = matches!(change.stage, Stage::Stopping(_)) && ended;
+            if gone
+                || change.failure.is_some() && matches!(change.stage, Stage::Asked(_) | Stage::Starting(..))
+            {
+                self.forget(&change);
+            } else {
+                self.changes.push(change);
+            }
+        }
+    }
+
+    /// Starts the process of an added device. Returns the core's end of the stream to it.
+    fn start_added(&mut self, id: &str, policy: RestartPolicy) -> Result<UnixStream, String> {
+        let program = self.environment.programs.of(id, self.resources);
+        let (process, stream) =
+            relaunch(self.config, self.resources, id, program).map_err(|error| error.to_string())?;
+        let recovery = Recovery::new(policy);
+        let free = self.processes.iter().position(|process| process.id.is_empty());
+        let index = free.unwrap_or(self.processes.len());
+        match (self.processes.get_mut(index), self.recoveries.get_mut(index)) {
+            (Some(place), Some(place_of_recovery)) => (*place, *place_of_recovery) = (process, recovery),
+            _ => {
+                self.processes.push(process);
+                self.recoveries.push(recovery);
+            }
+        }
+        self.note(EventKind::Start, Some(index), |_| ());
+        self.watch_process(index).map_err(|error| format!("its process cannot be watched: {error}"))?;
+        Ok(stream)
+    }
+
+    /// Nothing is left of a device: its number, slot and resources are free, and whoever waits is answered.
+    fn forget(&mut self, change: &Change) {
+        if let Some(process) = self.processes.iter_mut().find(|process| process.id == change.id) {
+            let _ended = process.kill();
+            process.id.clear();
+        }
+        while self.processes.last().is_some_and(|process| process.id.is_empty()) {
+            self.processes.pop();
+            self.recoveries.pop();
+        }
+        if change.id == CONSOLE {
+            self.environment.server.detach(CONSOLE, &self.environment.poller);
+            self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        self.resources.remove(&change.id);
+        if change.failure.is_none() {
+            self.say(LogLevel::Info, &format!("device {} was removed", change.id));
+            self.note(EventKind::Removed, None, |entry| entry.process = Some(change.id.clone()));
+        }
+        self.answer_change(change);
+    }
+
+    fn answer_change(&mut self, change: &Change) {
+        let response = match &change.failure {
+            None => Response::Done,
+            Some(reason) => Response::Error { message: format!("device {}: {reason}", change.id) },
+        };
+        for client in change.clients.iter().copied() {
+            self.environment.server.respond(client, &response, &self.environment.poller);
+        }
+    }
+
+    /// The machine has ended. What was to go is gone when it starts anew, and what was to come is not there.
+    pub(super) fn settle_changes(&mut self) {
+        for mut change in std::mem::take(&mut self.changes) {
+            if matches!(change.stage, Stage::Asked(_) | Stage::Starting(..) | Stage::Adding) {
+                change.failure = Some("the machine ended".to_owned());
+            }
+            self.forget(&change);
+        }
+    }
+}
+
+/// What keeps a device from being added or removed now.
+const fn busy(stage: &Stage) -> &'static str {
+    match stage {
+        Stage::Asked(_) | Stage::Starting(..) | Stage::Adding => "is being added",
+        Stage::Removing(..) => "is being removed already: the guest was asked; --force takes it away",
+        Stage::Stopping(_) => "is being removed already",
+    }
+}
