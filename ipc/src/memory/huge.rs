@@ -72,9 +72,12 @@ impl HugePages {
     }
 
     /// Looks for blocks that have become used since the last time; answers how many are huge now that were not.
-    pub fn collapse_used(&mut self) -> usize {
+    ///
+    /// A block that is filled already has cost its page faults, and is left alone unless `filled` asks for it: each page of
+    /// it has to be taken from the guest before it is moved.
+    pub fn collapse_used(&mut self, filled: bool) -> usize {
         let regions = self.ram.memory().iter().zip(&mut self.attempts);
-        regions.map(|(region, attempts)| collapse_region(region, attempts)).sum()
+        regions.map(|(region, attempts)| collapse_region(region, attempts, filled)).sum()
     }
 }
 
@@ -83,7 +86,7 @@ pub(super) fn ask(region: &Region) {
     advise(region, 0, region.len(), libc::MADV_HUGEPAGE);
 }
 
-fn collapse_region(region: &Region, attempts: &mut [u8]) -> usize {
+fn collapse_region(region: &Region, attempts: &mut [u8], filled: bool) -> usize {
     let mut collapsed = 0;
     let mut block = 0;
     while let Some(open) = next_open(attempts, block) {
@@ -94,6 +97,9 @@ fn collapse_region(region: &Region, attempts: &mut [u8]) -> usize {
             block = used;
             continue;
         };
+        if !filled && is_filled(region, used) {
+            continue;
+        }
         let done = advise(region, used as u64 * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE, libc::MADV_COLLAPSE);
         *count = if done { DONE } else { count.saturating_add(1) };
         if done {
@@ -135,13 +141,26 @@ fn next_open(attempts: &[u8], from: usize) -> Option<usize> {
     rest.iter().position(|count| *count < DONE).map(|offset| from + offset)
 }
 
-/// The first block from `from` on that is in use. The position of the file, which `lseek` moves, means nothing to anybody.
+/// Whether the first eighth of what a block holds has no gap.
+fn is_filled(region: &Region, block: usize) -> bool {
+    let start = block as u64 * HUGE_PAGE_SIZE;
+    let data = seek(region, start, Whence::SeekData);
+    let hole = data.and_then(|data| seek(region, data, Whence::SeekHole));
+    data.zip(hole).is_some_and(|(data, hole)| hole - data >= HUGE_PAGE_SIZE / 8)
+}
+
+/// The first block from `from` on that is in use.
 fn next_used(region: &Region, from: usize) -> Option<usize> {
+    let data = seek(region, from as u64 * HUGE_PAGE_SIZE, Whence::SeekData)?;
+    usize::try_from(data / HUGE_PAGE_SIZE).ok()
+}
+
+/// Offset in the region of what `lseek` finds from `offset` on. The position of the file, which `lseek` moves, means nothing to anybody.
+fn seek(region: &Region, offset: u64, whence: Whence) -> Option<u64> {
     let file = region.file_offset()?;
-    let start = file.start().checked_add(from as u64 * HUGE_PAGE_SIZE)?;
-    let data = lseek(file.file(), i64::try_from(start).ok()?, Whence::SeekData).ok()?;
-    let offset = u64::try_from(data).ok()?.checked_sub(file.start())?;
-    usize::try_from(offset / HUGE_PAGE_SIZE).ok()
+    let start = file.start().checked_add(offset)?;
+    let found = lseek(file.file(), i64::try_from(start).ok()?, whence).ok()?;
+    u64::try_from(found).ok()?.checked_sub(file.start())
 }
 
 /// Advises the kernel on `len` bytes at `offset` of a region; whether it took the advice.

@@ -15,6 +15,8 @@ use super::CoreError;
 const SHORTEST: Duration = Duration::from_millis(2);
 /// The longest pause.
 const LONGEST: Duration = Duration::from_secs(10);
+/// How long nothing has been found when blocks come up that were filled faster than this thread looks.
+const CALM: Duration = Duration::from_secs(1);
 /// How many times longer than a pause nothing has been found.
 const QUIET: u32 = 8;
 /// A pause is at least this many times as long as the look before it.
@@ -47,7 +49,8 @@ fn run(mut pages: HugePages, sealed: mpsc::Sender<Result<(), JailError>>) {
     let mut last = Instant::now();
     loop {
         let start = Instant::now();
-        if pages.collapse_used() > 0 {
+        // What is filled can wait until the guest takes no more.
+        if pages.collapse_used(last.elapsed() > CALM) > 0 {
             last = Instant::now();
         }
         let quiet = last.elapsed() / QUIET;

@@ -42,15 +42,15 @@ fn host_and_guest_addresses_agree_below_a_huge_page() {
 fn blocks_in_use_become_huge_and_keep_their_contents() {
     let ram = GuestRam::create(HUGE_PAGE_SIZE * 8 + 4096).unwrap();
     let mut pages = HugePages::new(&ram).expect("Linux 6.1 with transparent huge pages");
-    assert_eq!(pages.collapse_used(), 0);
+    assert_eq!(pages.collapse_used(false), 0);
     for block in [1, 3, 6] {
         write(&ram, block * HUGE_PAGE_SIZE + 8 * block, 7 + block);
     }
     // The part of a block at the end cannot be huge.
     write(&ram, 8 * HUGE_PAGE_SIZE, 99);
     let marked = dirty(&ram);
-    assert_eq!(pages.collapse_used(), 3);
-    assert_eq!(pages.collapse_used(), 0);
+    assert_eq!(pages.collapse_used(false), 3);
+    assert_eq!(pages.collapse_used(false), 0);
     assert_eq!(huge_kib(host_address(&ram)), 3 * HUGE_PAGE_SIZE / 1024);
     for block in [1, 3, 6] {
         assert_eq!(read(&ram, block * HUGE_PAGE_SIZE + 8 * block), 7 + block);
@@ -58,7 +58,7 @@ fn blocks_in_use_become_huge_and_keep_their_contents() {
     }
     write(&ram, 0, 1);
     write(&ram, 7 * HUGE_PAGE_SIZE, 1);
-    assert_eq!(pages.collapse_used(), 2);
+    assert_eq!(pages.collapse_used(false), 2);
     let later: Vec<u64> = dirty(&ram).difference(&marked).copied().collect();
     assert_eq!(later, [0, 7 * HUGE_PAGE_SIZE]);
 }
@@ -68,17 +68,30 @@ fn a_run_goes_on_ahead_of_the_guest_in_its_direction() {
     let ram = GuestRam::create(HUGE_PAGE_SIZE * 16).unwrap();
     let mut pages = HugePages::new(&ram).unwrap();
     write(&ram, 4 * HUGE_PAGE_SIZE, 1);
-    assert_eq!(pages.collapse_used(), 1);
+    assert_eq!(pages.collapse_used(false), 1);
     // Block 5 ends a run of one below: 6 comes too. Then 7 ends a run of three.
     write(&ram, 5 * HUGE_PAGE_SIZE, 1);
-    assert_eq!(pages.collapse_used(), 2);
+    assert_eq!(pages.collapse_used(false), 2);
     write(&ram, 7 * HUGE_PAGE_SIZE, 1);
-    assert_eq!(pages.collapse_used(), 4);
+    assert_eq!(pages.collapse_used(false), 4);
     // Downwards, and no further than the first block.
     write(&ram, 3 * HUGE_PAGE_SIZE, 1);
-    assert_eq!(pages.collapse_used(), 4);
+    assert_eq!(pages.collapse_used(false), 4);
     assert_eq!(huge_kib(host_address(&ram)), 11 * HUGE_PAGE_SIZE / 1024);
     assert_eq!(dirty(&ram).len(), 4);
+}
+
+#[test]
+fn what_was_filled_fast_waits() {
+    let ram = GuestRam::create(HUGE_PAGE_SIZE * 4).unwrap();
+    let mut pages = HugePages::new(&ram).unwrap();
+    let filled = ram.view(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE, Direction::Write).unwrap();
+    filled.write_bytes(0, &vec![7; usize::try_from(HUGE_PAGE_SIZE).unwrap()]).unwrap();
+    write(&ram, 3 * HUGE_PAGE_SIZE, 1);
+    assert_eq!(pages.collapse_used(false), 1);
+    assert_eq!(pages.collapse_used(false), 0);
+    assert_eq!(pages.collapse_used(true), 1);
+    assert_eq!(read(&ram, HUGE_PAGE_SIZE * 2 - 8), 0x0707_0707_0707_0707);
 }
 
 #[test]
@@ -102,6 +115,6 @@ fn refused_huge_pages_stay_small() {
     ram.back_with_huge_pages(0, HUGE_PAGE_SIZE * 2);
     write(&ram, 0, 1);
     let mut pages = HugePages::new(&ram).unwrap();
-    assert_eq!(pages.collapse_used(), 0);
+    assert_eq!(pages.collapse_used(false), 0);
     assert_eq!(huge_kib(host_address(&ram)), 0);
 }

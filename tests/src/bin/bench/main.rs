@@ -38,9 +38,12 @@ fn main() -> ExitCode {
 fn run(what: &str, rounds: Option<usize>, places: &Places) -> Outcome {
     match what {
         "stock" => stock::run(places, rounds.unwrap_or(5)),
+        "cached" => {
+            stock::boot(places, rounds.unwrap_or(5), "The same, all files in the lab's memory already")
+        }
         "bare" => bare::run(places, rounds.unwrap_or(20)),
         "exits" => exits::run(places, rounds.unwrap_or(5)),
         "static" => sources::run(places),
-        _ => Err("say stock, bare, exits or static".into()),
+        _ => Err("say stock, cached, bare, exits or static".into()),
     }
 }

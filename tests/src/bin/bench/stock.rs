@@ -12,9 +12,14 @@ use crate::table;
 const LIMIT: Duration = Duration::from_secs(120);
 const INIT: &str = "guest: init";
 
-pub fn run(places: &Places, rounds: usize) -> Outcome {
+/// The boot alone.
+pub fn boot(places: &Places, rounds: usize, title: &str) -> Outcome {
     let quiet = Guest { cmdline: "quiet bulkhead.test=init-only", memory: 256, disk: None };
-    times(places, rounds, "Time from exec to the first line of init", &quiet, 0.65)?;
+    times(places, rounds, title, &quiet, 0.65)
+}
+
+pub fn run(places: &Places, rounds: usize) -> Outcome {
+    boot(places, rounds, "Time from exec to the first line of init")?;
     let verbose = Guest { cmdline: "ignore_loglevel bulkhead.test=init-only", memory: 256, disk: None };
     times(places, rounds, "The same with all kernel messages on the UART", &verbose, 1.5)?;
     memory(places, rounds)
