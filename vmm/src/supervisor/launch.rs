@@ -328,7 +328,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
     match &config.firmware {
         Some(firmware) => {
             let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
-            let files = firmware::files(config, firmware);
+            let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
+            let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
+            let files = firmware::files(config, firmware, &disks);
             Boot::Firmware { image, files, menu: firmware.menu, variables }
         }
         None => Boot::Kernel {

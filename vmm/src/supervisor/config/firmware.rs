@@ -39,6 +39,13 @@ pub struct FirmwareConfig {
     pub menu: bool,
 }
 
+impl FirmwareConfig {
+    /// Whether there is a chip with variables, and a process for it.
+    pub const fn has_variables(&self) -> bool {
+        self.variables.is_some() || self.template.is_some()
+    }
+}
+
 /// Takes what concerns firmware out of the options, those of the command line first.
 pub fn resolve(
     args: &mut RunArgs,

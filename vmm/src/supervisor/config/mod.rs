@@ -298,39 +298,31 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
-    let mut rules = take(&mut file.restart);
+    let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
+    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
+    let restart = restart.unwrap_or_default();
+    let mut disks = name_disks(disks, restart)?;
+    let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
+    let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
+        FLASH => !flash,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
-    rules.extend(take(&mut args.restart));
-    let restart = rules.iter().rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
-    let restart = restart.unwrap_or_default();
-    let mut disks = name_disks(disks, restart)?;
+    rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let restarts = apply(&rules, &mut disks, others.chain(rng.then_some(RNG)).collect())?;
+    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
     smbios.check()?;
-    let (kernel, firmware) = match firmware::resolve(&mut args, &mut file, &disks)? {
-        Some(firmware) => (None, Some(firmware)),
-        None => (Some(args.kernel.take().or(file.kernel.take()).ok_or(ConfigError::NoKernel)?), None),
-    };
-    let (initrd, cmdline) = (args.initrd.or(file.initrd), args.cmdline.or(file.cmdline));
-    let (cmdline, cmdline_added) = match firmware {
-        Some(_) if initrd.is_some() => return Err(ConfigError::NeedsKernel("initrd")),
-        Some(_) if cmdline.is_some() => return Err(ConfigError::NeedsKernel("cmdline")),
-        Some(_) => (String::new(), None),
-        None => complete(cmdline, &serial, &console),
-    };
-    if cmdline.contains('\0') {
-        return Err(ConfigError::CmdlineZero);
-    }
+    let (kernel, initrd, (cmdline, cmdline_added)) =
+        direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
@@ -396,13 +388,40 @@ fn check_limits(config: &MachineConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What a direct boot starts and how: kernel, initial RAM file system and command line, with what was added to it.
+type DirectBoot = (Option<PathBuf>, Option<PathBuf>, (String, Option<&'static str>));
+
+/// Takes what concerns the kernel out of the options, those of the command line first; firmware has none of it.
+fn direct_boot(
+    args: &mut RunArgs,
+    file: &mut RunArgs,
+    firmware: bool,
+    (serial, console): (&StreamTarget, &StreamTarget),
+) -> Result<DirectBoot, ConfigError> {
+    let initrd = args.initrd.take().or(file.initrd.take());
+    let cmdline = args.cmdline.take().or(file.cmdline.take());
+    let kernel = args.kernel.take().or(file.kernel.take());
+    match firmware {
+        true if initrd.is_some() => Err(ConfigError::NeedsKernel("initrd")),
+        true if cmdline.is_some() => Err(ConfigError::NeedsKernel("cmdline")),
+        true => Ok((None, None, (String::new(), None))),
+        false => {
+            let kernel = kernel.ok_or(ConfigError::NoKernel)?;
+            Ok((Some(kernel), initrd, complete(cmdline, serial, console)?))
+        }
+    }
+}
+
 /// Adds the console that the guest has, where the user named none.
 fn complete(
     given: Option<String>,
     serial: &StreamTarget,
     console: &StreamTarget,
-) -> (String, Option<&'static str>) {
+) -> Result<(String, Option<&'static str>), ConfigError> {
     let mut cmdline = given.unwrap_or_default();
+    if cmdline.contains('\0') {
+        return Err(ConfigError::CmdlineZero);
+    }
     let has_console = cmdline.split_whitespace().any(|word| word.starts_with("console="));
     let added = match (has_console, serial, console) {
         (true, ..) | (false, StreamTarget::Off, StreamTarget::Off) => None,
@@ -413,7 +432,7 @@ fn complete(
         // Before the user's words: what follows `--` there belongs to init.
         cmdline = if cmdline.is_empty() { added.to_owned() } else { format!("{added} {cmdline}") };
     }
-    (cmdline, added)
+    Ok((cmdline, added))
 }
 
 fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), ConfigError> {

@@ -151,6 +151,10 @@ fn the_nearest_policy_counts() {
     let policies: Vec<String> = ["a", "b", RNG, SERIAL].map(|id| config.restart_of(id).to_string()).to_vec();
     assert_eq!(policies, ["always", "4/5", "3/60", "never"]);
     assert_eq!(config.liveness, Liveness::default());
+    let flash = run("--firmware /f --firmware-vars v --restart firmware-vars=never").unwrap();
+    assert_eq!(flash.restart_of(FLASH), RestartPolicy::Never);
+    assert!(process_names(&flash).contains(&FLASH));
+    assert!(refusal("--firmware /f --restart firmware-vars=never").contains("valid: serial"));
     let error = refusal("--rng --restart rgn=never");
     assert!(error.contains("no device 'rgn': did you mean 'rng'?"), "{error}");
     assert!(refusal("--restart console=never").contains("valid: serial"));
