@@ -104,8 +104,12 @@ fn what_was_given_up_is_brought_back_with_its_requests_or_after_a_reset() {
         }
         assert_eq!(scaffold.driver.status(), 15);
         assert_eq!(inode(&successor) == memory, !resets, "a reset forgets what was in flight");
-        wait_until(&scaffold.device, || scaffold.pin.asserted());
-        scaffold.driver.get::<1>(scaffold.driver.isr, 0);
+        if !resets {
+            // What the predecessor may have owed; after a reset it owes nothing.
+            wait_until(&scaffold.device, || scaffold.pin.asserted());
+            scaffold.driver.get::<1>(scaffold.driver.isr, 0);
+        }
+        assert!(!scaffold.pin.asserted());
         successor.call(0);
         wait_until(&scaffold.device, || scaffold.pin.asserted());
     }
