@@ -340,7 +340,8 @@ pub fn device() {
     let mut core = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(socket) };
     let mut all_are_ready = || {
         let _ready = core.write_all(b"r");
-        let _go = core.read(&mut [0]);
+        // Not every main thread may read: it waits with what all may do, as in `recv`.
+        let _go = poll(&mut [PollFd::new(core.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
     };
     if matches!(process.mode(), "violate" | "mishap") && !process.word().contains("core") {
         process.misbehave(ready, all_are_ready);
