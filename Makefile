@@ -59,6 +59,7 @@ lab: ## run CMD="…" in the lab
 
 guest: build ## the test guest: kernel, initramfs, disk, in build/guest/
 	tools/make-guest
+	tools/make-boot-disks
 	tests/payloads/build.sh build/payloads
 
 packages:

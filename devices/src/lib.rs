@@ -2,6 +2,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod flash;
 pub mod rng;
 pub mod serve;
 pub mod standalone;

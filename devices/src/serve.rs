@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
+use crate::flash::{self, Flash, FlashError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -43,6 +44,9 @@ pub enum ServeError {
     /// The UART ended.
     #[error(transparent)]
     Uart(#[from] UartError),
+    /// The flash chip ended.
+    #[error(transparent)]
+    Flash(#[from] FlashError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -66,6 +70,7 @@ pub enum ServeError {
 enum Prepared<'a> {
     Virtio(Daemon, Option<Controller>),
     Uart(Box<uart::EventLoop<'a>>),
+    Flash(Box<Flash<'a>>),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -108,6 +113,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Rng(_) => "rng",
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
+        DeviceConfig::Flash(_) => "flash",
     }
 }
 
@@ -129,6 +135,7 @@ pub fn run(
             leave(channel, &[], &console.map_or_else(Vec::new, |console| console.left()))
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
+        Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -197,6 +204,13 @@ fn prepare<'a>(
             let events = uart::open(socket, ends, channel)?;
             seal(PolicyName::UartMain, &events.descriptors(), channel)?;
             return Ok(Prepared::Uart(Box::new(events)));
+        }
+        DeviceConfig::Flash(config) => {
+            let (file, memory) = (resources.take(config.file)?.into(), resources.take(config.memory)?);
+            resources.finish(channel)?;
+            let flash = flash::open(socket, file, memory, config, channel)?;
+            seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
+            return Ok(Prepared::Flash(Box::new(flash)));
         }
     };
     let mut held = resources.finish(channel)?;

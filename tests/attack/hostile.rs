@@ -48,21 +48,23 @@ pub const CORE: Kind =
     Kind { name: "core", main: PolicyName::CoreMain, others: &[(PolicyName::CoreVcpu, "vcpu0")] };
 
 /// The devices.
-pub const DEVICES: [Kind; 4] = [
+pub const DEVICES: [Kind; 5] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
+    Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
 ];
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart] = DEVICES;
+    let [blk, rng, console, uart, flash] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
         DeviceConfig::Console(_) => console,
         DeviceConfig::Uart(_) => uart,
+        DeviceConfig::Flash(_) => flash,
     }
 }
 
@@ -335,7 +337,8 @@ pub fn device() {
     let mut core = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(socket) };
     let mut all_are_ready = || {
         let _ready = core.write_all(b"r");
-        let _go = core.read(&mut [0]);
+        // Not every main thread may read: it waits with what all may do, as in `recv`.
+        let _go = poll(&mut [PollFd::new(core.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
     };
     if matches!(process.mode(), "violate" | "mishap") && !process.word().contains("core") {
         process.misbehave(ready, all_are_ready);

@@ -47,7 +47,8 @@ impl Bench {
             fs::copy(from, &to).unwrap();
             fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        fs::write(folder.path().join("kernel"), crate::sizes::halting_kernel()).unwrap();
+        fs::write(folder.path().join("firmware"), crate::sizes::halting_firmware()).unwrap();
+        fs::File::create(folder.path().join("variables")).unwrap().set_len(1 << 16).unwrap();
         fs::File::create(folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
         // A device that ends is given up at once: each process ends once.
         fs::write(folder.path().join("machine.toml"), "restart = { max = 0, window = 10, backoff = 0 }\n")
@@ -77,7 +78,10 @@ impl Bench {
 
     fn machine(&self, mut command: Command, name: &str) -> Command {
         command.arg("run");
-        command.args("--config machine.toml --kernel kernel --memory 16M --cpus 1".split(' '));
+        command.args(
+            "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1"
+                .split(' '),
+        );
         command.args("--disk path=disk,id=disk0 --rng --console".split(' '));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

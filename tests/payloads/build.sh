@@ -12,3 +12,5 @@ done
 for payload in garbage memory echo count pam timers exits hotplug; do
     gcc $flags $link -o "$out/$payload.elf" "$here/long_mode.S" "$here/$payload.c"
 done
+gcc -m32 -ffreestanding -fno-pic -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments \
+    -Wl,-Ttext=0x100000 -Wl,-e,start -Wl,-N -o "$out/multiboot.elf" "$here/multiboot.S"

@@ -35,6 +35,8 @@ pub struct Places {
     pub guest: PathBuf,
     /// Folder of the bare-metal payloads.
     pub payloads: PathBuf,
+    /// Folder of the disks that firmware boots, which `tools/make-boot-disks` made.
+    pub boot: PathBuf,
     /// Folder for logs that are kept.
     pub logs: PathBuf,
 }
@@ -49,6 +51,7 @@ impl Places {
         Ok(Self {
             guest: build.join("guest"),
             payloads: build.join("payloads"),
+            boot: build.join("boot"),
             logs: build.join("machine-tests"),
             programs,
         })
@@ -63,6 +66,8 @@ pub struct Case {
     pub deadline: Duration,
     /// What it needs: a word that the command line selects by, `stock` or `bare`.
     pub group: &'static str,
+    /// Why it cannot run here; it is named and counted as skipped then.
+    pub skip: Option<&'static str>,
     /// The test.
     pub run: Arc<dyn Fn(&Context) -> Outcome + Send + Sync>,
 }
@@ -75,7 +80,15 @@ impl Case {
         seconds: u64,
         run: impl Fn(&Context) -> Outcome + Send + Sync + 'static,
     ) -> Self {
-        Self { name: name.into(), deadline: Duration::from_secs(seconds), group, run: Arc::new(run) }
+        let (name, deadline) = (name.into(), Duration::from_secs(seconds));
+        Self { name, deadline, group, skip: None, run: Arc::new(run) }
+    }
+
+    /// The same case, which is skipped in the lab for this reason.
+    #[must_use]
+    pub fn not_in_lab(mut self, reason: &'static str) -> Self {
+        self.skip = env::var_os("BULKHEAD_IN_LAB").map(|_| reason);
+        self
     }
 }
 
@@ -160,7 +173,7 @@ impl Selection {
     }
 }
 
-/// Runs the cases that the command line selects; true if all passed and there was at least one.
+/// Runs the cases that the command line selects; true if none failed and there was at least one.
 ///
 /// Arguments: `--list`, `--GROUP`, and words that a case's name must contain one of.
 #[must_use]
@@ -174,10 +187,15 @@ pub fn run(cases: &[Case], arguments: impl Iterator<Item = String>) -> bool {
         }
     };
     let _ = fs::create_dir_all(&places.logs);
-    let (mut passed, mut failed) = (0, Vec::new());
+    let (mut passed, mut skipped, mut failed) = (0, 0, Vec::new());
     for case in cases.iter().filter(|case| selection.takes(case)) {
         if selection.list {
             println!("{} {}", case.group, case.name);
+            continue;
+        }
+        if let Some(reason) = case.skip {
+            skipped += 1;
+            println!("test {} ... SKIPPED: {reason}", case.name);
             continue;
         }
         let start = Instant::now();
@@ -204,8 +222,8 @@ pub fn run(cases: &[Case], arguments: impl Iterator<Item = String>) -> bool {
     if !failed.is_empty() {
         println!("failed: {}\nlogs are in {}", failed.join(", "), places.logs.display());
     }
-    println!("{passed} passed, {} failed", failed.len());
-    failed.is_empty() && passed > 0
+    println!("{passed} passed, {} failed, {skipped} skipped", failed.len());
+    failed.is_empty() && passed + skipped > 0
 }
 
 fn run_case(case: &Case, places: &Places) -> Outcome {

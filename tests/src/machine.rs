@@ -90,6 +90,24 @@ impl<'a> Machine<'a> {
         Ok(Self { context, command, cmdline: String::new(), name })
     }
 
+    /// A machine that firmware of Debian's packages starts, with 256 MiB.
+    pub fn firmware(context: &'a Context, firmware: &str) -> Outcome<Self> {
+        let mut machine = Self::bare(context, &context.places.programs.join("bulkhead"))?;
+        machine.command = bulkhead(context);
+        machine.command.args(["run", "--memory", "256M", "--firmware", firmware]);
+        Ok(machine)
+    }
+
+    /// Adds a copy of a disk that `tools/make-boot-disks` made.
+    pub fn boot_disk(mut self, name: &str) -> Outcome<Self> {
+        let source = self.context.places.boot.join(name);
+        let path = self.context.folder.join(name);
+        fs::copy(&source, &path)
+            .map_err(|error| format!("{}: {error}: run `make guest`", source.display()))?;
+        self.command.arg("--disk").arg(format!("path={}", path.display()));
+        Ok(self)
+    }
+
     /// A machine, or the attempt of one, that this command describes completely.
     #[must_use]
     pub fn from_command(context: &'a Context, command: Command) -> Self {

@@ -76,16 +76,52 @@ pub struct CoreStart {
     pub memory_bytes: u64,
     /// Whether huge pages may back guest RAM.
     pub huge_pages: bool,
-    /// Kernel command line.
-    pub cmdline: String,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// Kernel image, bzImage or ELF.
-    pub kernel: FdIndex,
-    /// Initial RAM file system.
-    pub initrd: Option<FdIndex>,
+    /// What the first CPU runs.
+    pub boot: Boot,
+    /// The generation id: no other run of a machine has it.
+    pub generation: [u8; 16],
+    /// There is a port by which a test in the guest ends the machine.
+    pub debug_exit: bool,
     /// One link for each device process.
     pub devices: Vec<DeviceLink>,
+}
+
+/// What the first CPU runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Boot {
+    /// A kernel.
+    Kernel {
+        /// Kernel image: bzImage, ELF with a PVH note, or multiboot.
+        kernel: FdIndex,
+        /// Initial RAM file system.
+        initrd: Option<FdIndex>,
+        /// Kernel command line.
+        cmdline: String,
+        /// SMBIOS entry point and tables, as they lie at F0000.
+        smbios: Vec<u8>,
+    },
+    /// The reset vector in a ROM.
+    Firmware {
+        /// The image; its end is the end of the first 4 GiB.
+        image: FdIndex,
+        /// Files for the firmware.
+        files: Vec<FirmwareFile>,
+        /// The firmware shall offer its boot menu.
+        menu: bool,
+        /// What the guest reads of its variables, which lie just below the image; a device of kind [`LinkKind::Flash`] has them.
+        variables: Option<FdIndex>,
+    },
+}
+
+/// A file that firmware finds in fw_cfg.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirmwareFile {
+    /// At most 55 bytes.
+    pub name: String,
+    /// What is in it.
+    pub contents: Vec<u8>,
 }
 
 /// The processors that the guest sees, and may see later.
@@ -137,6 +173,8 @@ pub enum LinkKind {
         /// Its slot on PCI bus 0, 2–31.
         slot: u8,
     },
+    /// vfio-user; the chip with firmware's variables.
+    Flash,
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
 }
@@ -198,6 +236,8 @@ pub enum MachineEnd {
     Reset,
     /// The guest reported a panic.
     Panicked,
+    /// The guest wrote this to the debug exit port.
+    DebugExit(u8),
     /// Nothing was started: what the user gave makes no machine.
     BadInput {
         /// What of it.
@@ -214,6 +254,8 @@ pub enum MachineEnd {
 pub enum Input {
     /// The kernel image.
     Kernel,
+    /// The firmware image.
+    Firmware,
     /// The initial RAM file system.
     Initrd,
     /// A number or text of the configuration, which the sentence names.
@@ -270,6 +312,8 @@ pub enum DeviceConfig {
     Console(ConsoleConfig),
     /// 16550A.
     Uart(UartConfig),
+    /// Flash with firmware's variables.
+    Flash(FlashConfig),
 }
 
 /// A disk.
@@ -312,6 +356,17 @@ pub struct UartConfig {
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
+}
+
+/// A flash chip.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlashConfig {
+    /// What is kept, opened and locked by the supervisor.
+    pub file: FdIndex,
+    /// What the guest reads: a memfd that cannot shrink. The device fills it from the file.
+    pub memory: FdIndex,
+    /// Size of both in bytes, a multiple of 4 KiB.
+    pub size: u64,
 }
 
 /// From a device process to the supervisor.

@@ -28,11 +28,13 @@ pub enum PolicyName {
     ConsoleQueue,
     /// 16550A: its only thread: control channel, registers, peer.
     UartMain,
+    /// Flash with firmware's variables: its only thread.
+    FlashMain,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -42,6 +44,7 @@ impl PolicyName {
         Self::ConsoleMain,
         Self::ConsoleQueue,
         Self::UartMain,
+        Self::FlashMain,
     ];
 
     /// The policy's file in the source tree.
@@ -76,6 +79,7 @@ impl PolicyName {
             Self::ConsoleMain => CONSOLE_MAIN,
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
+            Self::FlashMain => FLASH_MAIN,
         }
     }
 }

@@ -80,7 +80,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 10] = files![
+const FILES: [(&str, &str); 11] = files![
     "common",
     "core-main",
     "core-vcpu",
@@ -90,7 +90,8 @@ const FILES: [(&str, &str); 10] = files![
     "rng-queue",
     "console-main",
     "console-queue",
-    "uart-main"
+    "uart-main",
+    "flash-main"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

@@ -146,7 +146,8 @@ impl EventLoop {
     fn follow_power(&mut self, server: &Server, options: &Options) -> Next {
         for event in server.settle() {
             let next = match event {
-                PowerEvent::PowerOff => self.shut_down("guest-shutdown", options),
+                // There is no debug exit port here.
+                PowerEvent::PowerOff | PowerEvent::DebugExit(_) => self.shut_down("guest-shutdown", options),
                 PowerEvent::Reset(_) if options.end_at_reset => self.shut_down("guest-reset", options),
                 PowerEvent::Reset(_) => {
                     self.tell("RESET", Some(json!({ "guest": true, "reason": "guest-reset" })));

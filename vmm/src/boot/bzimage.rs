@@ -65,6 +65,7 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
         rip: load_address.saturating_add(ENTRY_64),
         rsi: BOOT_PARAMS,
         rbx: 0,
+        rax: 0,
         rflags: Entry::RFLAGS,
         mode: paging::write(ram)?,
         code: Segment::CODE_64,

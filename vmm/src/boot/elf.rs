@@ -1,4 +1,4 @@
-//! ELF: what of the file goes where, and the entry that its PVH note names.
+//! ELF: what of the file goes where, and the entry: the one that its PVH note names, or a 32-bit file's own.
 
 use bulkhead_ipc::memory::GuestRam;
 
@@ -8,14 +8,18 @@ use super::{BootError, KERNEL_START};
 const KIND: &str = "ELF file";
 
 const HEADER_SIZE: usize = 64;
+const HEADER_SIZE_32: usize = 52;
+const PROGRAM_HEADER_SIZE_32: usize = 32;
 const PROGRAM_HEADER_SIZE: usize = 56;
 /// The most program headers that are read; Linux has five.
 const MOST_PROGRAM_HEADERS: u16 = 128;
 /// The most bytes of notes that are read from one segment; Linux has about 500.
 const MOST_NOTES: u64 = 64 << 10;
 
+const CLASS_32: u8 = 1;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
+const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
@@ -35,6 +39,8 @@ pub(super) struct Loaded {
 struct ProgramHeader {
     kind: u32,
     offset: u64,
+    /// Where it is linked, which counts for the entry of a 32-bit file alone.
+    linked: u64,
     address: u64,
     file_size: u64,
     memory_size: u64,
@@ -44,18 +50,59 @@ struct ProgramHeader {
 /// Loads all segments below `ram_end`.
 pub(super) fn load(ram: &GuestRam, image: &Image<'_>, ram_end: u64) -> Result<Loaded, BootError> {
     let headers = program_headers(image)?;
+    let entry = find_entry(image, &headers)?;
+    load_at(ram, image, &headers, ram_end, entry, "the entry point in the PVH note")
+}
+
+/// Loads a 32-bit file, whose entry is where its segment is linked.
+pub(super) fn load_32(ram: &GuestRam, image: &Image<'_>, ram_end: u64) -> Result<Loaded, BootError> {
+    let mut header = [0; HEADER_SIZE_32];
+    image.read(KIND, "header", 0, &mut header)?;
+    let header = Fields(&header);
+    let table = (u64::from(header.u32(28)), header.u16(42), header.u16(44));
+    let headers = read_headers(image, table, PROGRAM_HEADER_SIZE_32, |fields| ProgramHeader {
+        kind: fields.u32(0),
+        offset: fields.u32(4).into(),
+        linked: fields.u32(8).into(),
+        address: fields.u32(12).into(),
+        file_size: fields.u32(16).into(),
+        memory_size: fields.u32(20).into(),
+        alignment: fields.u32(28).into(),
+    })?;
+    let linked = u64::from(header.u32(24));
+    let place = |header: &ProgramHeader| {
+        let offset = linked.checked_sub(header.linked).filter(|offset| *offset < header.memory_size)?;
+        (header.kind == PT_LOAD).then(|| header.address.saturating_add(offset))
+    };
+    let entry = headers.iter().find_map(place).unwrap_or(linked);
+    load_at(ram, image, &headers, ram_end, entry, "the entry point")
+}
+
+/// Whether a file that begins so is for 32-bit x86.
+pub(super) fn is_32_bit_x86(head: &[u8]) -> bool {
+    let header = Fields(head);
+    (header.u8(4), header.u8(5), header.u16(18)) == (CLASS_32, LITTLE_ENDIAN, EM_386)
+}
+
+fn load_at(
+    ram: &GuestRam,
+    image: &Image<'_>,
+    headers: &[ProgramHeader],
+    ram_end: u64,
+    entry: u64,
+    field: &'static str,
+) -> Result<Loaded, BootError> {
     let segments: Vec<_> =
         headers.iter().filter(|header| header.kind == PT_LOAD && header.memory_size > 0).collect();
     let mut end = KERNEL_START;
     for segment in &segments {
         end = end.max(check(image, segment, ram_end)?);
     }
-    let entry = find_entry(image, &headers)?;
     let inside = |segment: &&&ProgramHeader| {
         entry.checked_sub(segment.address).is_some_and(|offset| offset < segment.memory_size)
     };
     if segments.iter().find(inside).is_none() {
-        return Err(bad("the entry point in the PVH note", entry));
+        return Err(bad(field, entry));
     }
     for segment in segments {
         image.load(ram, segment.offset, segment.file_size, segment.address)?;
@@ -84,27 +131,34 @@ fn program_headers(image: &Image<'_>) -> Result<Vec<ProgramHeader>, BootError> {
     image.read(KIND, "header", 0, &mut header)?;
     let header = Fields(&header);
     check_target(header)?;
-    let (offset, size, count) = (header.u64(32), header.u16(54), header.u16(56));
-    if usize::from(size) != PROGRAM_HEADER_SIZE {
+    let table = (header.u64(32), header.u16(54), header.u16(56));
+    read_headers(image, table, PROGRAM_HEADER_SIZE, |fields| ProgramHeader {
+        kind: fields.u32(0),
+        offset: fields.u64(8),
+        linked: fields.u64(16),
+        address: fields.u64(24),
+        file_size: fields.u64(32),
+        memory_size: fields.u64(40),
+        alignment: fields.u64(48),
+    })
+}
+
+/// Reads the table at an offset, of entries of a size, so many.
+fn read_headers(
+    image: &Image<'_>,
+    (offset, size, count): (u64, u16, u16),
+    expected: usize,
+    parse: impl Fn(Fields<'_>) -> ProgramHeader,
+) -> Result<Vec<ProgramHeader>, BootError> {
+    if usize::from(size) != expected {
         return Err(bad("e_phentsize", u64::from(size)));
     }
     if count == 0 || count > MOST_PROGRAM_HEADERS {
         return Err(bad("e_phnum", u64::from(count)));
     }
-    let mut table = vec![0; usize::from(count).saturating_mul(PROGRAM_HEADER_SIZE)];
+    let mut table = vec![0; usize::from(count).saturating_mul(expected)];
     image.read(KIND, "program header table", offset, &mut table)?;
-    let parse = |bytes| {
-        let fields = Fields(bytes);
-        ProgramHeader {
-            kind: fields.u32(0),
-            offset: fields.u64(8),
-            address: fields.u64(24),
-            file_size: fields.u64(32),
-            memory_size: fields.u64(40),
-            alignment: fields.u64(48),
-        }
-    };
-    Ok(table.chunks_exact(PROGRAM_HEADER_SIZE).map(parse).collect())
+    Ok(table.chunks_exact(expected).map(|bytes| parse(Fields(bytes))).collect())
 }
 
 fn check_target(header: Fields<'_>) -> Result<(), BootError> {
@@ -117,7 +171,7 @@ fn check_target(header: Fields<'_>) -> Result<(), BootError> {
         return Ok(());
     }
     let name = match machine {
-        3 => "32-bit x86".into(),
+        EM_386 => "32-bit x86 (and it has no multiboot header)".into(),
         EM_X86_64 => "x86-64 with 32-bit addresses (x32)".into(),
         40 => "32-bit ARM".into(),
         183 => "ARM (aarch64)".into(),

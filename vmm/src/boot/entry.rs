@@ -108,8 +108,10 @@ pub struct Entry {
     pub rip: u64,
     /// RSI: `boot_params` for a bzImage.
     pub rsi: u64,
-    /// RBX: start info for PVH.
+    /// RBX: start info for PVH, information for multiboot.
     pub rbx: u64,
+    /// RAX: the number by which a multiboot kernel knows that its loader is one.
+    pub rax: u64,
     /// RFLAGS: interrupts off, only the bit that is always set.
     pub rflags: u64,
     /// Mode, with what it needs.

@@ -32,6 +32,9 @@ pub enum BootError {
     /// A kernel for other processors.
     #[error("this kernel is for {0}, not for x86-64")]
     WrongArchitecture(String),
+    /// An image that can be no firmware.
+    #[error("the firmware has {0} bytes; an image has whole pages of 4 KiB, at least one and at most 8 MiB")]
+    FirmwareSize(u64),
     /// A file that ends before what its header says is in it.
     #[error("the {kind} is truncated: its {part} ends at {needed}, the file at {actual}")]
     Truncated {
@@ -130,6 +133,9 @@ impl BootError {
     #[must_use]
     pub fn input(&self) -> Option<Input> {
         match self {
+            Self::Read { what: "firmware", .. } | Self::NotAFile("firmware") | Self::FirmwareSize(_) => {
+                Some(Input::Firmware)
+            }
             Self::Read { what: "initrd", .. }
             | Self::NotAFile("initrd")
             | Self::EmptyInitrd

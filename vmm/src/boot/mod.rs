@@ -1,8 +1,9 @@
 //! Direct kernel boot: a kernel, an initrd and a command line go into guest RAM, and what comes out is the state of the
 //! first vCPU.
 //!
-//! Two kinds of kernels: a bzImage by its 64-bit entry (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), and
-//! an ELF file by its PVH note (xen/docs/misc/pvh.pandoc). The bytes of both are taken as hostile.
+//! Three kinds of kernels: a bzImage by its 64-bit entry (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), a 64-bit
+//! ELF file by its PVH note (xen/docs/misc/pvh.pandoc), and a 32-bit one by its multiboot header. The bytes of all are taken as
+//! hostile. Firmware is no kernel: it goes into a ROM.
 //!
 //! Images are read from their files straight into guest RAM, which has to be fresh (or after
 //! [`GuestRam::clear`]): what has to be zero is not written, neither the part of an ELF segment that is not in the
@@ -11,7 +12,7 @@
 //! | guest address | what |
 //! | --- | --- |
 //! | 500 | GDT |
-//! | 6000 | PVH start info, its module list and memory map |
+//! | 6000 | PVH start info or multiboot information, module list and memory map |
 //! | 7000 | `boot_params`, the "zero page" |
 //! | 9000–EFFF | page tables |
 //! | 20000 | command line |
@@ -23,9 +24,11 @@ mod bzimage;
 mod elf;
 mod entry;
 mod error;
+mod firmware;
 mod image;
 mod initrd;
 mod map;
+mod multiboot;
 mod paging;
 mod pvh;
 
@@ -38,6 +41,7 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 
 pub use entry::{ControlRegisters, Entry, Gdt, Mode, Segment};
 pub use error::BootError;
+pub use firmware::load_firmware;
 pub use map::{MapEntry, MapKind, memory_map};
 
 use image::{Image, Kind};
@@ -54,7 +58,7 @@ const KERNEL_START: u64 = 0x10_0000;
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootSource<'a> {
-    /// A bzImage or an ELF file with a PVH note. Its file offset may be anywhere, and is moved.
+    /// A bzImage, or an ELF file with a PVH note or a multiboot header. Its file offset may be anywhere, and is moved.
     pub kernel: &'a File,
     /// An initial RAM disk.
     pub initrd: Option<&'a File>,
@@ -77,6 +81,7 @@ pub fn load_kernel(ram: &GuestRam, source: &BootSource<'_>) -> Result<Entry, Boo
     let kernel = Image::new(source.kernel, "kernel")?;
     match kernel.kind()? {
         Kind::BzImage => bzimage::boot(ram, &kernel, source),
+        Kind::Elf if multiboot::recognise(&kernel)? => multiboot::boot(ram, &kernel, source),
         Kind::Elf => pvh::boot(ram, &kernel, source),
     }
 }

@@ -32,6 +32,7 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
         rip: kernel.entry,
         rsi: 0,
         rbx: START_INFO,
+        rax: 0,
         rflags: Entry::RFLAGS,
         mode: Mode::Protected32,
         code: Segment::CODE_32,

@@ -10,22 +10,26 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd, Processors};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
-use bulkhead_ipc::memory::{Direction, GuestRam};
+use bulkhead_ipc::memory::{Direction, GuestRam, SharedRegion};
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
+use super::flash::Flash;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
-use crate::boot::{BootSource, load_kernel};
+use crate::boot::{BootSource, load_firmware, load_kernel};
 use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
-use crate::machine::{IsaDevice, Machine};
+use crate::machine::{IsaDevice, Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
 const GREETER_STACK: usize = 256 * 1024;
+
+/// Where kernels look for the entry point of SMBIOS in a direct boot, at the first address.
+const SMBIOS: u64 = 0xF_0000;
 
 /// A machine whose vCPUs stand at the gate.
 pub(super) struct Core {
@@ -36,6 +40,7 @@ pub(super) struct Core {
     /// By slot.
     pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
+    pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
@@ -49,24 +54,46 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
+        let Resources { image, initrd, variables, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         if !start.huge_pages {
             ram.refuse_huge_pages();
         }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start.processors, devices, &reports)?;
-        let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
-        boot(&platform.machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
+        let mut firmware = match start.boot {
+            Boot::Kernel { .. } => Vec::new(),
+            Boot::Firmware { .. } => vec![load_firmware(&image)?],
+        };
+        let flash = variables.map(|memory| add_flash(memory, &start, &mut firmware, &reports)).transpose()?;
+        let chips = firmware.clone();
+        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
+        let Attached { virtio, registers, flash: flash_stream } =
+            devices::attach(greeted, &platform, &ram, &reports)?;
+        if let Some((flash, stream)) = flash.as_ref().zip(flash_stream) {
+            let failed = |source| CoreError::Register { id: flash.id().to_owned(), source };
+            flash.start(stream.into()).map_err(failed)?;
+        }
+        match start.boot {
+            Boot::Kernel { cmdline, smbios, .. } => {
+                place(&ram, SMBIOS, &smbios)?;
+                boot(&platform.machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
+            }
+            Boot::Firmware { files, menu, .. } => {
+                let files = files.into_iter().map(|file| (file.name, file.contents)).collect();
+                platform.machine.serve_firmware(files, menu);
+            }
+        }
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
         held.extend(platform.vm.descriptors().iter().map(AsRawFd::as_raw_fd));
         held.extend(vcpus.iter().map(Vcpu::raw_fd));
-        held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
+        let memories = chips.iter().map(|chip| chip.memory()).chain([&ram]);
+        held.extend(memories.flat_map(|memory| memory.regions().map(|region| region.fd.as_raw_fd())));
         held.extend(virtio.values().flat_map(|device| device.descriptors()));
+        held.extend(flash.iter().flat_map(|flash| flash.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(platform.timer.as_fd().as_raw_fd());
         let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
-        Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
+        Ok(Self { platform, ram, vcpus, virtio, registers, flash, reports, descriptors: held })
     }
 }
 
@@ -76,17 +103,41 @@ impl Core {
         self.virtio.values().find(|device| device.id() == id).map(|device| &**device)
     }
 
+    /// The chip with firmware's variables, if that is its name.
+    pub(super) fn flash(&self, id: &str) -> Option<&Flash> {
+        self.flash.as_deref().filter(|flash| flash.id() == id)
+    }
+
     /// The register device of this name.
     pub(super) fn registers(&self, id: &str) -> Option<&RegisterDevice> {
         self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
     }
 }
 
+/// Puts the chip with firmware's variables below the ROM.
+fn add_flash(
+    memory: OwnedFd,
+    start: &CoreStart,
+    firmware: &mut Vec<Arc<dyn MemoryChip>>,
+    reports: &Arc<Reports>,
+) -> Result<Arc<Flash>, CoreError> {
+    let id = start.devices.iter().find(|link| link.kind == LinkKind::Flash).map_or("", |link| &link.id);
+    let size = File::from(memory.try_clone().map_err(CoreError::system("dup"))?).metadata();
+    let size = size.map_err(CoreError::system("fstat"))?.len();
+    let rom = firmware.iter().flat_map(|chip| chip.memory().regions().map(|region| region.guest_address));
+    let address = rom.min().unwrap_or(0).saturating_sub(size);
+    let region = SharedRegion { guest_address: address, size, offset: 0, fd: memory };
+    let flash = Arc::new(Flash::new(id, address, GuestRam::attach(vec![region])?, reports.clone()));
+    firmware.insert(0, flash.clone());
+    Ok(flash)
+}
+
 /// Creates the machine without devices, and opens the sessions with the device processes meanwhile.
 fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
-    processors: &Processors,
+    start: &CoreStart,
+    firmware: Vec<Arc<dyn MemoryChip>>,
     links: Vec<(DeviceLink, UnixStream)>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -96,7 +147,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(links, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, processors, reports);
+        let platform = Platform::create(kvm, ram, start, firmware, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -106,21 +157,29 @@ fn side_by_side(
 
 /// What the start message brought, descriptors in place of their indices.
 struct Resources {
-    kernel: File,
+    /// Kernel or firmware.
+    image: File,
     initrd: Option<File>,
+    /// The memory of firmware's variables.
+    variables: Option<OwnedFd>,
     devices: Vec<(DeviceLink, UnixStream)>,
 }
 
 impl Resources {
     fn take(start: &CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
-        let kernel = descriptors.take(start.kernel)?.into();
-        let initrd = start.initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
+        let (image, initrd, variables) = match start.boot {
+            Boot::Kernel { kernel, initrd, .. } => (kernel, initrd, None),
+            Boot::Firmware { image, variables, .. } => (image, None, variables),
+        };
+        let variables = variables.map(|memory| descriptors.take(memory)).transpose()?;
+        let image = descriptors.take(image)?.into();
+        let initrd = initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
         let mut devices = Vec::with_capacity(start.devices.len());
         for link in &start.devices {
             devices.push((link.clone(), UnixStream::from(descriptors.take(link.socket)?)));
         }
         descriptors.finish()?;
-        Ok(Self { kernel, initrd, devices })
+        Ok(Self { image, initrd, variables, devices })
     }
 }
 
@@ -135,12 +194,16 @@ fn boot(
 ) -> Result<(), CoreError> {
     machine.assign_resources();
     let tables = machine.acpi_tables();
-    let length = u64::try_from(tables.blob.len()).unwrap_or(u64::MAX);
-    ram.view(tables.address, length, Direction::Write)?.write_bytes(0, &tables.blob)?;
+    place(ram, tables.address, &tables.blob)?;
     let source = BootSource { kernel, initrd, command_line, rsdp: Some(tables.rsdp), reserved: &[] };
     let entry = load_kernel(ram, &source)?;
     vcpus.first().map_or(Ok(()), |boot_processor| boot_processor.enter_at(&entry))?;
     Ok(())
+}
+
+fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {
+    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    Ok(ram.view(address, length, Direction::Write)?.write_bytes(0, bytes)?)
 }
 
 fn spawn(

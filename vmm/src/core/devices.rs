@@ -29,6 +29,8 @@ const HOT_PLUG_LIMIT: Duration = Duration::from_secs(1);
 pub(super) enum Greeted {
     /// With its slot.
     Virtio(u8, Settings, Backend),
+    /// Which is spoken to when it has its place.
+    Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
     Registers(RegisterDevice, u8, OwnedFd),
 }
@@ -48,8 +50,10 @@ fn greet_one(
     limit: Option<Duration>,
     reports: &Arc<Reports>,
 ) -> Result<Greeted, CoreError> {
-    let LinkKind::VirtioVhostUser { virtio_id, slot } = link.kind else {
-        return greet_registers(&link.id, stream, reports);
+    let (virtio_id, slot) = match link.kind {
+        LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
+        LinkKind::Registers => return greet_registers(&link.id, stream, reports),
+        LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
     let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
@@ -81,6 +85,7 @@ pub(super) struct Attached {
     /// By slot.
     pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
+    pub flash: Option<UnixStream>,
 }
 
 /// Gives the devices their places.
@@ -104,6 +109,7 @@ pub(super) fn attach(
                 platform.machine.attach_isa(device.clone())?;
                 attached.registers.push(device);
             }
+            Greeted::Flash(stream) => attached.flash = Some(stream),
         }
     }
     Ok(attached)
@@ -147,7 +153,7 @@ impl Core {
                 self.platform.machine.announce_pci(slot);
                 Ok(slot)
             }
-            Greeted::Registers(..) => Err(CoreError::NotPluggable(link.id.clone())),
+            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(link.id.clone())),
         }
     }
 

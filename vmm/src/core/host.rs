@@ -43,6 +43,7 @@ impl Host for CoreHost {
         self.reports.end(match event {
             PowerEvent::PowerOff => MachineEnd::PowerOff,
             PowerEvent::Panicked => MachineEnd::Panicked,
+            PowerEvent::DebugExit(value) => MachineEnd::DebugExit(value),
             PowerEvent::Reset(source) => {
                 tracing::debug!(?source, "the guest resets the machine");
                 MachineEnd::Reset

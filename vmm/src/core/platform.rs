@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::channel::message::{Boot, CoreStart};
 use bulkhead_ipc::memory::GuestRam;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
@@ -11,7 +11,7 @@ use super::CoreError;
 use super::host::CoreHost;
 use super::reports::Reports;
 use crate::kvm::{Doorbells, Gate, Interrupts, MemorySlots, Vcpu, Vm, address_bits};
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{Machine, MachineConfig, MemoryChip};
 
 /// What devices are attached to.
 pub(super) struct Platform {
@@ -26,22 +26,25 @@ pub(super) struct Platform {
 }
 
 impl Platform {
-    /// Creates the virtual machine with all vCPUs that it may have.
+    /// Creates the virtual machine that `start` describes, with all vCPUs that it may have.
     pub(super) fn create(
         kvm: OwnedFd,
         ram: &GuestRam,
-        processors: &Processors,
+        start: &CoreStart,
+        firmware: Vec<Arc<dyn MemoryChip>>,
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
+        let CoreStart { processors, generation, debug_exit, .. } = start;
         let vm = Vm::create(kvm, ram)?;
         let interrupts = Arc::new(Interrupts::new(&vm));
         let doorbells = Arc::new(Doorbells::new(&vm));
-        let Processors { present, apic_ids, .. } = processors;
         let config = MachineConfig {
-            cpus: *present,
-            apic_ids: apic_ids.clone(),
+            cpus: processors.present,
+            apic_ids: processors.apic_ids.clone(),
             address_bits: address_bits(processors),
-            firmware: Vec::new(),
+            generation: *generation,
+            debug_exit: *debug_exit,
+            firmware,
         };
         let gate = Arc::new(Gate::default());
         let memory = MemorySlots::new(&vm, gate.clone());
@@ -52,10 +55,13 @@ impl Platform {
             CoreHost::new(interrupts.clone(), doorbells.clone(), memory, reports.clone(), timer.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         // A kernel that is started directly finds RAM as firmware leaves it; see `create_chips` why this comes first.
-        machine.shadow_ram();
+        if matches!(start.boot, Boot::Kernel { .. }) {
+            machine.shadow_ram();
+        }
         vm.create_chips()?;
         interrupts.connect_lines()?;
-        let vcpus = apic_ids
+        let vcpus = processors
+            .apic_ids
             .iter()
             .map(|id| Vcpu::create(&vm, processors, *id, machine.clone()))
             .collect::<Result<_, _>>()?;

@@ -33,6 +33,7 @@ pub(super) fn set_entry(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
         rip: entry.rip,
         rsi: entry.rsi,
         rbx: entry.rbx,
+        rax: entry.rax,
         rflags: entry.rflags,
         ..Default::default()
     };

@@ -15,6 +15,10 @@ pub struct MachineConfig {
     pub apic_ids: Vec<u8>,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
+    /// The generation id: 128 bits that no other run of a machine has.
+    pub generation: [u8; 16],
+    /// There is a debug exit port.
+    pub debug_exit: bool,
     /// Firmware on the X-bus, lowest address first. None overlaps another.
     pub firmware: Vec<Arc<dyn MemoryChip>>,
 }
@@ -48,10 +52,12 @@ pub enum BuildError {
 pub const MAX_CPUS: u8 = 255;
 
 impl MachineConfig {
-    /// A machine with `cpus` vCPUs, all there from the start, with the APIC ids 0, 1, 2 …
+    /// A machine with `cpus` vCPUs, all there from the start, with the APIC ids 0, 1, 2 …, and nothing beyond what every one
+    /// has.
     #[must_use]
     pub fn new(cpus: u8, address_bits: u8) -> Self {
-        Self { cpus, apic_ids: (0..cpus).collect(), address_bits, firmware: Vec::new() }
+        let apic_ids = (0..cpus).collect();
+        Self { cpus, apic_ids, address_bits, generation: [0; 16], debug_exit: false, firmware: Vec::new() }
     }
 
     /// Checks the limits.

@@ -47,6 +47,8 @@ pub enum PowerEvent {
     Reset(ResetSource),
     /// The guest's kernel panicked, and says so through pvpanic.
     Panicked,
+    /// The guest wrote this to the debug exit port.
+    DebugExit(u8),
 }
 
 /// A doorbell at the place where the guest sees it now: what an ioeventfd is registered with.

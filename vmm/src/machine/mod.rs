@@ -43,7 +43,7 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
+use isa::{DebugExit, DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
 pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
@@ -68,6 +68,7 @@ pub struct Machine {
     isa: Arc<IsaBus>,
     host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
+    fw_cfg: Arc<FwCfg>,
     rtc: Arc<Rtc>,
     timers: Arc<Timers>,
     router: Arc<InterruptRouter>,
@@ -108,10 +109,11 @@ impl Machine {
             .regions()
             .map(|region| MemoryRange { address: region.guest_address, length: region.size })
             .collect();
+        let fw_cfg = Arc::new(FwCfg::new(ram.clone(), config.cpus, &config.apic_ids, &memory));
         let rtc =
             Arc::new(Rtc::new(host.clone(), timers.clone(), IrqLine::new(router.clone(), isa::RTC_IRQ)));
         rtc.describe(&memory, config.cpus);
-        attach_isa_devices(&isa, &config, &ram, &memory, &host, rtc.clone())?;
+        attach_isa_devices(&isa, &config, fw_cfg.clone(), &host, rtc.clone())?;
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
@@ -124,6 +126,7 @@ impl Machine {
             isa,
             host_bridge,
             pm,
+            fw_cfg,
             rtc,
             timers,
             router,
@@ -382,6 +385,17 @@ impl Machine {
         self.follow_ejections();
     }
 
+    /// Gives firmware these files and the ACPI tables. Called once, when every device is in its place.
+    pub fn serve_firmware(self: &Arc<Self>, files: Vec<(String, Vec<u8>)>, boot_menu: bool) {
+        let machine = Arc::downgrade(self);
+        // Nobody selects anything in a machine that is gone.
+        let tables = move || machine.upgrade().map(|machine| machine.firmware_tables()).unwrap_or_default();
+        self.fw_cfg.add_files(files, Box::new(tables));
+        if boot_menu {
+            self.fw_cfg.offer_boot_menu();
+        }
+    }
+
     /// Lets RAM answer everywhere below 1 MiB but at the frame buffer, as firmware leaves it.
     pub fn shadow_ram(&self) {
         let _one_at_a_time = lock(&self.configuring);
@@ -417,8 +431,7 @@ fn port(offset: u64) -> u16 {
 fn attach_isa_devices(
     isa: &IsaBus,
     config: &MachineConfig,
-    ram: &GuestRam,
-    memory: &[MemoryRange],
+    fw_cfg: Arc<FwCfg>,
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
@@ -427,12 +440,15 @@ fn attach_isa_devices(
         Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
-        Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
+        fw_cfg,
         Arc::new(DebugPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {
         isa.attach(device)?;
+    }
+    if config.debug_exit {
+        isa.attach(Arc::new(DebugExit(host.clone())))?;
     }
     Ok(())
 }

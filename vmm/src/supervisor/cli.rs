@@ -14,7 +14,7 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{CpuSpec, DiskSpec, RestartRule, Size, StreamTarget};
+use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -26,6 +26,8 @@ Examples:
       Does this host have what is needed?
   bulkhead run --kernel vmlinuz --initrd initrd.img --memory 1G --disk path=disk.img --rng
       A machine whose serial port is this terminal. Ctrl-A X ends it.
+  bulkhead run --firmware seabios --disk path=disk.img
+      A machine that boots from its disk, as a PC does.
   bulkhead run --name web --kernel vmlinuz --serial attach --disk path=web.img,id=root
       A machine to connect to with `bulkhead console web`; see it with `bulkhead ps web`,
       shut it down with `bulkhead stop web`.";
@@ -38,6 +40,11 @@ Terminal:
 Kernel command line:
   Where --cmdline names no console=, the console that the guest has is added: console=ttyS0 for
   the serial port, or console=hvc0 when there is only --console.
+
+Firmware:
+  With --firmware and without --kernel the machine starts as a PC does: firmware looks for a boot
+  loader on the disks. seabios and ovmf stand for the files of Debian's packages. With a serial
+  port and no --console, SeaBIOS talks on the serial port.
 
 Devices that die:
   A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
@@ -128,7 +135,7 @@ pub enum Command {
 /// Options of `bulkhead run`. Each may also stand in the configuration file.
 #[derive(Debug, Default, Args)]
 pub struct RunArgs {
-    /// Linux kernel: bzImage, or ELF (vmlinux) with a PVH entry
+    /// Kernel: Linux bzImage, ELF (vmlinux) with a PVH entry, or 32-bit ELF with a multiboot header
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM file system
@@ -137,6 +144,27 @@ pub struct RunArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
+    /// Firmware in place of a kernel: seabios, ovmf, or an image; it boots from the disks
+    #[arg(long, value_name = "FILE|seabios|ovmf")]
+    pub firmware: Option<PathBuf>,
+    /// File that keeps the firmware's variables; made when it is not there and --firmware is ovmf
+    #[arg(long, value_name = "FILE")]
+    pub firmware_vars: Option<PathBuf>,
+    /// Ids of the disks that firmware tries, in this order [default: all, in the order of --disk]
+    #[arg(long, value_name = "ID,…")]
+    pub boot_order: Option<BootOrder>,
+    /// Have firmware offer its boot menu
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub boot_menu: Option<Switch>,
+    /// What the machine says it is: uuid, serial, manufacturer, product, version, sku, family
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub smbios: Option<SmbiosSpec>,
+    /// Append what the guest writes to the firmware's debug port (402) to a file
+    #[arg(long, value_name = "FILE")]
+    pub debug_port: Option<PathBuf>,
+    /// Give the guest a port (F4) by which it ends the machine: V written there is exit code 2·V+1
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub debug_exit: Option<Switch>,
     /// Virtual CPUs: how many, how many there may be, and how they sit together [default: 1]
     #[arg(long, value_name = "N[,max=N][,sockets=N][,cores=N][,threads=N]")]
     pub cpus: Option<CpuSpec>,

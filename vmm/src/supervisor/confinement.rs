@@ -13,7 +13,7 @@ use bulkhead_ipc::jail::{Exit, Identity, Layer, Limits, landlock_version};
 use thiserror::Error;
 
 use super::config::confinement::{CgroupChoice, ProcessLimits, UidChoice};
-use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL, Size};
+use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, MachineConfig, RNG, SERIAL, Size};
 use super::process::{Role, describe};
 use super::resources::Disk;
 
@@ -78,6 +78,8 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.rng.then_some(RNG));
     names.extend((config.console != Off).then_some(CONSOLE));
     names.extend((config.serial != Off).then_some(SERIAL));
+    let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
+    names.extend(flash.then_some(FLASH));
     names
 }
 
@@ -197,9 +199,12 @@ impl Confinement {
             _ => OTHER_MEMORY,
         });
         // Every page of guest RAM is charged to the process that touches it first, and that may be any that maps it. A limit
-        // without room for all of it would let the guest have a device killed. The UART maps none.
-        let ram =
-            if role == Role::Uart { 0 } else { config.memory.saturating_add(config.memory / TABLES * 2) };
+        // without room for all of it would let the guest have a device killed. The UART and the flash
+        // chip map none.
+        let ram = match role {
+            Role::Uart | Role::Flash => 0,
+            _ => config.memory.saturating_add(config.memory / TABLES * 2),
+        };
         let rate = |size: Option<Size>| size.map(|size| size.0);
         GroupLimits {
             memory: Some(own.saturating_add(ram)),

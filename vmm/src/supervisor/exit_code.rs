@@ -21,6 +21,8 @@ pub enum ExitCode {
     Forced,
     /// No machine of that name runs, or it did not do what it was asked for in time.
     NoMachine,
+    /// What the guest wrote to the debug exit port: twice the value, and 1.
+    Guest(u8),
     /// Ended by this signal: 128 + its number, as shells count.
     Signal(u8),
 }
@@ -37,6 +39,7 @@ impl ExitCode {
             Self::GuestPanic => 5,
             Self::Forced => 6,
             Self::NoMachine => 7,
+            Self::Guest(code) => code,
             Self::Signal(signal) => 128 | (signal & 0x7f),
         }
     }
@@ -59,6 +62,7 @@ Exit codes:
     5  the guest panicked
     6  the machine was ended by `bulkhead stop --force` or by Ctrl-A X
     7  no machine of that name runs, or it did not end in time
+  odd  with --debug-exit: the guest wrote V to port F4, and the code is 2·V+1
   129, 130, 143  ended by SIGHUP, SIGINT, SIGTERM (128 + number of the signal)";
 
 #[cfg(test)]

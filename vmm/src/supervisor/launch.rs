@@ -4,13 +4,13 @@
 //! `Start` message in its control channel when it gets there. READY and failures arrive in the event loop.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, LinkKind, RngConfig, ToCore,
-    ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
+    RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -23,11 +23,13 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, Resources, Stream};
+use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::smbios::Tables;
 use super::terminal;
 
 /// Device types of the virtio specification, section 5.
@@ -42,6 +44,9 @@ const INFLIGHT_AREA: u64 = 1 << 20;
 const MAX_BLK_QUEUES: u8 = 8;
 /// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
 const BLK_SERIAL: usize = 20;
+
+/// Where kernels look for SMBIOS: the core puts it there when it starts a kernel.
+const SMBIOS: u32 = 0xF_0000;
 
 /// Why a process could not be created.
 #[derive(Debug, Error)]
@@ -97,6 +102,7 @@ enum Plan<'a> {
     Rng(&'a File),
     Console(&'a Stream),
     Uart(&'a Stream),
+    Flash(&'a Variables),
 }
 
 impl<'a> Plan<'a> {
@@ -106,6 +112,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.urandom.as_ref().map(Self::Rng));
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
+        plans.extend(resources.variables.as_ref().map(Self::Flash));
         plans
     }
 
@@ -115,6 +122,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => RNG,
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
+            Self::Flash(_) => FLASH,
         }
     }
 
@@ -124,6 +132,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => Role::Rng,
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
+            Self::Flash(_) => Role::Flash,
         }
     }
 
@@ -134,6 +143,7 @@ impl<'a> Plan<'a> {
             Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY, slot },
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
+            Self::Flash(_) => LinkKind::Flash,
         }
     }
 
@@ -145,6 +155,7 @@ impl<'a> Plan<'a> {
             Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
+            Self::Flash(variables) => Some(variables.size),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -166,6 +177,11 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
+            }),
+            Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
+                file: fds.add(&variables.file),
+                memory: fds.add(&variables.memory),
+                size: variables.size,
             }),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -276,10 +292,10 @@ fn start_core(
         processors: resources.processors.clone(),
         memory_bytes: config.memory,
         huge_pages: config.thp,
-        cmdline: config.cmdline.clone(),
         kvm: fds.add(&resources.kvm),
-        kernel: fds.add(&resources.kernel),
-        initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
+        boot: boot(config, resources, &mut fds),
+        generation: generation().map_err(|source| LaunchError::Io { id: CORE.to_owned(), source })?,
+        debug_exit: config.debug_exit,
         devices: plans
             .iter()
             .zip(links)
@@ -297,13 +313,42 @@ fn start_core(
         // Eventfds for the queues and vectors of each device.
         descriptors: 2048,
         threads: cpus + 16,
-        // The memfds of guest RAM.
-        file_size: Some(config.memory),
+        // The memfds of guest RAM and of firmware.
+        file_size: Some(config.memory.max(MOST_FIRMWARE)),
         ..Limits::default()
     };
     let title = format!("bulkhead-vmm[{}]", config.name);
     let program = Program { file: &resources.core_program, resources, config, arguments: &[title], limits };
     program.start(CORE, Role::Core, &start, &fds)
+}
+
+/// What the first CPU runs.
+fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>) -> Boot {
+    let image = fds.add(&resources.image);
+    match &config.firmware {
+        Some(firmware) => {
+            let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
+            let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
+            let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
+            let files = firmware::files(config, firmware, &disks);
+            Boot::Firmware { image, files, menu: firmware.menu, variables }
+        }
+        None => Boot::Kernel {
+            kernel: image,
+            initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
+            cmdline: config.cmdline.clone(),
+            smbios: Tables::new(config, true).placed(SMBIOS),
+        },
+    }
+}
+
+/// 128 bits that no other machine has: a UUID of version 4.
+fn generation() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut id)?;
+    let [.., version, _, variant, _, _, _, _, _, _, _] = &mut id;
+    (*version, *variant) = (*version & 0x0F | 0x40, *variant & 0x3F | 0x80);
+    Ok(id)
 }
 
 /// A program to be started in a jail.

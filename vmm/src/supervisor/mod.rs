@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod event_loop;
 pub mod events;
 pub mod exit_code;
+mod firmware;
 pub mod heap;
 pub mod history;
 pub mod launch;
@@ -27,6 +28,7 @@ pub mod ps;
 pub mod resources;
 pub mod run;
 pub mod security;
+mod smbios;
 pub mod stop;
 pub mod terminal;
 

@@ -25,6 +25,8 @@ pub enum Role {
     Console,
     /// The serial port.
     Uart,
+    /// The chip with firmware's variables.
+    Flash,
     /// The process that started the others.
     Supervisor,
 }
@@ -38,6 +40,7 @@ impl Role {
             Self::Rng => "rng",
             Self::Console => "console",
             Self::Uart => "uart",
+            Self::Flash => "flash",
             Self::Supervisor => "supervisor",
         }
     }
@@ -56,6 +59,7 @@ impl Role {
             (Self::Console, None) => PolicyName::ConsoleMain,
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
+            (Self::Flash, _) => PolicyName::FlashMain,
         }
     }
 }

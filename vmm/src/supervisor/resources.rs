@@ -4,6 +4,7 @@
 mod added;
 mod slots;
 mod stream;
+mod variables;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -20,6 +21,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
+pub use variables::Variables;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{Confinement, Required};
@@ -28,6 +30,10 @@ use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
+/// Firmware consists of pages, in bytes.
+const FIRMWARE_UNIT: u64 = 4 << 10;
+/// The largest firmware image, in bytes.
+pub const MOST_FIRMWARE: u64 = 8 << 20;
 /// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
@@ -84,6 +90,25 @@ pub enum ResourceError {
         /// Size in bytes.
         size: u64,
     },
+    /// Firmware that can be none.
+    #[error("firmware: '{path}' has {size} bytes; an image has whole pages of 4 KiB, at least one and at most 8 MiB: is it the right file?", path = path.display())]
+    FirmwareSize {
+        /// The image.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
+    /// A file of variables that can be none.
+    #[error("firmware-vars: '{path}' has {size} bytes; such a file has whole blocks of 4 KiB, at least one, and with the image at most 8 MiB: is it the right file?", path = path.display())]
+    VariablesSize {
+        /// The file.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
+    /// A file of variables that somebody else uses.
+    #[error("firmware-vars: '{0}' is locked by another machine or program: stop that first")]
+    VariablesLocked(PathBuf),
     /// A disk without a sector.
     #[error("disk {id}: '{path}' is empty (truncate -s 1G '{path}' makes it 1 GiB long)", path = path.display())]
     DiskEmpty {
@@ -173,10 +198,12 @@ pub struct Disk {
 pub struct Resources {
     /// `/dev/kvm`.
     pub kvm: File,
-    /// The kernel image.
-    pub kernel: File,
+    /// The kernel or firmware image.
+    pub image: File,
     /// The initial RAM file system.
     pub initrd: Option<File>,
+    /// Firmware's variables.
+    pub variables: Option<Variables>,
     /// The disks.
     pub disks: Vec<Disk>,
     /// The PCI slots of the virtio devices.
@@ -206,12 +233,21 @@ impl Resources {
         if config.memory > have {
             return Err(ResourceError::Memory { wanted: config.memory, have });
         }
-        let kernel = open_regular("kernel", &config.kernel)?;
+        let image = match (&config.kernel, &config.firmware) {
+            (_, Some(firmware)) => open_firmware(&firmware.image)?,
+            (kernel, None) => open_regular("kernel", kernel.as_deref().unwrap_or(Path::new("")))?,
+        };
         let initrd = config.initrd.as_deref().map(|path| open_regular("initrd", path)).transpose()?;
         let mut disks: Vec<Disk> = Vec::with_capacity(config.disks.len());
         for disk in &config.disks {
             disks.push(open_disk(disk, &disks)?);
         }
+        let variables = match &config.firmware {
+            Some(firmware) => {
+                variables::open(firmware, image.metadata().map_or(0, |metadata| metadata.len()))?
+            }
+            None => None,
+        };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
         for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
@@ -225,8 +261,9 @@ impl Resources {
         let confinement = Confinement::prepare(config, &disks)?;
         Ok(Self {
             kvm,
-            kernel,
+            image,
             initrd,
+            variables,
             disks,
             slots,
             processors,
@@ -302,6 +339,16 @@ fn open_regular(field: &str, path: &Path) -> Result<File, ResourceError> {
             wanted,
         })
     }
+}
+
+/// Opens a firmware image: whole pages, small enough to lie below 4 GiB and above the APICs.
+fn open_firmware(path: &Path) -> Result<File, ResourceError> {
+    let file = open_regular("firmware", path)?;
+    let size = file.metadata().map_err(|error| open_error("firmware", path, &error))?.len();
+    if size == 0 || size > MOST_FIRMWARE || !size.is_multiple_of(FIRMWARE_UNIT) {
+        return Err(ResourceError::FirmwareSize { path: path.to_owned(), size });
+    }
+    Ok(file)
 }
 
 fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {
@@ -399,6 +446,11 @@ fn open_program(name: &str) -> Result<OwnedFd, ResourceError> {
 /// Opens the log file for appending.
 pub fn open_log(path: &Path) -> Result<File, ResourceError> {
     append("log-file", path)
+}
+
+/// Opens the file for the debug port's output, for appending.
+pub fn open_debug_port(path: &Path) -> Result<File, ResourceError> {
+    append("debug-port", path)
 }
 
 fn append(field: &str, path: &Path) -> Result<File, ResourceError> {

@@ -13,7 +13,7 @@ use super::event_loop::{Environment, EventLoop, signals};
 use super::exit_code::ExitCode;
 use super::launch::LaunchError;
 use super::logs::Log;
-use super::resources::{ResourceError, Resources, open_log};
+use super::resources::{ResourceError, Resources, open_debug_port, open_log};
 use super::terminal;
 
 /// Why a machine was not started, or its supervision failed.
@@ -61,7 +61,9 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
     terminal::restore_on_panic();
     let config = config::resolve(args)?;
     let log_file = config.log.file.as_deref().map(open_log).transpose()?;
-    let log = Log::new(&config.name, config.log.level, config.log.format, log_file);
+    let debug_port = config.debug_port.as_deref().map(open_debug_port).transpose()?;
+    let log =
+        Log::new(&config.name, config.log.level, config.log.format, log_file).with_debug_port(debug_port);
     let server = Server::bind(&config.name)?;
     let mut resources = Resources::open(&config)?;
     let mut environment = Environment::new(server, log)?;

@@ -10,7 +10,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
+    Boot, CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
     Progress, ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -80,7 +80,8 @@ pub fn core() {
     let control = Control::new();
     let (message, fds) = control.recv::<ToCore>();
     let ToCore::Start(start) = message else { panic!("{message:?}") };
-    let CoreStart { cmdline, devices, .. } = start;
+    let CoreStart { boot, devices, .. } = start;
+    let Boot::Kernel { cmdline, .. } = boot else { panic!("not a kernel") };
     jail::set_enforcement(start.enforcement);
     let words: Vec<&str> = cmdline.split_whitespace().collect();
     let at_stop = if words.contains(&"reset-at-stop") { MachineEnd::Reset } else { MachineEnd::PowerOff };
@@ -166,6 +167,10 @@ pub fn device() {
             }
             kept.extend(uart.input.map(|input| fds.take(input).unwrap()));
             PolicyName::UartMain
+        }
+        DeviceConfig::Flash(flash) => {
+            kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
+            PolicyName::FlashMain
         }
     };
     fds.finish().unwrap();

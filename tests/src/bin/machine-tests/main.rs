@@ -10,6 +10,7 @@
 mod bare;
 mod boot;
 mod disk;
+mod firmware;
 mod hotplug;
 mod jail;
 mod lifecycle;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     let groups = [
         boot::cases(),
         disk::cases(),
+        firmware::cases(),
         lifecycle::cases(),
         jail::cases(),
         limits::cases(),

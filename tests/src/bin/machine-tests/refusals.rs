@@ -28,6 +28,23 @@ const fn refusal(
 
 const REFUSALS: &[Refusal] = &[
     refusal("no kernel named", &[], exit::USAGE, &["--kernel"]),
+    refusal("missing firmware", &["--firmware", "@/none"], exit::USAGE, &["none", "no such file"]),
+    refusal("empty firmware", &["--firmware", "@/empty"], exit::USAGE, &["firmware", "empty"]),
+    refusal("firmware of odd size", &["--firmware", "@/odd"], exit::USAGE, &["firmware", "odd", "4 KiB"]),
+    refusal("firmware is a folder", &["--firmware", "@"], exit::USAGE, &["firmware", "directory"]),
+    refusal("firmware and kernel", &["--firmware", "seabios", "--kernel", "%"], exit::USAGE, &["not both"]),
+    refusal(
+        "boot order names no disk",
+        &["--firmware", "seabios", "--disk", "path=@/disk", "--boot-order", "b"],
+        exit::USAGE,
+        &["no disk 'b'", "disk0"],
+    ),
+    refusal(
+        "variables of odd size",
+        &["--firmware", "ovmf", "--firmware-vars", "@/odd"],
+        exit::USAGE,
+        &["firmware-vars", "odd", "4 KiB"],
+    ),
     refusal("missing kernel", &["--kernel", "@/none"], exit::USAGE, &["none", "no such file"]),
     refusal("kernel is a folder", &["--kernel", "@"], exit::USAGE, &["directory"]),
     refusal("not a kernel", &["--kernel", "@/text"], exit::USAGE, &["text", "kernel"]),

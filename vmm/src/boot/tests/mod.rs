@@ -4,6 +4,7 @@ mod bzimage;
 mod elf;
 mod hostile;
 mod make;
+mod multiboot;
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -11,7 +11,6 @@ use acpi_tables::{Aml, AmlSink};
 use super::super::isa::PVPANIC_PORT;
 use super::super::piix3::PIRQRC;
 use super::super::piix4_pm::{APM_CONTROL, GPE0_BLOCK, PCI_HOTPLUG, PM_BLOCK_SIZE, S5_SLEEP_TYPE, SCI_IRQ};
-use super::super::setup::PM_BLOCK;
 use super::super::{SLOTS, irq::swizzle};
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, hotplug};
 
@@ -20,14 +19,18 @@ pub(super) struct Platform<'a> {
     /// The CPUs at the start, and the APIC ids of all that there may be.
     pub(super) cpus: u8,
     pub(super) apic_ids: &'a [u8],
+    /// Where the PM register block is.
+    pub(super) pm_block: u16,
+    /// The window for BARs below 4 GiB, first address; the last is where the APICs begin.
+    pub(super) low_window: u32,
     /// The window for 64-bit BARs, first and last address.
     pub(super) high_window: Option<(u64, u64)>,
     /// There is a UART at 3F8.
     pub(super) serial: bool,
 }
 
-/// The window for BARs below 4 GiB: from where RAM ends at most to where the APICs begin.
-const LOW_WINDOW: (u32, u32) = (0xC000_0000, 0xFEBF_FFFF);
+/// The last address of the window for BARs below 4 GiB.
+const LOW_WINDOW_LAST: u32 = 0xFEBF_FFFF;
 /// The IRQs that a PIRQ may be routed to: those that the MADT calls level triggered, but for the SCI's.
 const LINK_IRQS: [u32; 3] = [5, 10, 11];
 /// PIRQA–D: name of the link device, of its PIRQRC register, and the latter's full path.
@@ -79,6 +82,7 @@ pub(super) fn table(platform: &Platform<'_>) -> Vec<u8> {
     let hot_plug = platform.apic_ids.len() > platform.cpus.into();
     table.append_slice(&bytes(&scope("\\_GPE", &hotplug::events(hot_plug))));
     table.append_slice(&bytes(&soft_off()));
+    table.append_slice(&bytes(&generation()));
     table.as_slice().to_vec()
 }
 
@@ -127,8 +131,8 @@ fn root_resources(platform: &Platform<'_>) -> Raw {
     let mechanism = IO::new(0xCF8, 0xCF8, 1, 8);
     let ports_below = AddressSpace::new_io(0_u16, 0xCF7, None);
     let ports_above = AddressSpace::new_io(0xD00_u16, 0xFFFF, None);
-    let (first, last) = LOW_WINDOW;
-    let low = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let low = AddressSpace::new_memory(uncached, true, platform.low_window, LOW_WINDOW_LAST, None);
     let high = platform.high_window.map(|(first, last)| {
         AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None)
     });
@@ -181,7 +185,7 @@ fn isa_bridge(platform: &Platform<'_>) -> Raw {
         clock(),
         keyboard(),
         panic_device(),
-        motherboard_resources(),
+        motherboard_resources(platform.pm_block),
     ];
     if platform.serial {
         children.push(serial_port());
@@ -215,8 +219,8 @@ fn panic_device() -> Raw {
 }
 
 /// Ports that belong to the chipset: the PM block, APM, GPE0, the registers of PCI hot-plug.
-fn motherboard_resources() -> Raw {
-    let pm = ports(PM_BLOCK, u8::try_from(PM_BLOCK_SIZE).unwrap_or(0));
+fn motherboard_resources(pm_block: u16) -> Raw {
+    let pm = ports(pm_block, u8::try_from(PM_BLOCK_SIZE).unwrap_or(0));
     let apm = ports(APM_CONTROL, 2);
     let gpe0 = ports(GPE0_BLOCK.0, GPE0_BLOCK.1);
     let hotplug = ports(PCI_HOTPLUG.0, PCI_HOTPLUG.1);
@@ -295,6 +299,22 @@ fn cpus(platform: &Platform<'_>) -> Raw {
     let mut children = if hot_plug { hotplug::cpu_registers(platform.apic_ids) } else { Vec::new() };
     children.extend((0..=u8::MAX).zip(platform.apic_ids).map(cpu));
     scope_sb(&children)
+}
+
+/// What [`generation`] has where the address of the generation id belongs, so that a table's builder finds the place.
+pub(super) const GENERATION_PLACE: [u8; 4] = *b"ADGI";
+
+/// `\_SB.VGEN`: the address of the 128 bits that tell this run of the machine from others made from the same state
+/// (Microsoft, "Virtual Machine Generation ID").
+fn generation() -> Raw {
+    let mut address = PackageBuilder::new();
+    // The loader fills in 32 bits: no shorter form of the number.
+    address.add_element(&Raw([&[0x0C], GENERATION_PLACE.as_slice()].concat()));
+    address.add_element(&Zero {});
+    let names =
+        [named("_HID", &"BULK0001"), named("_CID", &"VM_Gen_Counter"), named("_DDN", &"VM_Gen_Counter")];
+    let [hid, cid, ddn] = names;
+    scope_sb(&[device("VGEN", &[hid, cid, ddn, named("ADDR", &address)])])
 }
 
 /// `\_S5`: the sleep type of soft off (section 7.4.2).

@@ -6,7 +6,6 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use super::super::isa::CENTURY_REGISTER;
 use super::super::piix3::RESET_CONTROL_PORT;
 use super::super::piix4_pm::{ACPI_DISABLE, ACPI_ENABLE, APM_CONTROL, GPE0_BLOCK, SCI_IRQ, register};
-use super::super::setup::PM_BLOCK;
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 
 /// A hard reset by RCR.
@@ -18,12 +17,11 @@ const NO_C3: u16 = 1001;
 /// is plugged into it, and a driver would wait for answers.
 const BOOT_ARCH: u16 = 1 << 0 | 1 << 2;
 
-fn port(offset: u64, bits: u8, access: AccessSize) -> GAS {
-    GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(PM_BLOCK).saturating_add(offset))
-}
-
 /// The table. The power button is a fixed one; there is no sleep button, and the RTC cannot wake the machine.
-pub(super) fn table(facs: u32, dsdt: u32) -> FADT {
+pub(super) fn table(facs: u32, dsdt: u32, pm_block: u16) -> FADT {
+    let port = |offset: u64, bits, access| {
+        GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(pm_block).saturating_add(offset))
+    };
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .firmware_ctrl_32(facs)
         .preferred_pm_profile(PmProfile::Unspecified)

@@ -8,9 +8,14 @@ use super::*;
 
 fn tables(cpus: u8) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
-    let config = MachineConfig::new(cpus, 40);
+    let config = MachineConfig { generation: [7; 16], ..MachineConfig::new(cpus, 40) };
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
+    machine.assign_resources();
     machine.acpi_tables()
+}
+
+fn platform(cpus: u8, apic_ids: &[u8], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
+    dsdt::Platform { cpus, apic_ids, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
 }
 
 fn at(tables: &AcpiTables, address: u64) -> &[u8] {
@@ -106,7 +111,7 @@ fn tables_of_the_largest_machine_fit_below_one_mib() {
 fn serial_port_is_described_only_when_it_is_there() {
     let find = |blob: &[u8]| blob.windows(4).any(|name| name == b"COM1");
     assert!(!find(&tables(1).blob));
-    let platform = dsdt::Platform { cpus: 1, apic_ids: &[0], high_window: None, serial: true };
+    let platform = platform(1, &[0], None);
     assert!(find(&dsdt::table(&platform)));
 }
 
@@ -137,8 +142,169 @@ fn iasl_accepts_every_table() {
     assert_eq!(complaints("facs", facs), "");
     let apic_ids: Vec<u8> = (0..255).collect();
     for cpus in [2, 255] {
-        let high_window = Some((1 << 32, (1 << 36) - 1));
-        let platform = dsdt::Platform { cpus, apic_ids: &apic_ids, high_window, serial: true };
+        let platform = platform(cpus, &apic_ids, Some((1 << 32, (1 << 36) - 1)));
         assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
+    }
+}
+
+/// fw_cfg as firmware reads it: the files by name, and what the loader's script makes of them at these addresses.
+mod firmware {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use bulkhead_ipc::memory::Direction;
+
+    use super::super::super::Space;
+    use super::*;
+
+    /// What a DMA request does: read after select, write after select.
+    const READ: u32 = 1 << 1 | 1 << 3;
+    const WRITE: u32 = 1 << 4 | 1 << 3;
+
+    struct Firmware(Arc<Machine>, GuestRam);
+
+    /// Files with their addresses.
+    type Placed = BTreeMap<String, (u64, Vec<u8>)>;
+
+    impl Firmware {
+        fn new() -> Self {
+            let ram = GuestRam::create(4 << 20).unwrap();
+            let config = MachineConfig { generation: [7; 16], ..MachineConfig::new(2, 40) };
+            let machine = Machine::new(config, ram.clone(), Recorder::new()).unwrap();
+            machine.shadow_ram();
+            machine.serve_firmware(vec![("etc/test".to_owned(), vec![1, 2, 3])], true);
+            Self(machine, ram)
+        }
+
+        /// Outcome of a request, with the bytes at its target.
+        fn dma(&self, key: u16, command: u32, data: &[u8]) -> (u32, Vec<u8>) {
+            let request = self.1.view(0x1000, 16, Direction::ReadWrite).unwrap();
+            request.write(0, (u32::from(key) << 16 | command).to_be()).unwrap();
+            request.write(4, u32::try_from(data.len()).unwrap().to_be()).unwrap();
+            request.write(8, 0x2000_u64.to_be()).unwrap();
+            let target = self.1.view(0x2000, data.len() as u64, Direction::ReadWrite).unwrap();
+            target.write_bytes(0, data).unwrap();
+            self.0.write(Space::Port, 0x518, &0x1000_u32.to_be_bytes());
+            let mut bytes = vec![0; data.len()];
+            target.read_bytes(0, &mut bytes).unwrap();
+            (u32::from_be(request.read(0).unwrap()), bytes)
+        }
+
+        /// Key and size of every file.
+        fn directory(&self) -> BTreeMap<String, (u16, usize)> {
+            let (_, bytes) = self.dma(0x19, READ, &[0; 4 + 64 * 16]);
+            let count = u32::from_be_bytes(bytes[..4].try_into().unwrap());
+            let files = bytes[4..].chunks(64).take(count as usize).map(|entry| {
+                let size = u32::from_be_bytes(entry[..4].try_into().unwrap());
+                let name = String::from_utf8_lossy(&entry[8..]).trim_end_matches('\0').to_owned();
+                (name, (u16::from_be_bytes([entry[4], entry[5]]), size as usize))
+            });
+            files.collect()
+        }
+
+        fn file(&self, name: &str) -> Vec<u8> {
+            let (key, size) = self.directory()[name];
+            self.dma(key, READ, &vec![0; size]).1
+        }
+    }
+
+    /// Carries out the script: the files in memory by name, with their addresses, and what is written back.
+    fn link(firmware: &Firmware) -> (Placed, Vec<(String, u64)>) {
+        let (mut placed, mut back) = (Placed::new(), Vec::new());
+        let mut next = 0x10_0000_u64;
+        for entry in firmware.file("etc/table-loader").chunks(128) {
+            let name =
+                |at: usize| String::from_utf8_lossy(&entry[at..at + 56]).trim_end_matches('\0').to_owned();
+            let number = |at: usize| u32_at(entry, at) as usize;
+            match u32_at(entry, 0) {
+                1 => {
+                    next = next.next_multiple_of(number(60) as u64);
+                    let file = firmware.file(&name(4));
+                    let end = next + file.len() as u64;
+                    placed.insert(name(4), (next, file));
+                    next = end;
+                }
+                2 => {
+                    let base = placed[&name(60)].0;
+                    let (at, width) = (number(116), usize::from(entry[120]));
+                    let field = &mut placed.get_mut(&name(4)).unwrap().1[at..at + width];
+                    let mut value = [0; 8];
+                    value[..width].copy_from_slice(field);
+                    let value = u64::from_le_bytes(value) + base;
+                    field.copy_from_slice(&value.to_le_bytes()[..width]);
+                }
+                3 => {
+                    let (at, start, length) = (number(60), number(64), number(68));
+                    let file = &mut placed.get_mut(&name(4)).unwrap().1;
+                    assert_eq!(file[at], 0, "OVMF counts what stands there");
+                    let bytes = &file[start..start + length];
+                    file[at] = bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte));
+                }
+                4 => back.push((name(4), placed[&name(60)].0 + number(120) as u64)),
+                other => panic!("command {other}"),
+            }
+        }
+        (placed, back)
+    }
+
+    #[test]
+    fn the_script_links_what_the_direct_boot_has() {
+        let firmware = Firmware::new();
+        let (placed, back) = link(&firmware);
+        let (address, blob) = placed["etc/acpi/tables"].clone();
+        let (_, rsdp) = placed["etc/acpi/rsdp"].clone();
+        assert_eq!(rsdp.len(), 36);
+        for length in [20, 36] {
+            assert_eq!(rsdp[..length].iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        }
+        // As the other tests look at a direct boot: the RSDP stands before the tables there.
+        let mut tables = AcpiTables { address, rsdp: address, blob };
+        tables.blob[..36].copy_from_slice(&rsdp);
+        let signatures: Vec<&[u8]> = listed(&tables).iter().map(|table| &table[..4]).collect();
+        assert_eq!(signatures, [b"FACP", b"APIC"]);
+        let fadt = listed(&tables)[0];
+        let dsdt = table(&tables, u32_at(fadt, 40).into());
+        assert_eq!(u64_at(fadt, 140), u64::from(u32_at(fadt, 40)));
+        assert_eq!(&at(&tables, u32_at(fadt, 36).into())[..4], b"FACS");
+        let (guid, page) = placed["etc/vmgenid_guid"].clone();
+        let named = dsdt.windows(4).position(|name| name == b"ADDR").unwrap();
+        let pointer = u64::from(u32_at(&dsdt[named..], 8));
+        assert_eq!(page[usize::try_from(pointer - guid).unwrap()..][..16], [7; 16]);
+        assert_eq!(back, [("etc/vmgenid_addr".to_owned(), pointer)]);
+    }
+
+    #[test]
+    fn tables_describe_the_machine_when_they_are_selected() {
+        let firmware = Firmware::new();
+        let pm_block = |firmware: &Firmware| {
+            let (placed, _) = link(firmware);
+            let (address, mut blob) = placed["etc/acpi/tables"].clone();
+            blob[..36].copy_from_slice(&placed["etc/acpi/rsdp"].1);
+            let tables = AcpiTables { address, rsdp: address, blob };
+            u32_at(listed(&tables)[0], 56)
+        };
+        assert_eq!(pm_block(&firmware), 0);
+        let size = firmware.directory()["etc/acpi/tables"].1;
+        for place in [0x600, 0xB000] {
+            firmware.0.write(Space::Port, 0xCF8, &0x8000_0B40_u32.to_le_bytes());
+            firmware.0.write(Space::Port, 0xCFC, &u32::to_le_bytes(place));
+            assert_eq!(pm_block(&firmware), place);
+            assert_eq!(firmware.directory()["etc/acpi/tables"].1, size, "firmware was told the size");
+        }
+    }
+
+    #[test]
+    fn only_the_generation_address_can_be_written_and_only_whole() {
+        let firmware = Firmware::new();
+        let key = |name: &str| firmware.directory()[name].0;
+        let address = key("etc/vmgenid_addr");
+        assert_eq!(firmware.dma(address, WRITE, &[1; 8]).0, 0);
+        assert_eq!(firmware.file("etc/vmgenid_addr"), [1; 8]);
+        assert_eq!(firmware.dma(address, WRITE, &[2; 7]).0, 1);
+        assert_eq!(firmware.dma(address, WRITE, &[2; 9]).0, 1);
+        assert_eq!(firmware.dma(key("etc/test"), WRITE, &[2; 8]).0, 1);
+        assert_eq!(firmware.dma(0xFFFF, WRITE, &[2; 8]).0, 1);
+        assert_eq!(firmware.file("etc/vmgenid_addr"), [1; 8]);
+        assert_eq!(firmware.file("etc/test"), [1, 2, 3]);
     }
 }

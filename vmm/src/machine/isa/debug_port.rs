@@ -1,11 +1,13 @@
-//! The firmware's debug port, 402.
+//! Ports for those who write firmware and kernels: debug port 402, debug exit port F4.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use super::super::host::{Host, PowerEvent};
 use super::super::sync::lock;
 use super::{IsaDevice, PortRange};
 
 const DEBUG: u16 = 0x402;
+const EXIT: u16 = 0xF4;
 /// What the debug port reads, so that firmware finds it.
 const PRESENT: u8 = 0xE9;
 /// A longer line is logged in pieces.
@@ -53,7 +55,7 @@ impl IsaDevice for DebugPort {
                 _ => state.line.push(b'.'),
             }
             if *byte == b'\n' || state.line.len() >= LINE {
-                tracing::debug!(target: "firmware", "{}", String::from_utf8_lossy(&state.line));
+                tracing::info!(target: "firmware", "{}", String::from_utf8_lossy(&state.line));
                 state.line.clear();
             }
         }
@@ -62,4 +64,33 @@ impl IsaDevice for DebugPort {
     fn reset(&self) {
         lock(&self.state).line.clear();
     }
+}
+
+/// The debug exit port: what is written ends the machine, with a code that the writer chooses. For tests.
+pub(in super::super) struct DebugExit(pub(in super::super) Arc<dyn Host>);
+
+impl IsaDevice for DebugExit {
+    fn name(&self) -> &str {
+        "debug exit port"
+    }
+
+    fn ports(&self) -> Vec<PortRange> {
+        vec![PortRange { first: EXIT, count: 4 }]
+    }
+
+    fn width(&self) -> usize {
+        4
+    }
+
+    fn read(&self, _port: u16, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, port: u16, data: &[u8]) {
+        if let (EXIT, [value, ..]) = (port, data) {
+            self.0.power(PowerEvent::DebugExit(*value));
+        }
+    }
+
+    fn reset(&self) {}
 }

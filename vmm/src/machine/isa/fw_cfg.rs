@@ -1,8 +1,8 @@
 //! fw_cfg: how firmware asks the machine what it is. Ports 510 (selector), 511 (data), 514–51B (DMA).
 //!
-//! The interface is that of QEMU's `docs/specs/fw_cfg`, which firmware for this platform expects. Writing items is not supported.
+//! The interface is that of QEMU's `docs/specs/fw_cfg`, which firmware for this platform expects. One item can be written, by DMA.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 
@@ -32,6 +32,9 @@ mod key {
 const ID: u32 = 0b11;
 /// What the DMA address register reads: "QEMU CFG".
 const DMA_SIGNATURE: u64 = 0x5145_4D55_2043_4647;
+/// The file that firmware writes the generation id's address to, and its length.
+pub(in super::super) const GENERATION_ADDRESS: &str = "etc/vmgenid_addr";
+const ADDRESS: usize = 8;
 /// Longest name of a file, its final zero included.
 const NAME: usize = 56;
 
@@ -53,15 +56,24 @@ pub(in super::super) struct MemoryRange {
     pub(in super::super) length: u64,
 }
 
+/// Files that describe the machine as it is, each with its name.
+pub(in super::super) type FirmwareTables = [(&'static str, Vec<u8>); 4];
+/// Makes them.
+pub(in super::super) type MakeTables = Box<dyn Fn() -> FirmwareTables + Send + Sync>;
+
 /// The device.
 pub(in super::super) struct FwCfg {
     state: Mutex<State>,
     ram: GuestRam,
+    tables: OnceLock<MakeTables>,
 }
 
+#[derive(Default)]
 struct State {
     items: Vec<(u16, Vec<u8>)>,
     files: Vec<(String, u16, usize)>,
+    /// Keys of the files that are made when they are selected.
+    tables: Vec<u16>,
     selected: u16,
     position: usize,
     dma_high: u32,
@@ -71,6 +83,18 @@ impl State {
     fn set_item(&mut self, key: u16, data: Vec<u8>) {
         self.items.retain(|(other, _)| *other != key);
         self.items.push((key, data));
+    }
+
+    fn file(&self, name: &str) -> Option<&(String, u16, usize)> {
+        self.files.iter().find(|(other, ..)| other == name)
+    }
+
+    /// Gives a file other contents; its length stays, for firmware has been told it.
+    fn replace_file(&mut self, name: &str, mut data: Vec<u8>) {
+        if let Some(&(_, key, size)) = self.file(name) {
+            data.resize(size, 0);
+            self.set_item(key, data);
+        }
     }
 
     /// What is left of the selected item.
@@ -88,7 +112,7 @@ impl State {
         self.position = self.position.saturating_add(count);
     }
 
-    fn add_file(&mut self, name: &str, data: Vec<u8>) {
+    fn add_file(&mut self, name: &str, data: Vec<u8>) -> u16 {
         let count = u16::try_from(self.files.len()).unwrap_or(u16::MAX);
         let key = key::FIRST_FILE.saturating_add(count);
         self.files.push((name.to_owned(), key, data.len()));
@@ -106,19 +130,22 @@ impl State {
             directory.extend(bytes);
         }
         self.set_item(key::FILE_DIRECTORY, directory);
+        key
     }
 }
 
 impl FwCfg {
-    /// The device of a machine with so many CPUs and these ranges of RAM.
-    pub(in super::super) fn new(ram: GuestRam, cpus: u8, memory: &[MemoryRange]) -> Self {
-        let mut state = State { items: Vec::new(), files: Vec::new(), selected: 0, position: 0, dma_high: 0 };
+    /// The device of a machine with so many CPUs at the start, these APIC ids of all, in ascending order, and these ranges of RAM.
+    pub(in super::super) fn new(ram: GuestRam, cpus: u8, apic_ids: &[u8], memory: &[MemoryRange]) -> Self {
+        let mut state = State::default();
         state.set_item(key::SIGNATURE, b"QEMU".to_vec());
         state.set_item(key::ID, ID.to_le_bytes().to_vec());
         state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
         state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
-        state.set_item(key::MAX_CPUS, u16::from(cpus).to_le_bytes().to_vec());
+        // Not a number of CPUs but one above the last APIC id.
+        let apic_ids = apic_ids.last().map_or(0, |last| u16::from(*last).saturating_add(1));
+        state.set_item(key::MAX_CPUS, apic_ids.to_le_bytes().to_vec());
         let mut e820 = Vec::new();
         for range in memory {
             e820.extend(range.address.to_le_bytes());
@@ -127,7 +154,34 @@ impl FwCfg {
             e820.extend(1_u32.to_le_bytes());
         }
         state.add_file("etc/e820", e820);
-        Self { state: Mutex::new(state), ram }
+        Self { state: Mutex::new(state), ram, tables: OnceLock::new() }
+    }
+
+    /// Adds files for firmware, and those that `tables` makes whenever firmware selects one of them. Called once, with the
+    /// machine complete.
+    pub(in super::super) fn add_files(&self, files: Vec<(String, Vec<u8>)>, tables: MakeTables) {
+        let mut state = lock(&self.state);
+        for (name, data) in files {
+            state.add_file(&name, data);
+        }
+        for (name, data) in tables() {
+            let key = state.add_file(name, data);
+            state.tables.push(key);
+        }
+        state.add_file(GENERATION_ADDRESS, vec![0; ADDRESS]);
+        let _ = self.tables.set(tables);
+    }
+
+    /// Tells firmware to offer its boot menu.
+    pub(in super::super) fn offer_boot_menu(&self) {
+        lock(&self.state).set_item(key::BOOT_MENU, 1_u16.to_le_bytes().to_vec());
+    }
+
+    fn select(&self, state: &mut State, selector: u16) {
+        state.select(selector);
+        if let Some(make) = self.tables.get().filter(|_| state.tables.contains(&state.selected)) {
+            make().into_iter().for_each(|(name, data)| state.replace_file(name, data));
+        }
     }
 
     /// Carries out the DMA request at a guest-physical address and stores its outcome there.
@@ -148,7 +202,7 @@ impl FwCfg {
 
     fn transfer(&self, state: &mut State, control: u32, length: u32, target: u64) -> bool {
         if control & CONTROL_SELECT != 0 {
-            state.select(u16::try_from(control >> 16).unwrap_or(0));
+            self.select(state, u16::try_from(control >> 16).unwrap_or(0));
         }
         let Ok(count) = usize::try_from(length) else { return false };
         if length > MAX_TRANSFER && control & CONTROL_READ != 0 {
@@ -165,11 +219,27 @@ impl FwCfg {
             }
             state.advance(count);
         } else if control & CONTROL_WRITE != 0 {
-            return false;
+            return self.store(state, count, target);
         } else if control & CONTROL_SKIP != 0 {
             state.advance(count);
         }
         true
+    }
+
+    /// Writes to the selected item: only the generation id's address can be, and only as a whole.
+    fn store(&self, state: &mut State, count: usize, source: u64) -> bool {
+        let key = state.file(GENERATION_ADDRESS).map(|(_, key, _)| *key);
+        if (state.position, count) != (0, ADDRESS) || key != Some(state.selected) {
+            return false;
+        }
+        let mut bytes = vec![0; ADDRESS];
+        let view = self.ram.view(source, ADDRESS as u64, Direction::Read);
+        let read = view.and_then(|view| view.read_bytes(0, &mut bytes)).is_ok();
+        if read {
+            state.advance(count);
+            state.set_item(state.selected, bytes);
+        }
+        read
     }
 }
 
@@ -205,7 +275,7 @@ impl IsaDevice for FwCfg {
     fn write(&self, port: u16, data: &[u8]) {
         let mut state = lock(&self.state);
         match (port, data) {
-            (SELECTOR, [low, high]) => state.select(u16::from_le_bytes([*low, *high])),
+            (SELECTOR, [low, high]) => self.select(&mut state, u16::from_le_bytes([*low, *high])),
             (DMA_HIGH, [a, b, c, d]) => state.dma_high = u32::from_be_bytes([*a, *b, *c, *d]),
             (DMA_LOW, [a, b, c, d]) => {
                 let high = u64::from(std::mem::take(&mut state.dma_high)) << 32;
@@ -229,7 +299,7 @@ mod tests {
     fn device() -> (GuestRam, FwCfg) {
         let ram = GuestRam::create(1 << 20).unwrap();
         let memory = [MemoryRange { address: 0, length: 1 << 20 }];
-        (ram.clone(), FwCfg::new(ram, 2, &memory))
+        (ram.clone(), FwCfg::new(ram, 2, &[0, 1, 6], &memory))
     }
 
     fn read(device: &FwCfg, key: u16, count: usize) -> Vec<u8> {
@@ -257,6 +327,7 @@ mod tests {
         assert_eq!(read(&device, key::SIGNATURE, 6), b"QEMU\0\0");
         assert_eq!(read(&device, key::ID, 4), [3, 0, 0, 0]);
         assert_eq!(read(&device, key::NB_CPUS, 2), [2, 0]);
+        assert_eq!(read(&device, key::MAX_CPUS, 2), [7, 0]);
         assert_eq!(read(&device, 0x4242, 2), [0, 0]);
     }
 
@@ -291,7 +362,7 @@ mod tests {
         assert_eq!(dma(&device, &ram, CONTROL_WRITE, 1, 0), CONTROL_ERROR);
         // Far more than any item, although there would be room.
         let large = GuestRam::create(u64::from(MAX_TRANSFER) + (1 << 20)).unwrap();
-        let cfg = FwCfg::new(large.clone(), 1, &[]);
+        let cfg = FwCfg::new(large.clone(), 1, &[0], &[]);
         assert_eq!(dma(&cfg, &large, CONTROL_READ, MAX_TRANSFER + 1, 0x2000), CONTROL_ERROR);
         // The request itself outside of RAM: nothing happens.
         device.write(DMA_HIGH, &u32::MAX.to_be_bytes());

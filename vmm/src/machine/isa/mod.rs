@@ -12,9 +12,9 @@ mod rtc;
 
 pub(super) use bus::{IN_KERNEL_PORTS, IsaBus};
 pub use bus::{IrqLine, IsaDevice, PortRange};
-pub(super) use debug_port::DebugPort;
+pub(super) use debug_port::{DebugExit, DebugPort};
 pub(super) use dma::Dma;
-pub(super) use fw_cfg::{FwCfg, MemoryRange};
+pub(super) use fw_cfg::{FirmwareTables, FwCfg, GENERATION_ADDRESS, MemoryRange};
 pub(super) use i8042::I8042;
 pub(super) use port92::Port92;
 pub(super) use pvpanic::{PORT as PVPANIC_PORT, PvPanic};

@@ -206,6 +206,11 @@ impl Piix4Pm {
         self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.request_removal(index))
     }
 
+    /// Where the register block is, whether or not it is decoded.
+    pub(super) fn block(&self) -> u16 {
+        self.config.get_u16(PMBASE) & 0xFFC0
+    }
+
     /// The power button was pressed and released.
     pub(super) fn press_power_button(&self) {
         let mut state = lock(&self.state);
@@ -288,7 +293,7 @@ impl PciFunction for Piix4Pm {
         let (gpe0, gpe0_length) = GPE0_BLOCK;
         let mut windows = Vec::with_capacity(5);
         if self.config.get_u8(PMREGMISC) & 1 != 0 {
-            windows.push(fixed(WINDOW_PM, self.config.get_u16(PMBASE) & 0xFFC0, PM_BLOCK_SIZE));
+            windows.push(fixed(WINDOW_PM, self.block(), PM_BLOCK_SIZE));
         }
         windows.push(fixed(WINDOW_GPE0, gpe0, gpe0_length.into()));
         windows.push(fixed(WINDOW_APM, APM_CONTROL, 2));

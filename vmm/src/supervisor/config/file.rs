@@ -13,9 +13,11 @@ use bulkhead_ipc::jail::Layer;
 use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
+use super::firmware::{self, BootOrder};
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
+use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
 use super::{CONSOLE, RNG, SERIAL};
@@ -57,6 +59,13 @@ struct File {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: Option<String>,
+    firmware: Option<PathBuf>,
+    firmware_vars: Option<PathBuf>,
+    boot_order: Option<BootOrder>,
+    boot_menu: Option<bool>,
+    smbios: Option<SmbiosSpec>,
+    debug_port: Option<PathBuf>,
+    debug_exit: Option<bool>,
     cpus: Option<CpuSpec>,
     cpu_model: Option<String>,
     memory: Option<Size>,
@@ -122,6 +131,14 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         kernel: file.kernel.map(at),
         initrd: file.initrd.map(at),
         cmdline: file.cmdline,
+        // A bare name is one that Bulkhead knows, or a file here: `./seabios` is the file.
+        firmware: file.firmware.map(|path| if firmware::is_known(&path) { path } else { at(path) }),
+        firmware_vars: file.firmware_vars.map(at),
+        boot_order: file.boot_order,
+        boot_menu: file.boot_menu.map(Switch::from),
+        smbios: file.smbios,
+        debug_port: file.debug_port.map(at),
+        debug_exit: file.debug_exit.map(Switch::from),
         cpus: file.cpus,
         cpu_model: file.cpu_model.map(|model| model_at(base, model)),
         memory: file.memory,
@@ -186,6 +203,13 @@ mod tests {
             console = { target = "attach", restart = "never" }
             serial = "file=out.log"
             name = "web"
+            firmware = "ovmf"
+            firmware-vars = "vars"
+            boot-order = ["root"]
+            boot-menu = true
+            smbios = { serial = "1" }
+            debug-port = "fw.log"
+            debug-exit = false
             restart = { max = 3 }
             hang-deadline = 7
             stall-deadline = 0
@@ -207,6 +231,12 @@ mod tests {
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
         assert_eq!(run.initrd, Some("/boot/initrd".into()));
+        assert_eq!(run.firmware, Some("ovmf".into()));
+        assert_eq!(run.firmware_vars, Some("/etc/vars".into()));
+        assert_eq!(run.boot_order, Some(BootOrder(vec!["root".into()])));
+        assert_eq!((run.boot_menu, run.debug_exit), (Some(Switch::On), Some(Switch::Off)));
+        assert_eq!(run.smbios.unwrap().serial, "1");
+        assert_eq!(run.debug_port, Some("/etc/fw.log".into()));
         assert_eq!(run.memory, Some(Size(1 << 30)));
         assert_eq!(run.serial, Some(StreamTarget::File("/etc/out.log".into())));
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));

@@ -5,23 +5,28 @@ pub mod confinement;
 pub mod cpus;
 pub mod disk;
 pub mod file;
+pub mod firmware;
 pub mod liveness;
 pub mod nearest;
 pub mod restart;
 pub mod size;
+pub mod smbios;
 pub mod stream;
 pub mod table;
 
+use std::mem::take;
 use std::path::PathBuf;
 use std::process;
 
 pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
+pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
 pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
+pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
 
@@ -48,6 +53,8 @@ pub const SERIAL: &str = "serial";
 pub const CONSOLE: &str = "console";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
+/// Name of the chip with firmware's variables among the devices.
+pub const FLASH: &str = "firmware-vars";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -58,14 +65,22 @@ pub const SUPERVISOR: &str = "supervisor";
 pub struct MachineConfig {
     /// Its name.
     pub name: String,
-    /// The kernel image.
-    pub kernel: PathBuf,
+    /// The kernel image, unless there is firmware.
+    pub kernel: Option<PathBuf>,
+    /// The firmware, unless there is a kernel.
+    pub firmware: Option<FirmwareConfig>,
     /// The initial RAM file system.
     pub initrd: Option<PathBuf>,
     /// The complete kernel command line.
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// What the machine says it is.
+    pub smbios: SmbiosSpec,
+    /// A file for what the guest writes to the debug port.
+    pub debug_port: Option<PathBuf>,
+    /// There is a debug exit port.
+    pub debug_exit: bool,
     /// Number of virtual CPUs at the start.
     pub cpus: u8,
     /// All that there may be, and how they sit together.
@@ -131,8 +146,43 @@ pub enum ConfigError {
     #[error(transparent)]
     File(#[from] file::FileError),
     /// No kernel.
-    #[error("no kernel: name one with --kernel FILE or the key 'kernel' of the configuration file")]
+    #[error(
+        "nothing to boot: name a kernel with --kernel FILE (or the key 'kernel' of the configuration file), or firmware with --firmware"
+    )]
     NoKernel,
+    /// Both.
+    #[error("a machine starts a kernel (--kernel) or firmware (--firmware), not both")]
+    KernelAndFirmware,
+    /// An option that means something to firmware alone.
+    #[error("{0} is for firmware: name one with --firmware")]
+    NeedsFirmware(&'static str),
+    /// Options that mean something to a kernel alone.
+    #[error("{0} is for a kernel: firmware's boot loader brings its own")]
+    NeedsKernel(&'static str),
+    /// Firmware by name, which is not there.
+    #[error(
+        "firmware: {name} is not installed ('{path}' of the Debian package {name}): install it or name a file"
+    )]
+    NoSuchFirmware {
+        /// Its name.
+        name: &'static str,
+        /// Where it would be.
+        path: &'static str,
+    },
+    /// A disk that is not there.
+    #[error("boot-order: there is no disk '{id}'; the disks are: {known}")]
+    BootOrder {
+        /// What was given.
+        id: String,
+        /// What there is.
+        known: String,
+    },
+    /// A disk twice.
+    #[error("boot-order: '{0}' is named twice")]
+    BootOrderTwice(String),
+    /// A text for SMBIOS.
+    #[error(transparent)]
+    Smbios(#[from] smbios::SmbiosSpecError),
     /// CPUs that make no machine.
     #[error(transparent)]
     Cpus(#[from] CpuSpecError),
@@ -226,57 +276,65 @@ impl MachineConfig {
 
 /// Puts options and file together (options win) and checks the result.
 pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
-    let file = match args.config.take() {
+    let mut file = match args.config.take() {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
     let log = LogConfig {
         level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
         format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.or(file.log_file),
+        file: args.log_file.take().or(file.log_file.take()),
     };
+    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
+    let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
-        (args.require, args.limits, args.uids, args.cgroup),
-        (file.require, file.limits, file.uids, file.cgroup),
+        (take(&mut args.require), take(&mut args.limits), args.uids.take(), args.cgroup.take()),
+        (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
     );
-    let serial = args.serial.or(file.serial).unwrap_or(StreamTarget::Stdio);
-    let console = args.console.or(file.console).unwrap_or(StreamTarget::Off);
     check_streams(&serial, &console)?;
-    let (cmdline, cmdline_added) = complete(args.cmdline.or(file.cmdline), &serial, &console);
-    if cmdline.contains('\0') {
-        return Err(ConfigError::CmdlineZero);
-    }
-    let disks = if args.disks.is_empty() { file.disks } else { args.disks };
+    let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
-    let mut rules = file.restart;
+    let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
+    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
+    let restart = restart.unwrap_or_default();
+    let mut disks = name_disks(disks, restart)?;
+    let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
+    let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
+        FLASH => !flash,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
-    rules.extend(args.restart);
-    let restart = rules.iter().rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
-    let restart = restart.unwrap_or_default();
-    let mut disks = name_disks(disks, restart)?;
+    rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let restarts = apply(&rules, &mut disks, others.chain(rng.then_some(RNG)).collect())?;
+    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
+    let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
+    smbios.check()?;
+    let (kernel, initrd, (cmdline, cmdline_added)) =
+        direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
         name: check_name("name", name)?,
-        kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
-        initrd: args.initrd.or(file.initrd),
+        kernel,
+        firmware,
+        initrd,
         cmdline,
         cmdline_added,
+        smbios,
+        debug_port: args.debug_port.or(file.debug_port),
+        debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
         cpus,
         topology,
         cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
@@ -330,13 +388,40 @@ fn check_limits(config: &MachineConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What a direct boot starts and how: kernel, initial RAM file system and command line, with what was added to it.
+type DirectBoot = (Option<PathBuf>, Option<PathBuf>, (String, Option<&'static str>));
+
+/// Takes what concerns the kernel out of the options, those of the command line first; firmware has none of it.
+fn direct_boot(
+    args: &mut RunArgs,
+    file: &mut RunArgs,
+    firmware: bool,
+    (serial, console): (&StreamTarget, &StreamTarget),
+) -> Result<DirectBoot, ConfigError> {
+    let initrd = args.initrd.take().or(file.initrd.take());
+    let cmdline = args.cmdline.take().or(file.cmdline.take());
+    let kernel = args.kernel.take().or(file.kernel.take());
+    match firmware {
+        true if initrd.is_some() => Err(ConfigError::NeedsKernel("initrd")),
+        true if cmdline.is_some() => Err(ConfigError::NeedsKernel("cmdline")),
+        true => Ok((None, None, (String::new(), None))),
+        false => {
+            let kernel = kernel.ok_or(ConfigError::NoKernel)?;
+            Ok((Some(kernel), initrd, complete(cmdline, serial, console)?))
+        }
+    }
+}
+
 /// Adds the console that the guest has, where the user named none.
 fn complete(
     given: Option<String>,
     serial: &StreamTarget,
     console: &StreamTarget,
-) -> (String, Option<&'static str>) {
+) -> Result<(String, Option<&'static str>), ConfigError> {
     let mut cmdline = given.unwrap_or_default();
+    if cmdline.contains('\0') {
+        return Err(ConfigError::CmdlineZero);
+    }
     let has_console = cmdline.split_whitespace().any(|word| word.starts_with("console="));
     let added = match (has_console, serial, console) {
         (true, ..) | (false, StreamTarget::Off, StreamTarget::Off) => None,
@@ -347,7 +432,7 @@ fn complete(
         // Before the user's words: what follows `--` there belongs to init.
         cmdline = if cmdline.is_empty() { added.to_owned() } else { format!("{added} {cmdline}") };
     }
-    (cmdline, added)
+    Ok((cmdline, added))
 }
 
 fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), ConfigError> {
@@ -411,7 +496,7 @@ fn apply(
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {

@@ -106,9 +106,41 @@ fn the_command_line_wins_over_the_file() {
     let file = file.display();
     let config = run(&format!("--config {file} --memory 2G --rng=off --disk path=/b")).unwrap();
     assert_eq!((config.cpus, config.memory, config.rng), (2, 2 << 30, false));
-    assert_eq!(config.kernel, folder.path().join("k"));
+    assert_eq!(config.kernel, Some(folder.path().join("k")));
     assert_eq!(config.disks.len(), 1);
     assert_eq!(config.disks.first().unwrap().path, PathBuf::from("/b"));
+}
+
+#[test]
+fn firmware_takes_the_place_of_a_kernel() {
+    let config =
+        run("--firmware /f --disk path=a --disk path=b,id=b --boot-order b,disk0 --boot-menu").unwrap();
+    assert_eq!((config.kernel, config.cmdline.as_str()), (None, ""));
+    let firmware = config.firmware.unwrap();
+    assert_eq!((firmware.image, firmware.menu), ("/f".into(), true));
+    assert_eq!(firmware.order, ["b", "disk0"]);
+    let refusal = |options: &str| run(options).expect_err(options);
+    assert!(refusal("--firmware f --kernel k").contains("not both"));
+    assert!(refusal("--firmware f --initrd i").contains("initrd is for a kernel"));
+    assert!(refusal("--firmware f --cmdline c").contains("cmdline is for a kernel"));
+    assert!(refusal("--kernel k --boot-menu").contains("boot-menu is for firmware"));
+    assert!(refusal("--kernel k --firmware-vars v").contains("firmware-vars is for firmware"));
+    assert!(
+        refusal("--firmware f --disk path=a --boot-order c").contains("no disk 'c'; the disks are: disk0")
+    );
+    assert!(refusal("--firmware f --disk path=a --boot-order disk0,disk0").contains("named twice"));
+}
+
+#[test]
+fn a_kernel_on_the_command_line_wins_over_firmware_in_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.toml");
+    std::fs::write(&file, "firmware='/f'\n").unwrap();
+    let options = format!("--config {}", file.display());
+    assert!(run(&options).unwrap().firmware.is_some());
+    assert!(run(&format!("{options} --kernel k")).unwrap().firmware.is_none());
+    std::fs::write(&file, "kernel='k'\n").unwrap();
+    assert!(run(&format!("{options} --firmware /f")).unwrap().kernel.is_none());
 }
 
 #[test]
@@ -119,6 +151,10 @@ fn the_nearest_policy_counts() {
     let policies: Vec<String> = ["a", "b", RNG, SERIAL].map(|id| config.restart_of(id).to_string()).to_vec();
     assert_eq!(policies, ["always", "4/5", "3/60", "never"]);
     assert_eq!(config.liveness, Liveness::default());
+    let flash = run("--firmware /f --firmware-vars v --restart firmware-vars=never").unwrap();
+    assert_eq!(flash.restart_of(FLASH), RestartPolicy::Never);
+    assert!(process_names(&flash).contains(&FLASH));
+    assert!(refusal("--restart firmware-vars=never").contains("no device"));
     let error = refusal("--rng --restart rgn=never");
     assert!(error.contains("no device 'rgn': did you mean 'rng'?"), "{error}");
     assert!(refusal("--restart console=never").contains("valid: serial"));

@@ -228,10 +228,7 @@ fn huge_pages() -> Check {
     if matches!(chosen, "always" | "within_size" | "advise" | "force") {
         return Check::ok(NAME, found);
     }
-    let kernel = if collapses { ", the kernel's own excepted" } else { "" };
-    let without = format!(
-        "guest memory uses small pages{kernel}, which slows the guest down (echo advise > that file)"
-    );
+    let without = "guest memory that is not loaded at the start uses small pages (echo advise > that file)";
     Check::missing(NAME, found, without)
 }
 

@@ -63,6 +63,8 @@ pub enum End {
     Reset,
     /// The guest panicked.
     Panicked,
+    /// The guest wrote this to the debug exit port.
+    DebugExit(u8),
     /// Something failed, and was reported; with the exit code for it.
     Failed(ExitCode),
     /// This signal came.
@@ -77,6 +79,7 @@ impl End {
         match self {
             Self::PowerOff | Self::Reset => ExitCode::Success,
             Self::Panicked => ExitCode::GuestPanic,
+            Self::DebugExit(value) => ExitCode::Guest(value << 1 | 1),
             Self::Failed(code) => code,
             Self::Signal(number) => ExitCode::Signal(number),
             Self::Forced => ExitCode::Forced,
@@ -88,7 +91,7 @@ impl End {
         match self {
             Self::Reset => config.on_reboot == EndAction::Restart,
             Self::Panicked => config.on_panic == EndAction::Restart,
-            Self::PowerOff | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
+            Self::PowerOff | Self::DebugExit(_) | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
         }
     }
 }

@@ -166,7 +166,8 @@ impl EventLoop<'_> {
     /// A sentence about what the user gave, with the name of the file.
     fn bad_input(&self, input: Input, reason: &str) -> String {
         let (what, file) = match input {
-            Input::Kernel => ("kernel", Some(&self.config.kernel)),
+            Input::Kernel => ("kernel", self.config.kernel.as_ref()),
+            Input::Firmware => ("firmware", self.config.firmware.as_ref().map(|firmware| &firmware.image)),
             Input::Initrd => ("initrd", self.config.initrd.as_ref()),
             Input::Setting => ("", None),
         };
@@ -216,6 +217,10 @@ impl EventLoop<'_> {
             MachineEnd::PowerOff => (End::PowerOff, LogLevel::Info, "the guest powered off".to_owned()),
             MachineEnd::Reset => (End::Reset, LogLevel::Info, "the guest reset the machine".to_owned()),
             MachineEnd::Panicked => (End::Panicked, LogLevel::Error, "the guest panicked".to_owned()),
+            MachineEnd::DebugExit(value) => {
+                let text = format!("the guest wrote {value:#04x} to the debug exit port");
+                (End::DebugExit(*value), LogLevel::Info, text)
+            }
             // Reported by the caller.
             MachineEnd::BadInput { .. } | MachineEnd::Failed(_) => return,
         };

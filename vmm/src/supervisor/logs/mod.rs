@@ -17,10 +17,15 @@ use serde::Serialize;
 use stderr::Stderr;
 
 use super::cli::{LogFormat, LogLevel};
-use super::config::SUPERVISOR;
+use super::config::{CORE, SUPERVISOR};
 
 /// What one wake-up reads from one pipe at most, in bytes, so that a flood from one process does not starve the rest.
 const READ_AT_ONCE: usize = 4096;
+
+/// What the file of the debug port takes in all: the core lets the guest say 1 MiB at each start, and is not trusted with it.
+const DEBUG_PORT_BYTES: usize = 16 << 20;
+/// How the core's lines begin that the guest wrote to the debug port.
+const FIRMWARE: &str = "firmware: ";
 
 impl LogLevel {
     const fn name(self) -> &'static str {
@@ -73,6 +78,8 @@ pub struct Log {
     format: LogFormat,
     sink: Sink,
     dropped: u64,
+    /// The file, and how many bytes it still takes.
+    debug_port: Option<(File, usize)>,
 }
 
 impl Log {
@@ -80,7 +87,24 @@ impl Log {
     pub fn new(machine: &str, level: LogLevel, format: LogFormat, file: Option<File>) -> Self {
         let stderr = || Sink::Stderr(Stderr::new(io::stderr().as_fd()).ok());
         let sink = file.map_or_else(stderr, Sink::File);
-        Self { machine: machine.to_owned(), level, format, sink, dropped: 0 }
+        Self { machine: machine.to_owned(), level, format, sink, dropped: 0, debug_port: None }
+    }
+
+    /// With a file for what the guest writes to the debug port.
+    pub fn with_debug_port(mut self, file: Option<File>) -> Self {
+        self.debug_port = file.map(|file| (file, DEBUG_PORT_BYTES));
+        self
+    }
+
+    /// A line of the debug port. False: there is no file for it.
+    fn firmware(&mut self, line: &str) -> bool {
+        let Some((file, left)) = &mut self.debug_port else { return false };
+        let line = format!("{line}\n");
+        *left = left.saturating_sub(line.len());
+        if *left == 0 || file.write_all(line.as_bytes()).is_err() {
+            self.dropped = self.dropped.saturating_add(1);
+        }
+        true
     }
 
     /// Whether messages of this level are shown.
@@ -193,7 +217,13 @@ impl AsFd for LogPipe {
 
 /// A line of a process. One that does not start with a level (a panic message, output of the C library) is a warning.
 fn pass(line: &str, process: &str, limiter: &mut Limiter, log: &mut Log) {
-    let (level, message) = LogLevel::split(line).unwrap_or((LogLevel::Warn, line));
+    let (mut level, message) = LogLevel::split(line).unwrap_or((LogLevel::Warn, line));
+    if let Some(said) = message.strip_prefix(FIRMWARE).filter(|_| process == CORE) {
+        if log.firmware(said) {
+            return;
+        }
+        level = LogLevel::Debug;
+    }
     if !log.shows(level) {
         return;
     }
@@ -254,6 +284,29 @@ mod tests {
         assert_eq!(value.get("process").unwrap(), "disk0");
         assert_eq!(value.get("level").unwrap(), "error");
         assert_eq!(value.get("message").unwrap(), "blk: \"q\"\\u{1b}[0m");
+    }
+
+    #[test]
+    fn the_debug_port_has_its_own_file_and_cannot_fill_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, port) = (folder.path().join("log"), folder.path().join("port"));
+        let create = |path| Some(File::create(path).unwrap());
+        let log = Log::new("web", LogLevel::Info, LogFormat::Text, create(&path));
+        let mut log = log.with_debug_port(create(&port));
+        let mut limiter = Limiter::new(Instant::now());
+        for process in [CORE, "disk0"] {
+            pass("INFO firmware: SeaBIOS", process, &mut limiter, &mut log);
+        }
+        assert_eq!(fs::read_to_string(&port).unwrap(), "SeaBIOS\n");
+        assert!(fs::read_to_string(&path).unwrap().ends_with("web/disk0: info: firmware: SeaBIOS\n"));
+        let line = format!("INFO firmware: {}", "x".repeat(1000));
+        for _ in 0..2 * DEBUG_PORT_BYTES / 1000 {
+            pass(&line, CORE, &mut limiter, &mut log);
+        }
+        assert!(fs::metadata(&port).unwrap().len() <= DEBUG_PORT_BYTES as u64);
+        log.debug_port = None;
+        pass("INFO firmware: unasked", CORE, &mut limiter, &mut log);
+        assert!(!fs::read_to_string(&path).unwrap().contains("unasked"), "only with --log-level debug");
     }
 
     #[test]
