@@ -1,7 +1,7 @@
 //! Fuzz targets: each takes any bytes, and whatever it does with them must neither panic nor hang.
 //!
 //! A target is a plain function of bytes. `fuzz_targets/` wraps each for libFuzzer (`make fuzz`), [`mutate`] drives each from fixed
-//! seeds in `make test`. Input is either what the parser reads, or a script of small operations that [`script`] takes apart.
+//! seeds in `make test`. Input is either what the parser reads, or a script of small operations that `script` takes apart.
 
 #![expect(clippy::expect_used, reason = "a fuzz target reports by a panic")]
 
