@@ -84,8 +84,11 @@ fn on_small_file_system(context: &Context, small: &Path) -> Outcome {
     Ok(())
 }
 
+/// Turns on a CPU that the heartbeats of [`data_path`]'s 5 s may take, in which the disk serves thousands of requests.
+const MOST_WAKES: u64 = 6;
+
 /// Threads of the core other than vCPUs stay off the CPU while a disk is under load: a thread that is not scheduled makes no
-/// system calls.
+/// system calls. The main thread answers the supervisor's heartbeat, every 2 s, whatever the load.
 fn data_path(context: &Context) -> Outcome {
     let (machine, _) =
         Machine::stock(context, Kernel::Elf, "busy-disk")?.words("bulkhead.seconds=15").data_disk()?;
@@ -109,8 +112,9 @@ fn data_path(context: &Context) -> Outcome {
     context.log(&format!("{requests}\nbefore {before:?}\nafter  {after:?}"));
     for ((name, before), (_, after)) in before.iter().zip(&after) {
         let ran = after - before;
+        let heartbeats = if name == "bulkhead-vmm" { MOST_WAKES } else { 0 };
         ensure!(
-            name.starts_with("vcpu") || ran == 0,
+            name.starts_with("vcpu") || ran <= heartbeats,
             "thread {name} of the core ran {ran} times under disk load"
         );
     }
