@@ -305,9 +305,9 @@ pub struct DoctorArgs {
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
-    /// The device exists, the feature is used.
+    /// There, or used.
     On,
-    /// It does not, it is not.
+    /// Neither.
     Off,
 }
 
