@@ -26,7 +26,7 @@ use thiserror::Error;
 pub use variables::Variables;
 
 use super::config::{CONSOLE, DiskConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size, StreamTarget};
-use super::confinement::{Confinement, Required};
+use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
@@ -154,6 +154,9 @@ pub enum ResourceError {
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
+    /// The same of a device that is added.
+    #[error(transparent)]
+    Added(#[from] AddError),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {

@@ -64,6 +64,9 @@ pub struct DeviceAddArgs {
     /// The virtio console, for `bulkhead console`
     #[arg(long, group = "what")]
     pub console: bool,
+    /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub limit: Option<String>,
 }
 
 /// Options of `bulkhead device remove`.

@@ -14,6 +14,7 @@ use super::recovery::Recovery;
 use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
     CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
 };
@@ -65,7 +66,12 @@ impl EventLoop<'_> {
     }
 
     /// A client wants a device to be added; it is answered when the guest was told, or on an error.
-    pub(super) fn add_device(&mut self, client: u16, request: &AddRequest) -> Result<(), String> {
+    pub(super) fn add_device(
+        &mut self,
+        client: u16,
+        request: &AddRequest,
+        limits: Option<&str>,
+    ) -> Result<(), String> {
         if self.phase != Phase::Running {
             return Err("devices can be added while the machine runs, and it does not".to_owned());
         }
@@ -83,7 +89,12 @@ impl EventLoop<'_> {
                 "the id '{id}' already belongs to another device or process of this machine"
             ));
         }
-        self.resources.add(&device).map_err(|error| error.to_string())?;
+        let limits = match limits {
+            Some(text) => added_limits(&device, text)?,
+            // What was said of a device of this name when the machine was started.
+            None => self.config.confinement.limits.get(id).copied().unwrap_or_default(),
+        };
+        self.resources.add(self.config, &device, limits).map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
@@ -351,6 +362,18 @@ impl EventLoop<'_> {
             }
             self.forget(&change);
         }
+    }
+}
+
+/// The limits that a user gives a device to be added.
+fn added_limits(device: &NewDevice, text: &str) -> Result<ProcessLimits, String> {
+    let id = device.id();
+    let LimitSpec { limits, .. } = format!("{id}:{text}").parse().map_err(|error| format!("{error}"))?;
+    let disk = matches!(device, NewDevice::Disk(_));
+    let misplaced = (limits.has_io() && !disk).then_some("read and write are for disks");
+    match limits.impossible().or(misplaced) {
+        Some(reason) => Err(format!("limit of {id}: {reason}")),
+        None => Ok(limits),
     }
 }
 
