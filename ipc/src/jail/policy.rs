@@ -10,8 +10,10 @@ include!(concat!(env!("OUT_DIR"), "/policies.rs"));
 /// The policies, one for each kind of process and thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PolicyName {
-    /// Core: event loop, control channel, device connections.
+    /// Core: event loop, control channel.
     CoreMain,
+    /// Core: what waits for device processes.
+    CoreDevices,
     /// Core: a vCPU.
     CoreVcpu,
     /// virtio-blk: control channel and vhost-user messages.
@@ -32,8 +34,9 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::CoreMain,
+        Self::CoreDevices,
         Self::CoreVcpu,
         Self::BlkMain,
         Self::BlkQueue,
@@ -66,6 +69,7 @@ impl PolicyName {
     const fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
         match self {
             Self::CoreMain => CORE_MAIN,
+            Self::CoreDevices => CORE_DEVICES,
             Self::CoreVcpu => CORE_VCPU,
             Self::BlkMain => BLK_MAIN,
             Self::BlkQueue => BLK_QUEUE,

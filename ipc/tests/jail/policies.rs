@@ -79,6 +79,7 @@ macro_rules! files {
 const FILES: [(&str, &str); 10] = files![
     "common",
     "core-main",
+    "core-devices",
     "core-vcpu",
     "blk-main",
     "blk-queue",

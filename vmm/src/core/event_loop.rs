@@ -1,9 +1,11 @@
-//! The core's main thread: control messages, successors of device processes, the machine's end, and what device processes
-//! say outside their data path.
+//! The core's main thread: control messages, the machine's end, and what device processes signal outside their data path.
+//! Where it would have to wait for one of them, it leaves the work to the [`device_thread`].
 //!
 //! While a machine is at work this thread sleeps: notifications and interrupts pass it by (ioeventfd, irqfd).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{Descriptors, FromCore, MachineEnd, ToCore};
@@ -12,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::assembly::Core;
+use super::device_thread::{self, Job};
 use super::{CoreError, SEND_DEADLINE};
 
 /// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
@@ -24,11 +27,13 @@ const BATCH: usize = 16;
 /// What the main thread waits for. Made before the process is sealed.
 pub(super) struct EventLoop {
     epoll: Epoll,
+    /// To the thread that waits where this one must not.
+    jobs: Sender<Job>,
 }
 
 impl EventLoop {
-    /// Registers everything that the loop waits for.
-    pub(super) fn new(channel: &Channel, core: &Core) -> Result<Self, CoreError> {
+    /// Registers everything that the loop waits for, and starts the thread that waits for device processes.
+    pub(super) fn new(channel: &Channel, core: &Arc<Core>) -> Result<Self, CoreError> {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
         let add = |fd, token| {
@@ -39,7 +44,7 @@ impl EventLoop {
         for (token, device) in (DEVICES..).zip(&core.virtio) {
             add(device.as_fd(), token)?;
         }
-        Ok(Self { epoll })
+        Ok(Self { epoll, jobs: device_thread::start(core)? })
     }
 
     /// Serves until the machine ends or the supervisor is gone.
@@ -52,7 +57,7 @@ impl EventLoop {
             };
             for event in events.iter().take(count) {
                 match event.data() {
-                    CONTROL => control(channel, core)?,
+                    CONTROL => control(channel, core, &self.jobs)?,
                     REPORTS => {
                         if let Some(end) = send_reports(channel, core)? {
                             // A machine that is off executes nothing more.
@@ -62,8 +67,8 @@ impl EventLoop {
                     }
                     token => {
                         let index = usize::try_from(token.saturating_sub(DEVICES)).unwrap_or(usize::MAX);
-                        if let Some(device) = core.virtio.get(index) {
-                            device.on_event();
+                        if core.virtio.get(index).is_some_and(|device| device.on_event()) {
+                            let _ = self.jobs.send(Job::Request(index));
                         }
                     }
                 }
@@ -83,42 +88,22 @@ fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, Co
     Ok(None)
 }
 
-fn control(channel: &Channel, core: &Core) -> Result<(), CoreError> {
+/// The thread that does the jobs never ends: each send succeeds.
+fn control(channel: &Channel, core: &Core, jobs: &Sender<Job>) -> Result<(), CoreError> {
     match channel.recv(Some(Duration::ZERO)) {
         Ok((ToCore::Stop, _)) => core.machine.press_power_button(),
         Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
             let socket = Descriptors::from(descriptors).take(socket)?;
-            device_replaced(core, &id, socket);
+            let _ = jobs.send(Job::Replace(id, socket));
         }
         Ok((ToCore::DeviceGivenUp { id }, _)) => {
-            core.virtio(&id).inspect(|device| {
-                device.disconnect_backend();
-                device.give_up();
-            });
-            core.registers(&id).inspect(|device| device.give_up());
+            let _ = jobs.send(Job::GiveUp(id));
         }
         Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
         Err(ChannelError::Deadline) => {}
         Err(error) => return Err(error.into()),
     }
     Ok(())
-}
-
-/// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
-fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
-    let (virtio, registers) = (core.virtio(id), core.registers(id));
-    // First the predecessor's connection is closed: what fails from here on is the successor's failure.
-    virtio.inspect(|device| device.disconnect_backend());
-    registers.inspect(|device| device.disconnect());
-    core.reports.device_replaced(id);
-    let result = match (virtio, registers) {
-        (Some(device), _) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
-        (_, Some(device)) => device.replace(socket).map_err(|error| error.to_string()),
-        (None, None) => Err("there is no such device".to_owned()),
-    };
-    if let Err(reason) = result {
-        core.reports.device_failed(id, reason);
-    }
 }
 
 impl AsFd for EventLoop {

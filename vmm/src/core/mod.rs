@@ -4,9 +4,10 @@
 //! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
-//! - `event_loop`: the main thread while the machine runs.
+//! - `event_loop`: the main thread while the machine runs; `device_thread`: the one that waits for device processes.
 
 mod assembly;
+mod device_thread;
 mod devices;
 mod event_loop;
 mod host;
@@ -16,6 +17,7 @@ mod reports;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{Descriptors, FromCore, Input, MachineEnd, ToCore};
@@ -157,7 +159,7 @@ fn run(channel: &Channel) -> Result<MachineEnd, CoreError> {
     let ToCore::Start(start) = message else { return Err(CoreError::NotStarted) };
     log::init(start.log);
     jail::set_enforcement(start.enforcement);
-    let core = Core::assemble(start, Descriptors::from(descriptors))?;
+    let core = Arc::new(Core::assemble(start, Descriptors::from(descriptors))?);
     let events = EventLoop::new(channel, &core)?;
     seal(channel, &core, &events)?;
     core.vcpus.resume();

@@ -106,6 +106,7 @@ fn a_working_back_end_is_stopped_before_it_is_replaced() {
 fn a_back_end_that_cannot_track_requests_in_flight_is_served_without() {
     let scripts = [
         Script { no_inflight: true, ..Script::default() },
+        Script { seals_inflight: false, ..Script::default() },
         Script { refuses: Some(FrontendReq::GET_INFLIGHT_FD), ..Script::default() },
         Script { refuses: Some(FrontendReq::SET_INFLIGHT_FD), ..Script::default() },
     ];
