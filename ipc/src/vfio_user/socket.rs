@@ -8,8 +8,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockType, SockaddrLike, SockaddrStorage,
-    getsockname, getsockopt, recvmsg, send, sendmsg, setsockopt, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockType, SockaddrLike, SockaddrStorage, getsockname,
+    getsockopt, recvmsg, send, sendmsg, setsockopt, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 

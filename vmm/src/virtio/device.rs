@@ -223,7 +223,8 @@ impl VirtioPci {
 
     /// Acts with all that is asked of the back end under one deadline: a vCPU may wait for it, and others for this vCPU.
     pub(super) fn bounded<R>(&self, state: &mut State, act: impl FnOnce(&mut State) -> R) -> R {
-        let bound = |state: &mut State, limit| state.link.iter_mut().for_each(|link| link.frontend.bound(limit));
+        let bound =
+            |state: &mut State, limit| state.link.iter_mut().for_each(|link| link.frontend.bound(limit));
         bound(state, Some(self.settings.patience));
         let result = act(state);
         bound(state, None);

@@ -10,6 +10,7 @@
 mod bare;
 mod boot;
 mod disk;
+mod hostile;
 mod jail;
 mod lifecycle;
 mod refusals;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         lifecycle::cases(),
         jail::cases(),
         bare::cases(),
+        hostile::cases(),
         serial::cases(),
         refusals::cases(),
         restart::cases(),
