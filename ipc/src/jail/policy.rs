@@ -10,6 +10,8 @@ include!(concat!(env!("OUT_DIR"), "/policies.rs"));
 /// The policies, one for each kind of process and thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PolicyName {
+    /// Core: all threads, while the machine is built; the others lie on top of it.
+    CoreSetup,
     /// Core: event loop, control channel.
     CoreMain,
     /// Core: what waits for device processes.
@@ -34,7 +36,8 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
+        Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
         Self::CoreVcpu,
@@ -68,6 +71,7 @@ impl PolicyName {
     /// compile, and a file without a policy leaves a constant unused.
     const fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
         match self {
+            Self::CoreSetup => CORE_SETUP,
             Self::CoreMain => CORE_MAIN,
             Self::CoreDevices => CORE_DEVICES,
             Self::CoreVcpu => CORE_VCPU,

@@ -159,6 +159,8 @@ fn run(channel: &Channel) -> Result<MachineEnd, CoreError> {
     let ToCore::Start(start) = message else { return Err(CoreError::NotStarted) };
     log::init(start.log);
     jail::set_enforcement(start.enforcement);
+    // Before it reads the kernel image, which may be anybody's, and before it hears a device process.
+    jail::enter_setup(PolicyName::CoreSetup)?;
     let core = Arc::new(Core::assemble(start, Descriptors::from(descriptors))?);
     let events = EventLoop::new(channel, &core)?;
     seal(channel, &core, &events)?;
