@@ -51,6 +51,8 @@ pub struct CoreStart {
     pub cpus: u8,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
+    /// Whether guest RAM in use becomes huge pages.
+    pub huge_pages: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// `/dev/kvm`.

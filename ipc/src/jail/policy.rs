@@ -18,6 +18,8 @@ pub enum PolicyName {
     CoreDevices,
     /// Core: a vCPU.
     CoreVcpu,
+    /// Core: the thread that makes huge pages of guest RAM.
+    CoreHugePages,
     /// virtio-blk: control channel and vhost-user messages.
     BlkMain,
     /// virtio-blk: a set of queues.
@@ -36,11 +38,12 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
         Self::CoreVcpu,
+        Self::CoreHugePages,
         Self::BlkMain,
         Self::BlkQueue,
         Self::RngMain,
@@ -75,6 +78,7 @@ impl PolicyName {
             Self::CoreMain => CORE_MAIN,
             Self::CoreDevices => CORE_DEVICES,
             Self::CoreVcpu => CORE_VCPU,
+            Self::CoreHugePages => CORE_HUGE_PAGES,
             Self::BlkMain => BLK_MAIN,
             Self::BlkQueue => BLK_QUEUE,
             Self::RngMain => RNG_MAIN,

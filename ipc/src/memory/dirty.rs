@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use super::log::LogSlot;
+use super::mapping::Mapping;
 use super::{MemoryError, PAGE_SIZE};
 
 const PAGE_SHIFT: u32 = PAGE_SIZE.trailing_zeros();
@@ -28,15 +29,22 @@ pub struct RegionBitmap {
     pages: usize,
     guest_address: u64,
     log: Arc<LogSlot>,
+    /// What the bitmap is about. vm-memory drops a region's bitmap with the region, and unmaps only what it mapped itself.
+    _mapping: Mapping,
 }
 
 impl RegionBitmap {
-    /// A clean bitmap for `size` bytes (a multiple of 4 KiB) at `guest_address`.
-    pub(super) fn new(guest_address: u64, size: u64, log: Arc<LogSlot>) -> Result<Self, MemoryError> {
+    /// A clean bitmap for `size` bytes (a multiple of 4 KiB) at `guest_address`, which keeps their mapping.
+    pub(super) fn new(
+        guest_address: u64,
+        size: u64,
+        log: Arc<LogSlot>,
+        mapping: Mapping,
+    ) -> Result<Self, MemoryError> {
         let out_of_memory = || MemoryError::Create { size, source: io::ErrorKind::OutOfMemory.into() };
         let pages = usize::try_from(size >> PAGE_SHIFT).map_err(|_| out_of_memory())?;
         let words = zeroed_words(pages.div_ceil(64)).ok_or_else(out_of_memory)?;
-        Ok(Self { words, pages, guest_address, log })
+        Ok(Self { words, pages, guest_address, log, _mapping: mapping })
     }
 
     /// Marks the pages of `len` bytes at `offset` in the region. What lies beyond the region is ignored.

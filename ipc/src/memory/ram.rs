@@ -1,17 +1,15 @@
 //! Guest RAM of a machine as this process has it mapped.
 //!
-//! Contains unsafe code: advice to the kernel on a mapping that was just made.
+//! Contains unsafe code: regions are made of mappings that this crate placed itself.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -22,13 +20,15 @@ use vm_memory::{
 use super::attach::{Seals, check_set, map_error};
 use super::dirty::RegionBitmap;
 use super::harvest::{DirtyPages, DirtyRegion};
+use super::huge;
 use super::log::LogSlot;
+use super::mapping::Mapping;
 use super::{Direction, DirtyLog, LentBuffer, LentVector, MemoryError, SharedRegion, View, layout};
 
 /// Guest memory as vm-memory, `virtio-queue` and `linux-loader` see it; its writes mark by themselves.
 pub type GuestMemory = GuestRegionCollection<GuestRegionMmap<RegionBitmap>>;
 
-type Region = GuestRegionMmap<RegionBitmap>;
+pub(super) type Region = GuestRegionMmap<RegionBitmap>;
 
 /// Guest RAM mapped into this process. Cheap to clone; the mappings live as long as a clone does.
 ///
@@ -93,7 +93,7 @@ impl GuestRam {
                 .map_err(|source| MemoryError::Create { size: piece.size, source })?;
             let region = SharedRegion { guest_address: piece.guest_address, size: piece.size, offset: 0, fd };
             let region = map(region, &log)?;
-            want_huge_pages(&region);
+            huge::ask(&region);
             regions.push(Arc::new(region));
         }
         Self::from_regions(regions, log)
@@ -340,41 +340,24 @@ fn sealed_memfd(size: u64) -> io::Result<OwnedFd> {
 fn map(region: SharedRegion, log: &Arc<LogSlot>) -> Result<Region, MemoryError> {
     const WHAT: &str = "guest memory region";
     let SharedRegion { guest_address, size, offset, fd } = region;
-    let bitmap = RegionBitmap::new(guest_address, size, Arc::clone(log))?;
-    let length = usize::try_from(size).map_err(|_| MemoryError::Map {
+    let file = File::from(fd);
+    let mapping = Mapping::new(&file, offset, size, guest_address).map_err(|source| MemoryError::Map {
         what: WHAT,
         size,
-        source: io::ErrorKind::OutOfMemory.into(),
+        source,
     })?;
-    let mapping = MmapRegionBuilder::new_with_bitmap(length, bitmap)
-        .with_file_offset(FileOffset::new(File::from(fd), offset))
+    let (start, length) = (mapping.start(), mapping.length());
+    let bitmap = RegionBitmap::new(guest_address, size, Arc::clone(log), mapping)?;
+    let builder = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+        .with_file_offset(FileOffset::new(file, offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .build()
-        .map_err(|error| map_error(WHAT, size, error))?;
-    #[expect(clippy::disallowed_methods, reason = "advice to the kernel writes nothing")]
-    let start = mapping.as_ptr();
-    if let Some(start) = NonNull::new(start) {
-        // SAFETY: `start` and `length` are exactly the mapping made above, which `mapping` owns; the advice
-        // only keeps it out of core dumps and changes neither its contents nor its life.
-        unsafe { madvise(start.cast(), length, MmapAdvise::MADV_DONTDUMP) }
-            .map_err(|errno| MemoryError::Map { what: WHAT, size, source: errno.into() })?;
-    }
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+    // SAFETY: start and length are those of a mapping that the bitmap keeps, and the region keeps the bitmap.
+    let mapping = unsafe { builder.with_raw_mmap_pointer(start) }.build();
+    let mapping = mapping.map_err(|error| map_error(WHAT, size, error))?;
     GuestRegionMmap::new(mapping, GuestAddress(guest_address)).ok_or(MemoryError::Overflow {
         guest_address,
         size,
         offset,
     })
-}
-
-/// Asks for huge pages, which spare the guest most of its nested page faults. A host gives them to shared memory where
-/// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` or more; elsewhere the advice is without effect.
-fn want_huge_pages(region: &GuestRegionMmap<RegionBitmap>) {
-    #[expect(clippy::disallowed_methods, reason = "advice to the kernel writes nothing")]
-    let start = region.as_ptr();
-    if let Some(start) = NonNull::new(start) {
-        // SAFETY: pointer and size are those of the mapping that `region` owns; the advice changes neither its contents nor
-        // its life.
-        let _refused = unsafe { madvise(start.cast(), region.size(), MmapAdvise::MADV_HUGEPAGE) };
-    }
 }

@@ -77,12 +77,13 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 12] = files![
+const FILES: [(&str, &str); 13] = files![
     "common",
     "core-setup",
     "core-main",
     "core-devices",
     "core-vcpu",
+    "core-huge-pages",
     "blk-main",
     "blk-queue",
     "rng-main",

@@ -15,6 +15,7 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
+use super::huge_pages;
 use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
@@ -49,6 +50,9 @@ impl Core {
         let kvm = descriptors.take(start.kvm)?;
         let Resources { kernel, initrd, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
+        if !start.huge_pages {
+            ram.refuse_huge_pages();
+        }
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
@@ -61,6 +65,9 @@ impl Core {
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         let vcpus = spawn(vcpus, &reports)?;
+        if start.huge_pages {
+            huge_pages::watch(&ram)?;
+        }
         Ok(Self { machine, vcpus, virtio, registers, reports, descriptors: held, _vm: vm })
     }
 }

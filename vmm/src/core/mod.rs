@@ -4,6 +4,7 @@
 //! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
+//! - `huge_pages`: makes huge pages of guest RAM in use;
 //! - `event_loop`: the main thread while the machine runs; `device_thread`: the one that waits for device processes.
 
 mod assembly;
@@ -11,6 +12,7 @@ mod device_thread;
 mod devices;
 mod event_loop;
 mod host;
+mod huge_pages;
 mod platform;
 pub mod register_device;
 mod reports;

@@ -110,6 +110,9 @@ pub struct RunArgs {
     /// Guest memory, such as 512M or 1G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
+    /// Huge pages for guest memory as it comes into use [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub thp: Option<Switch>,
     /// Raw images and block devices.
     #[arg(
         long = "disk",
@@ -195,10 +198,16 @@ pub struct DoctorArgs {
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
-    /// The device exists.
+    /// The device exists, the feature is used.
     On,
-    /// It does not.
+    /// It does not, it is not.
     Off,
+}
+
+impl From<bool> for Switch {
+    fn from(on: bool) -> Self {
+        if on { Self::On } else { Self::Off }
+    }
 }
 
 /// What follows a reboot or a panic of the guest.

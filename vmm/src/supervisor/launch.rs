@@ -243,6 +243,7 @@ fn start_core(
         enforcement: Enforcement::Supervised,
         cpus: config.cpus,
         memory_bytes: config.memory,
+        huge_pages: config.thp,
         cmdline: config.cmdline.clone(),
         kvm: fds.add(&resources.kvm),
         kernel: fds.add(&resources.kernel),

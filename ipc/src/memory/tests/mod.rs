@@ -1,5 +1,6 @@
 //! Tests of the whole layer, by what must hold: exact marks, refusals, the log.
 
+mod huge;
 mod log;
 mod marks;
 mod race;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_tests::harness::{Outcome, Places};
 
-use crate::contenders::{Guest, bulkhead, qemu};
+use crate::contenders::{Guest, Memory, bulkhead, qemu};
 use crate::measure::{self, Stream};
 use crate::table;
 
@@ -100,7 +100,7 @@ fn rows(places: &Places, folder: &Path, rom: &Path) -> Vec<Row> {
         let rom = rom.to_path_buf();
         Box::new(move || {
             // Not `host`: without VMX or SVM, KVM refuses some of the registers that QEMU would pass on.
-            let mut command = qemu(machine, "qemu64", MEMORY);
+            let mut command = qemu(machine, "qemu64", MEMORY, Memory::Private);
             command.arg("-bios").arg(&rom);
             command
         })

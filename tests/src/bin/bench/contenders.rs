@@ -61,7 +61,9 @@ impl Contender {
     fn qemu(self, guest: &Guest<'_>) -> Command {
         let bus = if self == Self::QemuPc { "pci" } else { "device" };
         let options = if bus == "pci" { ",disable-legacy=on" } else { "" };
-        let mut command = qemu(if self == Self::QemuPc { "pc" } else { "microvm" }, "host", guest.memory);
+        let memory = if guest.disk.is_some() { Memory::File } else { Memory::Private };
+        let mut command =
+            qemu(if self == Self::QemuPc { "pc" } else { "microvm" }, "host", guest.memory, memory);
         if let Some(disk) = guest.disk {
             command.args(["-drive", &format!("file={},format=raw,if=none,id=data", disk.display())]);
             command.args(["-device", &format!("virtio-blk-{bus},drive=data{options}")]);
@@ -84,12 +86,24 @@ pub fn bulkhead(places: &Places, guest: &Guest<'_>) -> Command {
     command
 }
 
-/// QEMU with nothing but a serial port; guest memory is a memfd as here, so that it can be told from the rest.
-pub fn qemu(machine: &str, cpu: &str, memory: u32) -> Command {
+/// What QEMU's guest memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// Private memory, its default, which gets huge pages by itself.
+    Private,
+    /// A memfd, which can be told from the rest of the process.
+    File,
+}
+
+/// QEMU with nothing but a serial port.
+pub fn qemu(machine: &str, cpu: &str, size: u32, memory: Memory) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    let machine = format!("{machine},accel=kvm,memory-backend=ram");
-    command.args(["-M", &machine, "-cpu", cpu, "-smp", "1", "-m", &memory.to_string()]);
-    command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
+    let backend = if memory == Memory::File { ",memory-backend=ram" } else { "" };
+    command.args(["-M", &format!("{machine},accel=kvm{backend}"), "-cpu", cpu, "-smp", "1"]);
+    command.args(["-m", &size.to_string()]);
+    if memory == Memory::File {
+        command.args(["-object", &format!("memory-backend-memfd,id=ram,size={size}M,share=on")]);
+    }
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command
 }

@@ -85,7 +85,7 @@ fn on_small_file_system(context: &Context, small: &Path) -> Outcome {
 }
 
 /// Threads of the core other than vCPUs stay off the CPU while a disk is under load: a thread that is not scheduled makes no
-/// system calls.
+/// system calls. The thread that makes huge pages wakes at its own pace, whatever the load.
 fn data_path(context: &Context) -> Outcome {
     let (machine, _) =
         Machine::stock(context, Kernel::Elf, "busy-disk")?.words("bulkhead.seconds=15").data_disk()?;
@@ -110,7 +110,7 @@ fn data_path(context: &Context) -> Outcome {
     for ((name, before), (_, after)) in before.iter().zip(&after) {
         let ran = after - before;
         ensure!(
-            name.starts_with("vcpu") || ran == 0,
+            name.starts_with("vcpu") || name == "huge-pages" || ran == 0,
             "thread {name} of the core ran {ran} times under disk load"
         );
     }

@@ -60,6 +60,8 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory: u64,
+    /// Whether guest memory in use becomes huge pages.
+    pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
     /// Whether there is an entropy device.
@@ -213,6 +215,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cmdline_added,
         cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
+        thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks: name_disks(disks, restart)?,
         rng,
         console,

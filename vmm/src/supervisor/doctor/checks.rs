@@ -8,6 +8,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::ptr;
 
+use bulkhead_ipc::memory::{GuestRam, HUGE_PAGE_SIZE, HugePages};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -147,7 +148,7 @@ fn memfd() -> Check {
 
 /// What makes machines better.
 pub(super) fn optional_checks() -> Vec<Check> {
-    vec![io_uring(), cgroup(), huge_pages(), transparent_huge_pages(), tun(), landlock()]
+    vec![io_uring(), cgroup(), huge_pages(), tun(), landlock()]
 }
 
 fn io_uring() -> Check {
@@ -192,39 +193,15 @@ fn cgroup() -> Check {
     }
 }
 
+/// Guest RAM is shared memory, of which the core makes huge pages by MADV_COLLAPSE.
 fn huge_pages() -> Check {
     const NAME: &str = "huge pages";
-    let text = read("/proc/meminfo").unwrap_or_default();
-    let total = text.lines().find_map(|line| line.strip_prefix("HugePages_Total:")).map_or("0", str::trim);
-    if total == "0" {
-        Check::missing(
-            NAME,
-            "none reserved",
-            "guest memory uses small pages, which costs speed with much memory (sysctl vm.nr_hugepages)",
-        )
+    let sample = GuestRam::create(HUGE_PAGE_SIZE);
+    if sample.is_ok_and(|ram| HugePages::new(&ram).is_some()) {
+        Check::ok(NAME, "MADV_COLLAPSE is there")
     } else {
-        Check::ok(NAME, format!("{total} reserved"))
-    }
-}
-
-/// Guest RAM is shared memory, for which transparent huge pages have a switch of their own (Documentation/admin-guide/mm/transhuge.rst).
-fn transparent_huge_pages() -> Check {
-    const NAME: &str = "huge pages for RAM";
-    const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let text = read(PATH).unwrap_or_default();
-    let chosen = text.split('[').nth(1).and_then(|rest| rest.split(']').next()).unwrap_or("");
-    match chosen {
-        "always" | "within_size" | "advise" | "force" => Check::ok(NAME, format!("{PATH} says {chosen}")),
-        "" => Check::missing(
-            NAME,
-            format!("no {PATH}"),
-            "guest memory uses small pages, which slows the guest down",
-        ),
-        other => Check::missing(
-            NAME,
-            format!("{PATH} says {other}"),
-            "guest memory uses small pages, which slows the guest down (echo advise > that file)",
-        ),
+        let without = "guest memory uses small pages, which slows the guest down (Linux 6.1 with transparent huge pages)";
+        Check::missing(NAME, "no MADV_COLLAPSE", without)
     }
 }
 

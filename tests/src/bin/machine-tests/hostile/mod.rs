@@ -161,6 +161,7 @@ impl Rig {
             cpus: 1,
             memory_bytes: RAM,
             cmdline: String::new(),
+            huge_pages: false,
             kvm: FdIndex(0),
             kernel: FdIndex(1),
             initrd: None,
