@@ -1,4 +1,4 @@
-//! Receiving from a stream socket with the descriptors that come along.
+//! Receiving from a socket with the descriptors that come along.
 //!
 //! Every descriptor that the kernel installs is owned or closed here, also those of a message whose control data was cut: a
 //! hostile peer must not be able to fill this process's descriptor table.
@@ -26,14 +26,19 @@ pub(crate) struct Received {
     pub lost: bool,
 }
 
-/// Receives what is there, without waiting. Of more than `limit` descriptors the rest are counted and closed.
+/// Receives what is there, without waiting, with further `flags`. Of more than `limit` descriptors the rest are counted and closed.
 ///
 /// # Errors
 /// Those of recvmsg(2), EAGAIN among them.
-pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], limit: usize) -> Result<Received, Errno> {
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    limit: usize,
+    flags: RecvFlags,
+) -> Result<Received, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)
         .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
     let lost = message.flags.contains(ReturnFlags::CTRUNC);

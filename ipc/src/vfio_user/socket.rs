@@ -12,6 +12,7 @@ use nix::sys::socket::{
     getsockopt, recvmsg, send, sendmsg, setsockopt, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use rustix::net::RecvFlags;
 
 use super::error::Fault;
 use crate::rights;
@@ -139,7 +140,7 @@ impl Socket {
 
     /// Receives what is there with its descriptors, without waiting.
     pub fn receive_now(&self, buffer: &mut [u8]) -> Result<Received, Fault> {
-        let received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS) {
+        let received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS, RecvFlags::empty()) {
             Ok(received) => received,
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Received::Nothing),
             Err(Errno::ECONNRESET) => return Ok(Received::Closed),

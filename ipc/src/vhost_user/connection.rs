@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use thiserror::Error;
 
 use super::deadline::Deadline;
@@ -294,7 +294,7 @@ impl Connection {
         buffer: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
     ) -> Result<Result<usize, Errno>, ConnectionError> {
-        let mut received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS) {
+        let mut received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS, RecvFlags::empty()) {
             Ok(received) => received,
             Err(errno) => return Ok(Err(errno)),
         };
