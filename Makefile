@@ -39,6 +39,7 @@ sanitize: packages ## unit tests of the unsafe code in ipc/ under AddressSanitiz
 machine: build guest ## whole machines: bare payloads here, stock guests in the lab if needed; CASES="word…" selects
 	mkdir -p build/machine-tests
 	status=0; \
+	$(if $(CASES),,$(RELEASE)/attack || status=1;) \
 	$(RELEASE)/machine-tests --bare $(CASES) || status=1; \
 	tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
 	exit $$status

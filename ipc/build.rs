@@ -1,9 +1,14 @@
 //! Compiles `seccomp-policies/*.json` into BPF programs that `jail::policy` embeds, and the table of system call names.
 //!
 //! A policy is one file in seccompiler's format with a single entry, named like the file. `common.json` holds the rules that
-//! every policy shares; it is merged into each. A policy may include others (`includes`). The build fails, with file and rule, when a rule has no reason (`comment`), when
-//! a system call is both allowed as a whole and with restricted arguments, or when an action is not the expected one.
+//! every policy shares; it is merged into each. A policy may include others (`includes`). The build fails, with file and rule,
+//! when a rule has no reason (`comment`), when a system call is both allowed as a whole and with restricted arguments, when an
+//! argument that chooses what a call does is not restricted (`build/selectors.rs`), or when an action is not the expected one.
+//!
+//! One key is ours: `unseen` says why no workload of the tests shows the rule's use; `unused-rules` reads it.
 
+#[path = "build/selectors.rs"]
+mod selectors;
 #[path = "build/shorten.rs"]
 mod shorten;
 
@@ -27,6 +32,7 @@ fn main() -> Outcome<()> {
     println!("cargo::rerun-if-changed={}", folder.display());
     println!("cargo::rerun-if-changed=src/jail/syscalls-x86_64.txt");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build/selectors.rs");
     println!("cargo::rerun-if-changed=build/shorten.rs");
     let target = env::var("OUT_DIR")?;
     let common = rules(folder, COMMON)?;
@@ -98,8 +104,15 @@ fn rules(folder: &Path, name: &str) -> Outcome<Vec<Value>> {
         if reason.trim().len() < 8 {
             return Err(format!("{shown}: rule {number} ({syscall}) has no reason in \"comment\"").into());
         }
+        if let Some(fault) = selectors::fault(name, rule) {
+            return Err(format!("{shown}: rule {number} ({syscall}): {fault}").into());
+        }
     }
-    Ok(rules.clone())
+    let mut rules = rules.clone();
+    for rule in rules.iter_mut().filter_map(Value::as_object_mut) {
+        rule.remove("unseen");
+    }
+    Ok(rules)
 }
 
 /// Number of different system calls; refuses rules that make each other pointless.

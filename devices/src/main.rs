@@ -8,7 +8,7 @@ use std::time::Duration;
 use bulkhead_devices::serve::{self, ServeError};
 use bulkhead_devices::standalone::{self, StandaloneError};
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::channel::message::{Descriptors, ToDevice};
+use bulkhead_ipc::channel::message::{Descriptors, PROTOCOL, ToDevice};
 use bulkhead_ipc::jail;
 use bulkhead_ipc::log::{self, LogLevel};
 use tracing::error;
@@ -24,12 +24,18 @@ const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart
        bulkhead-device blk --socket-path PATH --blk-file FILE [--read-only] [--serial TEXT] [--num-queues N] [--block-size 512|4096]
        bulkhead-device rng --socket-path PATH
        bulkhead-device console --socket-path PATH
-         as a service for any vhost-user front end";
+         as a service for any vhost-user front end
+       bulkhead-device --version";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let kind = arguments.next().unwrap_or_default();
     let rest: Vec<String> = arguments.collect();
+    if kind == "--version" {
+        // `bulkhead device upgrade` reads this.
+        println!("bulkhead-device {} (control protocol {PROTOCOL})", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
     if kind.is_empty() || kind.starts_with('-') {
         eprintln!("{USAGE}");
         return ExitCode::from(EXIT_USAGE);

@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{
+    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, ToDevice,
+};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
@@ -120,7 +122,12 @@ pub fn run(
     channel: &Channel,
 ) -> Result<(), ServeError> {
     match prepare(started, start, descriptors, channel) {
-        Ok(Prepared::Virtio(mut daemon, console)) => serve(&mut daemon, channel, console.as_ref()),
+        Ok(Prepared::Virtio(mut daemon, console)) => {
+            serve(&mut daemon, channel, console.as_ref())?;
+            // The workers say their last.
+            drop(daemon);
+            leave(channel, &[], &console.map_or_else(Vec::new, |console| console.left()))
+        }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
@@ -135,6 +142,23 @@ pub fn run(
 /// The supervisor does not listen.
 pub fn refuse(channel: &Channel, reason: String) -> Result<(), ChannelError> {
     channel.send_within(&FromDevice::Failed(reason), &[], FAREWELL_LIMIT)
+}
+
+/// The most bytes of one direction in one message.
+const LEFT_AT_ONCE: usize = 24 << 10;
+
+/// Leaves to a successor what would be lost with this process. Without a supervisor that listens there is none.
+pub(crate) fn leave(channel: &Channel, input: &[u8], output: &[u8]) -> Result<(), ServeError> {
+    let input = input.chunks(LEFT_AT_ONCE).map(|input| Left { input: input.to_vec(), output: Vec::new() });
+    let output = output.chunks(LEFT_AT_ONCE);
+    for left in input.chain(output.map(|output| Left { input: Vec::new(), output: output.to_vec() })) {
+        match channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT) {
+            Ok(()) => {}
+            Err(ChannelError::PeerClosed) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Builds the device, seals the process and answers `Ready`.
@@ -238,7 +262,7 @@ fn control_message(
     };
     match (message, console) {
         (ToDevice::Stop, _) => return Ok(false),
-        (ToDevice::Ping, _) => channel.send(&FromDevice::Alive, &[])?,
+        (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
         (ToDevice::Attach, Some(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
             Ok([stream]) => {
                 console.attach(stream);
@@ -248,6 +272,10 @@ fn control_message(
                 warn!(descriptors = descriptors.len(), "an attach message needs one descriptor")
             }
         },
+        (ToDevice::Take(left), Some(console)) => {
+            console.take(left.output);
+            daemon.wake_workers();
+        }
         (ToDevice::Resize { columns, rows }, Some(console)) => {
             console.resize(columns, rows);
             daemon.config_changed();

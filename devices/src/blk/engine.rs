@@ -273,3 +273,50 @@ impl Drop for Engine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What came of one entry, as an errno.
+    fn refused(engine: &mut Engine, entry: squeue::Entry) -> i32 {
+        engine.push(entry.user_data(7)).unwrap();
+        engine.enter(true).unwrap();
+        let completion = engine.uring.completion().next().unwrap();
+        assert_eq!(completion.user_data(), 7);
+        -completion.result()
+    }
+
+    #[test]
+    fn a_ring_does_nothing_that_its_policy_would_not() {
+        let disk = tempfile::tempfile().unwrap();
+        let mut engine = Engine::new(&disk).unwrap();
+        let (path, cwd) = (c"/etc/passwd".as_ptr(), types::Fd(libc::AT_FDCWD));
+        let message = nothing();
+        let socket = types::Fd(0);
+        for entry in [
+            opcode::OpenAt::new(cwd, path).build(),
+            opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+            opcode::Connect::new(socket, std::ptr::null(), 0).build(),
+            opcode::Accept::new(socket, std::ptr::null_mut(), std::ptr::null_mut()).build(),
+            opcode::SendMsg::new(socket, &raw const message).build(),
+            opcode::Send::new(socket, path.cast(), 1).build(),
+            opcode::UnlinkAt::new(cwd, path).build(),
+            opcode::MkDirAt::new(cwd, path).build(),
+            opcode::Read::new(DISK, path.cast_mut().cast(), 0).build(),
+            opcode::Nop::new().build(),
+            // Allowed, but not with these flags.
+            opcode::Fsync::new(DISK).build().flags(squeue::Flags::ASYNC),
+        ] {
+            assert_eq!(refused(&mut engine, entry), libc::EACCES);
+        }
+        assert_eq!(refused(&mut engine, opcode::Fsync::new(DISK).build()), 0);
+        let more = engine.uring.submitter().register_files_update(0, &[0]).unwrap_err();
+        assert_eq!(more.raw_os_error(), Some(libc::EACCES));
+    }
+
+    fn nothing() -> libc::msghdr {
+        // SAFETY: plain data, for which zero means "nothing".
+        unsafe { std::mem::zeroed() }
+    }
+}

@@ -360,7 +360,8 @@ impl BlkQueue {
                     self.done(slot, result)?;
                 }
                 Event::Ready { watch, ended } => {
-                    any |= watch == self.kick;
+                    // The control thread wakes a queue whose notification may have been lost.
+                    any |= watch == self.kick || watch == WAKE;
                     if ended {
                         self.renew(watch)?;
                     }
@@ -526,6 +527,10 @@ impl QueueWorker for BlkQueue {
             engine.forget_memory();
         }
         self.ring.take()
+    }
+
+    fn waits_for_host(&self) -> bool {
+        self.engine.as_ref().is_some_and(|engine| engine.busy() > 0)
     }
 
     fn turn(&mut self) -> io::Result<()> {

@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::memory::Direction;
@@ -37,24 +37,33 @@ const LAST_OUTPUT: Duration = Duration::from_millis(500);
 pub struct Console {
     /// Columns in the low half, rows in the high half.
     size: Arc<AtomicU32>,
-    peers: Sender<End>,
+    arrivals: Sender<Arrival>,
+    left: Arc<Mutex<Vec<u8>>>,
     /// What the worker will own.
-    stream: Option<(Peer, Receiver<End>)>,
+    stream: Option<(Peer, Receiver<Arrival>)>,
+}
+
+/// What comes by the control channel.
+enum Arrival {
+    Peer(End),
+    /// What the guest said to a predecessor.
+    Said(Vec<u8>),
 }
 
 impl Console {
     /// A console with its first peer and the size of its terminal.
     pub fn new(first: Ends, size: Option<(u16, u16)>) -> Self {
-        let (peers, arrivals) = channel();
+        let (sender, arrivals) = channel();
         let (columns, rows) = size.unwrap_or((80, 24));
-        let console = Self { size: Arc::default(), peers, stream: Some((Peer::new(first), arrivals)) };
+        let stream = Some((Peer::new(first), arrivals));
+        let console = Self { size: Arc::default(), arrivals: sender, left: Arc::default(), stream };
         console.controller().resize(columns, rows);
         console
     }
 
     /// A handle for the control channel's messages.
     pub fn controller(&self) -> Controller {
-        Controller { size: self.size.clone(), peers: self.peers.clone() }
+        Controller { size: self.size.clone(), arrivals: self.arrivals.clone(), left: self.left.clone() }
     }
 }
 
@@ -62,13 +71,24 @@ impl Console {
 #[derive(Clone, Debug)]
 pub struct Controller {
     size: Arc<AtomicU32>,
-    peers: Sender<End>,
+    arrivals: Sender<Arrival>,
+    left: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Controller {
     /// A stream takes the place of the present peer.
     pub fn attach(&self, stream: OwnedFd) {
-        let _ = self.peers.send(End::new(stream));
+        let _ = self.arrivals.send(Arrival::Peer(End::new(stream)));
+    }
+
+    /// What the guest said to a predecessor and nobody has read.
+    pub fn take(&self, said: Vec<u8>) {
+        let _ = self.arrivals.send(Arrival::Said(said));
+    }
+
+    /// What the guest said and nobody has read, once the worker has ended.
+    pub fn left(&self) -> Vec<u8> {
+        std::mem::take(&mut self.left.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The terminal has another size.
@@ -94,9 +114,14 @@ impl VirtioDevice for Console {
         0
     }
 
+    fn serves_at_once(&self, queue: u16) -> bool {
+        usize::from(queue) != RECEIVE
+    }
+
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let Some((peer, arrivals)) = self.stream.take() else { return Vec::new() };
-        let port = Port { peer, arrivals, receive: Chain::new(), transmit: Chain::new(), sending: None };
+        let (receive, transmit, left) = (Chain::new(), Chain::new(), self.left.clone());
+        let port = Port { peer, arrivals, left, receive, transmit, sending: None, taken: Vec::new() };
         vec![Box::new(PollWorker::new(port, 2))]
     }
 
@@ -114,14 +139,24 @@ impl VirtioDevice for Console {
 /// Port 0, served by the worker.
 struct Port {
     peer: Peer,
-    arrivals: Receiver<End>,
+    arrivals: Receiver<Arrival>,
+    left: Arc<Mutex<Vec<u8>>>,
     receive: Chain,
     transmit: Chain,
     /// Of the request in `transmit`: segment, and bytes of it already taken.
     sending: Option<(usize, u32)>,
+    /// Requests that are taken and may not be written yet: they are not finished before, so that a successor would write
+    /// them again.
+    taken: Vec<u16>,
 }
 
 impl Port {
+    /// Writes what was taken, as far as the peer takes it, and finishes the requests. What it has no room for waits here.
+    fn flush(&mut self, ring: &mut Vring) {
+        self.peer.flush();
+        self.taken.drain(..).for_each(|head| ring.finish(head, 0));
+    }
+
     /// Guest to peer. True: there is more.
     fn transmit(&mut self, ring: &mut Vring) -> bool {
         let mut budget = BATCH;
@@ -129,13 +164,20 @@ impl Port {
         loop {
             while self.sending.is_some() || ring.next(&mut self.transmit) {
                 match self.send(ring) {
-                    Ok(true) => ring.finish(self.transmit.head(), 0),
+                    Ok(true) => {
+                        self.taken.push(self.transmit.head());
+                        if self.peer.waiting() >= TOGETHER {
+                            self.flush(ring);
+                        }
+                    }
                     Ok(false) => {
                         // No room: an event of the peer, or its patience, brings us back.
+                        self.flush(ring);
                         ring.signal();
                         return false;
                     }
                     Err(error) => {
+                        self.flush(ring);
                         ring.fail(&error);
                         ring.finish(self.transmit.head(), 0);
                     }
@@ -143,12 +185,12 @@ impl Port {
                 self.sending = None;
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
-                    self.peer.flush();
+                    self.flush(ring);
                     ring.signal();
                     return true;
                 }
             }
-            self.peer.flush();
+            self.flush(ring);
             ring.signal();
             if !ring.enable_kicks() {
                 return false;
@@ -231,8 +273,11 @@ impl Port {
 
 impl QueueHandler for Port {
     fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next> {
-        while let Ok(stream) = self.arrivals.try_recv() {
-            self.peer.attach(stream);
+        while let Ok(arrival) = self.arrivals.try_recv() {
+            match arrival {
+                Arrival::Peer(stream) => self.peer.attach(stream),
+                Arrival::Said(bytes) => self.peer.say(&bytes),
+            }
         }
         self.peer.woken();
         self.peer.expire(Instant::now());
@@ -254,6 +299,10 @@ impl QueueHandler for Port {
         })
     }
 
+    fn waits_for_host(&self) -> bool {
+        self.sending.is_some()
+    }
+
     fn release(&mut self, ring: &mut Vring) {
         if usize::from(ring.index()) == TRANSMIT && self.sending.take().is_some() {
             // What the peer has no room for now is lost; the ring must not wait for it.
@@ -266,5 +315,6 @@ impl QueueHandler for Port {
 impl Drop for Port {
     fn drop(&mut self) {
         self.peer.finish(LAST_OUTPUT);
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = self.peer.take_waiting();
     }
 }

@@ -91,6 +91,11 @@ impl Backlog {
         }
     }
 
+    /// All bytes that wait.
+    pub fn take_all(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes).into()
+    }
+
     /// The reader would take nothing at `now`.
     pub fn refused(&mut self, now: Instant) {
         if self.reader == Reader::Present && self.room() == 0 {

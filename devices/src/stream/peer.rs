@@ -202,6 +202,11 @@ impl Peer {
         self.backlog.len()
     }
 
+    /// Takes what waits for a reader away.
+    pub fn take_waiting(&mut self) -> Vec<u8> {
+        self.backlog.take_all()
+    }
+
     /// Writes what waits, as far as the peer takes it without blocking.
     pub fn flush(&mut self) {
         loop {

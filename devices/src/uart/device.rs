@@ -68,6 +68,11 @@ impl UartDevice {
         self.update();
     }
 
+    /// Takes the characters away that the guest has not read.
+    pub fn take_received(&mut self) -> Vec<u8> {
+        self.uart.take_received()
+    }
+
     /// Whether a character timeout is running.
     pub fn timeout_armed(&self) -> bool {
         self.uart.timeout_armed()

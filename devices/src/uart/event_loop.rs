@@ -1,9 +1,10 @@
 //! The one thread of a UART process.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{FromDevice, ToDevice};
+use bulkhead_ipc::channel::message::{FromDevice, Progress, ToDevice};
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::vfio_user::{Connection, Served};
 use nix::errno::Errno;
@@ -39,6 +40,8 @@ pub struct EventLoop<'a> {
     device: UartDevice,
     channel: &'a Channel,
     timeout_at: Option<Instant>,
+    /// Characters that a predecessor had received and the guest had not read.
+    inherited: VecDeque<u8>,
 }
 
 impl<'a> EventLoop<'a> {
@@ -55,7 +58,7 @@ impl<'a> EventLoop<'a> {
                 .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
                 .map_err(UartError::system("epoll_ctl"))?;
         }
-        Ok(Self { epoll, connection, device, channel, timeout_at: None })
+        Ok(Self { epoll, connection, device, channel, timeout_at: None, inherited: VecDeque::new() })
     }
 
     /// Asks the scheduler not to interrupt the vCPU for each posted write where both share a CPU (SCHED_BATCH, sched(7)): the
@@ -98,6 +101,12 @@ impl<'a> EventLoop<'a> {
         self.device.line.finish(FINAL_FLUSH);
         self.device.pump();
         self.device.line.flush();
+        // What was not read in time the core has, too, and sends to a successor.
+        self.device.publish_delivered();
+        if result.is_ok() {
+            let unread = self.device.take_received().into_iter().chain(self.inherited).collect::<Vec<_>>();
+            let _no_successor = crate::serve::leave(self.channel, &unread, &[]);
+        }
         result
     }
 
@@ -149,8 +158,9 @@ impl<'a> EventLoop<'a> {
                     tracing::warn!("Attach without exactly one descriptor is ignored");
                 }
             }
-            ToDevice::Ping => self.channel.send(&FromDevice::Alive, &[])?,
+            ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
+            ToDevice::Take(left) => self.inherited.extend(left.input),
             ToDevice::Resize { .. } => {}
             ToDevice::Start(_) => tracing::warn!("a second Start is ignored"),
         }
@@ -167,6 +177,15 @@ impl<'a> EventLoop<'a> {
             woken = false;
             let mut bytes = [0; DEPTH];
             let room = self.device.receive_room().min(DEPTH);
+            if !self.inherited.is_empty() {
+                let count = room.min(self.inherited.len());
+                let inherited: Vec<u8> = self.inherited.drain(..count).collect();
+                self.device.receive(&inherited, count < room);
+                if count == 0 {
+                    return;
+                }
+                continue;
+            }
             let Some(input) = self.device.line.ready_input() else { return };
             let space = bytes.get_mut(..room).unwrap_or_default();
             if space.is_empty() {

@@ -169,6 +169,11 @@ impl Uart16550 {
         !self.loopback() && self.receive.len().saturating_mul(2) <= self.depth()
     }
 
+    /// Takes the characters away that the guest has not read.
+    pub fn take_received(&mut self) -> Vec<u8> {
+        std::iter::from_fn(|| self.receive.pop()).collect()
+    }
+
     /// A character arrives from outside.
     pub fn receive(&mut self, byte: u8) {
         if !self.loopback() {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::channel::message::{
-    BlkConfig, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, RngConfig, ToDevice,
+    BlkConfig, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, Progress, RngConfig,
+    ToDevice,
 };
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits};
 use bulkhead_ipc::log::LogLevel;
@@ -54,6 +55,8 @@ impl Supervised {
             // As the supervisor does it: io_uring's rings count as locked memory.
             limits: Limits { file_size: None, locked: 8 << 20, ..Limits::default() },
             identity: Identity::default(),
+            subordinate: None,
+            cgroup: None,
         };
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);
@@ -94,6 +97,12 @@ impl Supervised {
         let mut log = String::new();
         self.log.read_to_string(&mut log).unwrap();
         format!("{exit:?}: {log}")
+    }
+
+    /// Kills the process and waits for its end.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
     }
 
     pub fn stop(mut self) {
@@ -213,6 +222,124 @@ fn a_jailed_console_changes_its_peer_and_its_size() {
     assert!(matches!(requests.receive().unwrap(), BackendRequest::ConfigChange));
     driver.frontend.get_config(0, &mut size).unwrap();
     assert_eq!(size, [132, 0, 50, 0]);
+    process.stop();
+}
+
+/// What the answer to a heartbeat says.
+fn progress(process: &Supervised) -> Progress {
+    process.channel.send(&ToDevice::Ping, &[]).unwrap();
+    match process.channel.recv::<FromDevice>(Some(LIMIT)) {
+        Ok((FromDevice::Alive(progress), _)) => progress,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_device_that_works_or_waits_for_its_guest_reports_no_stall() {
+    let image = disk(1 << 20);
+    let mut process = Supervised::start("blk", blk(2), &[&image], Enforcement::Supervised);
+    let mut driver = process.driver(2);
+    for _ in 0..5 {
+        assert_eq!(progress(&process), Progress::Fine);
+        disk_requests(&mut driver, 2);
+    }
+    process.stop();
+
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None });
+    let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
+    let mut driver = process.driver(2);
+    // Buffers for input that nobody types.
+    driver.queues[0].submit(&driver.ram, &[(BUFFERS, 64, true)]);
+    driver.queues[0].kick();
+    for _ in 0..5 {
+        assert_eq!(progress(&process), Progress::Fine);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    process.stop();
+}
+
+#[test]
+fn a_request_without_a_notification_is_served_at_the_next_heartbeat() {
+    let image = disk(1 << 20);
+    let mut process = Supervised::start("blk", blk(1), &[&image], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    disk_requests(&mut driver, 1);
+    driver.put(HEADER, &header(0, 0));
+    let buffers = [(HEADER, 16, false), (BUFFERS, 4096, true), (BUFFERS + 0x10_0000, 1, true)];
+    driver.queues[0].submit(&driver.ram, &buffers);
+    assert_eq!(progress(&process), Progress::Fine);
+    let ram = driver.ram.clone();
+    driver.queues[0].wait(&ram);
+    process.stop();
+}
+
+#[test]
+fn a_thread_that_does_nothing_about_its_queue_is_reported() {
+    // An entropy source that has nothing: the read never comes back.
+    let (source, _writer) = nix::unistd::pipe().unwrap();
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let mut process = Supervised::start("rng", config, &[&source], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    assert_eq!(progress(&process), Progress::Fine);
+    driver.queues[0].submit(&driver.ram, &[(BUFFERS, 64, true)]);
+    driver.queues[0].kick();
+    let end = std::time::Instant::now() + LIMIT;
+    while progress(&process) != (Progress::Stalled { queue: 0 }) {
+        assert!(std::time::Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(progress(&process), Progress::Stalled { queue: 0 }, "and it stays so");
+}
+
+#[test]
+fn a_console_whose_reader_is_slow_waits_for_the_host() {
+    let (_reader, writer) = nix::unistd::pipe().unwrap();
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None });
+    let mut process = Supervised::start("console", config, &[&writer], Enforcement::Supervised);
+    let mut driver = process.driver(2);
+    // More than pipe and backlog hold.
+    driver.queues[1].submit(&driver.ram, &[(BUFFERS, 1 << 20, false)]);
+    driver.queues[1].kick();
+    let end = std::time::Instant::now() + LIMIT;
+    while progress(&process) != (Progress::WaitsForHost { queue: 1 }) {
+        assert!(std::time::Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What a process leaves when it is told to end.
+fn left(process: &Supervised) -> Left {
+    process.channel.send(&ToDevice::Stop, &[]).unwrap();
+    let mut all = Left { input: Vec::new(), output: Vec::new() };
+    while let Ok((FromDevice::Left(left), _)) = process.channel.recv::<FromDevice>(Some(LIMIT)) {
+        all.input.extend(left.input);
+        all.output.extend(left.output);
+    }
+    all
+}
+
+#[test]
+fn what_nobody_has_read_on_a_console_is_left_to_the_successor() {
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None });
+    let said: Vec<u8> =
+        (0..40_000_u32).flat_map(|number| [b'a' + u8::try_from(number % 26).unwrap()]).collect();
+    let mut process = Supervised::start("console", config.clone(), &[], Enforcement::Supervised);
+    let mut driver = process.driver(2);
+    driver.put(BUFFERS, &said);
+    driver.run(1, &[(BUFFERS, u32::try_from(said.len()).unwrap(), false)]);
+    let rest = left(&process);
+    assert!(rest.output == said && rest.input.is_empty(), "{} bytes", rest.output.len());
+
+    let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
+    process.channel.send(&ToDevice::Take(rest), &[]).unwrap();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    process.channel.send(&ToDevice::Attach, &[theirs.as_fd()]).unwrap();
+    let mut driver = process.driver(2);
+    driver.put(BUFFERS, b"!");
+    driver.run(1, &[(BUFFERS, 1, false)]);
+    let mut seen = vec![0; said.len() + 1];
+    ours.read_exact(&mut seen).unwrap();
+    assert!(seen.ends_with(b"!") && seen.starts_with(&said));
     process.stop();
 }
 

@@ -13,6 +13,10 @@ use crate::channel::ChannelError;
 use crate::jail::{Enforcement, PolicyName};
 use crate::log::LogLevel;
 
+/// The version of these messages. A supervisor starts only device programs that speak its own version; increase it with every
+/// release that changes a message.
+pub const PROTOCOL: u32 = 1;
+
 /// Index of a descriptor among those that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub u8);
@@ -36,6 +40,8 @@ pub enum ToCore {
     },
     /// Press the ACPI power button.
     Stop,
+    /// Answer [`FromCore::Alive`]: a core that hangs does not.
+    Ping,
 }
 
 /// What the core needs to build the machine.
@@ -110,6 +116,8 @@ pub enum FromCore {
         /// Which device.
         id: String,
     },
+    /// The answer to [`ToCore::Ping`].
+    Alive,
 }
 
 /// How a machine ended.
@@ -159,6 +167,8 @@ pub enum ToDevice {
     },
     /// Answer [`FromDevice::Alive`]: a process that hangs does not.
     Ping,
+    /// What the predecessor had left; it comes before the first request of the guest.
+    Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
 }
@@ -244,9 +254,37 @@ pub enum FromDevice {
         policies: Vec<PolicyName>,
     },
     /// The answer to [`ToDevice::Ping`].
-    Alive,
+    Alive(Progress),
     /// The device cannot serve; a sentence for a person. The process exits after it.
     Failed(String),
+    /// After [`ToDevice::Stop`]: what would be lost with the process, for its successor if there is to be one.
+    Left(Left),
+}
+
+/// Bytes that a console or serial line has taken from one side and not passed to the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// For the guest.
+    pub input: Vec<u8>,
+    /// From the guest.
+    pub output: Vec<u8>,
+}
+
+/// What the queues of a device have come to since the [`ToDevice::Ping`] before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Progress {
+    /// Nothing is to be done, or something was.
+    Fine,
+    /// A queue has requests, all that could be begun are under way, and none has come to its end: the host is slow.
+    WaitsForHost {
+        /// Which queue.
+        queue: u16,
+    },
+    /// A queue has requests and its thread does nothing about them.
+    Stalled {
+        /// Which queue.
+        queue: u16,
+    },
 }
 
 /// The descriptors of one message, each to be taken once.

@@ -16,7 +16,7 @@ use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::os::fd::RawFd;
 use std::ptr;
 
-use super::error::Step;
+use super::Step;
 
 /// Number of resource limits.
 pub(super) const LIMITS: usize = 11;

@@ -8,23 +8,31 @@
 //! supervisor                                   jailed process
 //! spawn() ── clone3, user map ───────────────▶ namespaces, empty root, limits, capabilities, execveat
 //! confirm() ◀── end of file, or failed step ── (close-on-exec)
-//! send Start ────────────────────────────────▶ enter(); recv Start; set_enforcement()
+//! send Start ────────────────────────────────▶ enter(): Landlock; recv Start; set_enforcement()
 //!                                              threads: enter_thread(BlkQueue); main: seal(BlkMain, &descriptors)
 //! poll listeners ◀──────────── Ready + listeners
 //! ```
 
+pub mod cgroup;
 mod child;
 mod error;
+mod landlock;
+mod layer;
 mod policy;
 mod process;
 mod seal;
+mod steps;
+pub mod uids;
 mod violation;
 
-pub use error::{JailError, Layer, Step};
+pub use error::JailError;
+pub use landlock::landlock_version;
+pub use layer::{Layer, LayerError};
 pub use policy::{PolicyName, PolicySummary, policies};
 pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, spawn};
 pub use seal::{
     Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_setup, enter_thread, open_descriptors, seal,
     set_enforcement,
 };
+pub use steps::Step;
 pub use violation::{Violation, ViolationListener, syscall_name};

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// One instruction of a classic BPF program, as `struct sock_filter`: code, jump if true, jump if false, constant.
-pub(super) type Instruction = (u16, u8, u8, u32);
+pub type Instruction = (u16, u8, u8, u32);
 
 include!(concat!(env!("OUT_DIR"), "/policies.rs"));
 
@@ -65,8 +65,10 @@ impl PolicyName {
         self.compiled().2
     }
 
-    /// The filter; every refusal is `SECCOMP_RET_KILL_PROCESS`.
-    pub(super) fn program(self) -> &'static [Instruction] {
+    /// The filter: code, jump if true, jump if false and constant of each instruction; every refusal is
+    /// `SECCOMP_RET_KILL_PROCESS`.
+    #[must_use]
+    pub fn program(self) -> &'static [Instruction] {
         self.compiled().0
     }
 

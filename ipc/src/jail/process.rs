@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -18,9 +19,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus};
 
 use super::child::{self, LIMITS, Plan};
-use super::{JailError, Step};
+use super::{JailError, Step, uids};
 
-/// Host user and group that a process runs as when the supervisor is root; an ordinary user keeps its own.
+/// Host user and group that a process runs as when the supervisor is root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Host user id, never 0.
@@ -111,6 +112,11 @@ pub struct JailSpec<'a> {
     pub limits: Limits,
     /// Host user and group when the supervisor is root.
     pub identity: Identity,
+    /// Host user when the supervisor is an ordinary one: one of its subordinate users, which `newuidmap` maps; `None`: its own.
+    /// The group stays its own.
+    pub subordinate: Option<u32>,
+    /// The cgroup that the process is born in, a folder opened with `O_PATH`; `None`: the supervisor's.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// A process that was started in a jail; killed and reaped on drop unless it was reaped before.
@@ -120,6 +126,8 @@ pub struct JailedProcess {
     pidfd: OwnedFd,
     /// Until confirmed: end of file means that the program runs.
     report: Option<OwnedFd>,
+    /// `newuidmap` at work, and the user that it maps.
+    helper: Option<(Child, u32)>,
     exit: Option<Exit>,
 }
 
@@ -138,8 +146,11 @@ pub enum Exit {
 const UNSHARED: c_ulong =
     (libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP) as c_ulong;
 const CLONED: c_ulong = (libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_PIDFD) as c_ulong;
+/// <linux/sched.h>; does not fit the type that `libc` gives it.
+const INTO_CGROUP: c_ulong = 0x2_0000_0000;
 
-/// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::confirm`] after the others are started.
+/// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::release`], then [`JailedProcess::confirm`],
+/// after the others are started.
 ///
 /// The thread that calls this must live as long as the supervisor: the parent-death signal follows the thread.
 ///
@@ -158,7 +169,8 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
     let identity = if privileged {
         spec.identity
     } else {
-        Identity { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() }
+        let own = nix::unistd::geteuid().as_raw();
+        Identity { uid: spec.subordinate.unwrap_or(own), gid: nix::unistd::getegid().as_raw() }
     };
     if identity.uid == 0 || identity.gid == 0 {
         return Err(JailError::RootIdentity);
@@ -178,20 +190,29 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
         argv: argv.as_ptr(),
         unshare: UNSHARED,
     };
-    let (pid, pidfd) = clone(&plan)?;
-    let process = JailedProcess { pid, pidfd, report: Some(ours), exit: None };
+    let (pid, pidfd) = clone(&plan, spec.cgroup)?;
+    let mut process = JailedProcess { pid, pidfd, report: Some(ours), helper: None, exit: None };
     // From here on dropping `process` kills the child.
-    write_maps(pid, identity, privileged)?;
-    let ours = process.report.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-    match send(ours, &[1], MsgFlags::MSG_NOSIGNAL) {
-        // A child that failed before it waited has left its report.
-        Ok(_) | Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(process),
-        Err(errno) => Err(JailError::call("send to the new process")(errno)),
+    let subordinate = spec.subordinate.filter(|_| !privileged);
+    write_maps(pid, identity, privileged, subordinate.is_none())?;
+    match subordinate {
+        Some(uid) => process.helper = Some((start_helper(pid, uid)?, uid)),
+        None => process.go()?,
     }
+    Ok(process)
+}
+
+/// `newuidmap(1)` at work on a process; several of them at once, for each takes longer than all else of a launch.
+fn start_helper(pid: i32, uid: u32) -> Result<Child, JailError> {
+    let failed = |error: io::Error| JailError::Subordinate { uid, reason: error.to_string() };
+    let program = uids::newuidmap().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let mut command = Command::new(program);
+    command.args([pid.to_string(), uid.to_string(), uid.to_string(), "1".to_owned()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)
 }
 
 /// `clone3`; the child never returns from here.
-fn clone(plan: &Plan) -> Result<(i32, OwnedFd), JailError> {
+fn clone(plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<(i32, OwnedFd), JailError> {
     // A handler of this process must not run in the child before it has reset them.
     let mut before = SigSet::empty();
     nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
@@ -202,6 +223,10 @@ fn clone(plan: &Plan) -> Result<(i32, OwnedFd), JailError> {
     arguments.flags = CLONED;
     arguments.pidfd = (&raw mut pidfd) as u64;
     arguments.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= INTO_CGROUP;
+        arguments.cgroup = u64::try_from(cgroup.as_raw_fd()).unwrap_or_default();
+    }
     // SAFETY: without CLONE_VM and with no stack given this is a fork: the child continues here on a copy of this stack. All
     // it does is `child::run`, whose contract holds: a copy, one thread, all signals blocked, and `plan` points at vectors
     // that this function's caller keeps alive.
@@ -213,7 +238,7 @@ fn clone(plan: &Plan) -> Result<(i32, OwnedFd), JailError> {
         Errno::result(pid)
     };
     let restored = nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
-    let pid = pid.map_err(JailError::clone)?;
+    let pid = pid.map_err(|errno| JailError::clone(errno, cgroup.is_some()))?;
     // SAFETY: clone3 succeeded with CLONE_PIDFD, so `pidfd` is a new descriptor that nobody else owns.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     restored.map_err(JailError::call("restore the signal mask"))?;
@@ -221,7 +246,7 @@ fn clone(plan: &Plan) -> Result<(i32, OwnedFd), JailError> {
 }
 
 /// Maps exactly one user and one group, each to its own number: id 0 does not exist in the jail.
-fn write_maps(pid: i32, identity: Identity, privileged: bool) -> Result<(), JailError> {
+fn write_maps(pid: i32, identity: Identity, privileged: bool, user: bool) -> Result<(), JailError> {
     let write = |file: &'static str, id: u32, text: &str| {
         fs::write(format!("/proc/{pid}/{file}"), text).map_err(|source| JailError::Map { file, id, source })
     };
@@ -230,7 +255,7 @@ fn write_maps(pid: i32, identity: Identity, privileged: bool) -> Result<(), Jail
         write("setgroups", identity.gid, "deny")?;
     }
     write("gid_map", identity.gid, &format!("{0} {0} 1", identity.gid))?;
-    write("uid_map", identity.uid, &format!("{0} {0} 1", identity.uid))
+    if user { write("uid_map", identity.uid, &format!("{0} {0} 1", identity.uid)) } else { Ok(()) }
 }
 
 impl JailedProcess {
@@ -238,6 +263,31 @@ impl JailedProcess {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Lets a process go on that `newuidmap` was started for; nothing to do for others.
+    ///
+    /// # Errors
+    /// [`JailError::Subordinate`]: it was not mapped.
+    pub fn release(&mut self) -> Result<(), JailError> {
+        let Some((helper, uid)) = self.helper.take() else { return Ok(()) };
+        let failed = |reason: String| JailError::Subordinate { uid, reason };
+        let output = helper.wait_with_output().map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            let words = String::from_utf8_lossy(&output.stderr);
+            return Err(failed(words.trim().lines().next().unwrap_or("it failed without a word").to_owned()));
+        }
+        self.go()
+    }
+
+    /// Tells the process that it is mapped.
+    fn go(&self) -> Result<(), JailError> {
+        let ours = self.report.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        match send(ours, &[1], MsgFlags::MSG_NOSIGNAL) {
+            // A child that failed before it waited has left its report.
+            Ok(_) | Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(()),
+            Err(errno) => Err(JailError::call("send to the new process")(errno)),
+        }
     }
 
     /// Waits until the program runs, that is until the whole jail is built.
@@ -259,7 +309,11 @@ impl JailedProcess {
             }
         }
         let mut message = [0; 5];
-        match recv(report.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
+        let mut receive = || recv(report.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT);
+        // A child that failed before it read our byte has reset the socket: that comes before its report.
+        let received =
+            receive().or_else(|errno| if errno == Errno::ECONNRESET { receive() } else { Err(errno) });
+        match received {
             Ok(5) => {
                 let [step, errno @ ..] = message;
                 let errno = Errno::from_raw(i32::from_ne_bytes(errno));
@@ -344,6 +398,10 @@ impl AsFd for JailedProcess {
 
 impl Drop for JailedProcess {
     fn drop(&mut self) {
+        if let Some((mut helper, _)) = self.helper.take() {
+            // It ends by itself within milliseconds.
+            let _ = helper.wait();
+        }
         if self.exit.is_none() && self.kill().is_ok() {
             let _ = self.wait();
         }

@@ -9,7 +9,7 @@
 //! the well-known race (arguments change after they were checked) has nothing to win.
 //! The price: the listener must leave the process before it reads a byte from guest or peer, since who holds it can let a call
 //! through. [`Sealed`] closes its copies on drop; no policy allows `seccomp`, and no `ioctl` with a listener's request numbers.
-//! A thread that breaks its policy before that waits until the supervisor's deadline for `Ready` passes.
+//! A thread that breaks its policy before that waits until the supervisor looks (`JailedProcess::early_violation`).
 
 use std::fmt::Write as _;
 use std::mem;
@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
-use super::{JailError, PolicyName};
+use super::{JailError, PolicyName, landlock};
 use crate::log::Line;
 
 /// Exit code after a panic. Each process is number 1 of its pid namespace, where SIGABRT by itself does nothing.
@@ -43,8 +43,8 @@ static SUPERVISED: AtomicBool = AtomicBool::new(false);
 static LISTENERS: Mutex<Vec<(PolicyName, OwnedFd)>> = Mutex::new(Vec::new());
 
 /// Start of a jailed process: the first call in its `main`. Installs the panic hook, confines the allocator to one arena (the
-/// C library opens a file in /proc when another one shrinks), makes the process not dumpable and checks that exactly
-/// descriptors 0 to 3 are open. Returns the control channel, descriptor 3; call it once.
+/// C library opens a file in /proc when another one shrinks), makes the process not dumpable, puts it under Landlock and checks
+/// that exactly descriptors 0 to 3 are open. Returns the control channel, descriptor 3; call it once.
 ///
 /// # Errors
 /// [`JailError`] naming what is not as it should be.
@@ -53,6 +53,7 @@ pub fn enter() -> Result<OwnedFd, JailError> {
     // SAFETY: only this thread runs yet, and no allocation of it is affected.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     nix::sys::prctl::set_dumpable(false).map_err(JailError::call("become not dumpable"))?;
+    landlock::restrict()?;
     compare(&open_descriptors()?, &[0, 1, 2, CHANNEL])?;
     // SAFETY: descriptor 3 is open and by the contract of `spawn` it is ours; the check above would have failed in a program
     // that had opened it for something else before, since that program's own descriptor would then be number 4.

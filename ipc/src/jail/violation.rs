@@ -1,16 +1,17 @@
 //! The supervisor's side of a policy: what a jailed thread tried.
 //!
-//! Contains unsafe code: `SECCOMP_IOCTL_NOTIF_RECV`, which no safe interface offers.
+//! Contains unsafe code: `SECCOMP_IOCTL_NOTIF_RECV` and `pidfd_getfd`, which no safe interface offers.
 
 use std::fmt;
+use std::fs;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::PolicyName;
+use super::{JailedProcess, PolicyName};
 
 include!(concat!(env!("OUT_DIR"), "/syscalls.rs"));
 
@@ -97,6 +98,35 @@ impl ViolationListener {
             arguments: data.args,
             policy: self.policy,
         }))
+    }
+}
+
+impl JailedProcess {
+    /// What a thread tried after it entered its policy and before the process reported `Ready`, if it did: its listener is still
+    /// in the process then, from where this takes a copy. `policy_of` knows the policies of the process: it is given the
+    /// name of the thread, none for the main thread. The thread waits until the process is killed. `None` also where the host
+    /// forbids to look.
+    #[must_use]
+    pub fn early_violation(&self, policy_of: impl Fn(Option<&str>) -> PolicyName) -> Option<Violation> {
+        /// More descriptors than any process has before it is ready.
+        const MOST: i32 = 1024;
+        (0..MOST).find_map(|number| {
+            // SAFETY: no memory is involved.
+            let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.as_fd().as_raw_fd(), number, 0) };
+            let copy = RawFd::try_from(Errno::result(copy).ok()?).ok()?;
+            // SAFETY: the call returned a new descriptor, which nobody else owns.
+            let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+            let is = fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).ok()?;
+            if is.as_os_str() != "anon_inode:seccomp notify" {
+                return None;
+            }
+            let violation = ViolationListener::new(policy_of(None), copy).read().ok()??;
+            if violation.thread == self.pid() {
+                return Some(violation);
+            }
+            let name = fs::read_to_string(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
+            Some(Violation { policy: policy_of(Some(name.trim_end())), ..violation })
+        })
     }
 }
 

@@ -99,6 +99,15 @@ impl GuestRam {
         Self::from_regions(regions, log)
     }
 
+    /// Makes one region of memory apart from a machine's RAM, for a ROM: `size` bytes at `address`, all zero.
+    ///
+    /// # Errors
+    /// As [`GuestRam::attach`], or the host has no memory or descriptors left.
+    pub fn create_at(address: u64, size: u64) -> Result<Self, MemoryError> {
+        let fd = sealed_memfd(size).map_err(|source| MemoryError::Create { size, source })?;
+        Self::attach(vec![SharedRegion { guest_address: address, size, offset: 0, fd }])
+    }
+
     /// No RAM at all: what a back end starts with before its front end has sent memory.
     pub fn empty() -> Self {
         Self { inner: Arc::new(Inner { memory: Arc::default(), log: Arc::default() }) }
@@ -309,6 +318,17 @@ impl GuestRam {
     /// Reads the dirty bitmaps and leaves them.
     pub fn dirty_pages(&self) -> DirtyPages {
         self.harvest(RegionBitmap::snapshot)
+    }
+
+    /// Marks pages that another writer has noted, the guest by KVM's dirty log for instance: one bit for each page from
+    /// `address` on, lowest page in the lowest bit. What is not RAM is ignored.
+    pub fn mark_pages(&self, address: u64, words: &[u64]) {
+        for page in DirtyRegion::new(address, 0, words.to_vec()).pages() {
+            if let Some((region, offset)) = self.inner.memory.to_region_addr(GuestAddress(page)) {
+                let offset = usize::try_from(offset.raw_value()).unwrap_or(usize::MAX);
+                GuestMemoryRegion::bitmap(region).mark_dirty(offset, 1);
+            }
+        }
     }
 
     fn harvest(&self, read: impl Fn(&RegionBitmap) -> Vec<u64>) -> DirtyPages {

@@ -1,14 +1,17 @@
 //! What the jailed side does.
 //!
-//! Contains unsafe code: limits are read as the kernel has them.
+//! Contains unsafe code: limits are read as the kernel has them, and memory is used up.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc;
 
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::jail::{self, Enforcement, PolicyName};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 /// From the test to the jailed side.
@@ -18,6 +21,12 @@ pub enum Ask {
     Seal(PolicyName, Enforcement),
     /// Put a worker under a policy of the set-up, nothing more.
     SetUp(PolicyName),
+    /// Open `file` in the folder whose descriptor comes along to read and to write, open the folder, listen on a TCP port.
+    LandlockedCalls,
+    /// Fork until it fails; how often that worked.
+    Forks,
+    /// Touch so many bytes of shared memory, and answer if that was survived.
+    Memory(usize),
     /// Make a system call on the worker: number and arguments.
     Call(i64, [u64; 6]),
     Panic,
@@ -30,6 +39,8 @@ pub enum Answer {
     Ready(Vec<PolicyName>),
     /// Result of a call: value or negative errno.
     Returned(i64),
+    /// errno of each of several calls; 0 where it worked.
+    Errors(Vec<i32>),
 }
 
 /// What a process sees in its jail.
@@ -39,10 +50,11 @@ pub struct Inside {
     pub parent: i32,
     pub uid: u32,
     pub dumpable: i32,
-    pub root_entries: usize,
+    /// errno of an attempt to list the root; 0 when it is empty, -1 when it is not.
+    pub list: i32,
     /// errno of an attempt to create a file, to reach the old root, to mount.
     pub create: i32,
-    pub upwards: usize,
+    pub upwards: i32,
     pub mount: i32,
     pub environment: usize,
     pub umask: u32,
@@ -90,9 +102,9 @@ fn look() -> Inside {
         uid: nix::unistd::getuid().as_raw(),
         // SAFETY: no memory is involved.
         dumpable: unsafe { libc::prctl(libc::PR_GET_DUMPABLE) },
-        root_entries: fs::read_dir("/").unwrap().count(),
+        list: list("/"),
         create: fs::write("/file", "x").unwrap_err().raw_os_error().unwrap(),
-        upwards: fs::read_dir("/../../..").unwrap().count(),
+        upwards: list("/../../.."),
         mount: nix::mount::mount(Some("none"), "/", Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)
             .unwrap_err() as i32,
         environment: std::env::vars_os().count(),
@@ -103,12 +115,64 @@ fn look() -> Inside {
     }
 }
 
+fn list(path: &str) -> i32 {
+    match fs::read_dir(path) {
+        Ok(entries) => -i32::from(entries.count() > 0),
+        Err(error) => error.raw_os_error().unwrap(),
+    }
+}
+
+/// What only Landlock refuses: the folder is the host's, and the network namespace is this process's own.
+fn landlocked_calls(folder: &OwnedFd) -> Vec<i32> {
+    let open =
+        |name: &str, flags| openat(folder, name, flags, Mode::empty()).err().map_or(0, |errno| errno as i32);
+    let tcp = std::net::TcpListener::bind("127.0.0.1:1080");
+    let tcp = tcp.err().map_or(0, |error| error.raw_os_error().unwrap());
+    vec![open("file", OFlag::O_RDONLY), open("file", OFlag::O_WRONLY), open(".", OFlag::O_DIRECTORY), tcp]
+}
+
+fn forks() -> i64 {
+    for count in 0..1000 {
+        // SAFETY: the child makes one system call.
+        match unsafe { nix::unistd::fork() } {
+            Ok(nix::unistd::ForkResult::Child) => {
+                nix::unistd::pause();
+            }
+            Ok(nix::unistd::ForkResult::Parent { .. }) => {}
+            Err(_) => return count,
+        }
+    }
+    1000
+}
+
+/// Shared memory counts neither as data nor as a file.
+fn touch(bytes: usize) {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let length = std::num::NonZeroUsize::new(bytes).unwrap();
+    // SAFETY: a new mapping, of which one byte in each page is written.
+    unsafe {
+        let memory = mmap_anonymous(None, length, protection, MapFlags::MAP_SHARED).unwrap();
+        for page in (0..bytes).step_by(4096) {
+            memory.as_ptr().cast::<u8>().add(page).write_volatile(1);
+        }
+    }
+}
+
 fn serve(channel: &Channel) {
     let (to_worker, calls) = mpsc::channel::<(i64, [u64; 6])>();
     let (to_main, results) = mpsc::channel();
     let mut calls = Some(calls);
-    while let Ok((ask, _)) = channel.recv::<Ask>(None) {
+    while let Ok((ask, descriptors)) = channel.recv::<Ask>(None) {
         match ask {
+            Ask::LandlockedCalls => {
+                let answer = Answer::Errors(landlocked_calls(&descriptors[0]));
+                channel.send(&answer, &[]).unwrap();
+            }
+            Ask::Forks => channel.send(&Answer::Returned(forks()), &[]).unwrap(),
+            Ask::Memory(bytes) => {
+                touch(bytes);
+                channel.send(&Answer::Returned(0), &[]).unwrap();
+            }
             Ask::Panic => panic!("as asked\nfor"),
             Ask::Call(number, arguments) => {
                 to_worker.send((number, arguments)).unwrap();

@@ -4,10 +4,13 @@ use std::os::fd::AsFd;
 
 use bulkhead_ipc::jail::{Enforcement, Exit, PolicyName, Violation, ViolationListener, policies};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::inside::{Answer, Ask};
 use crate::{Case, DEADLINE, Jailed};
+
+#[path = "../../build/selectors.rs"]
+mod selectors;
 
 pub const CASES: &[Case] = &[
     ("every rule of every policy lets its call through", allowed),
@@ -16,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("a forbidden call fails during the set-up", set_up),
     ("nothing hangs when a process dies with its listeners", dies_with_listeners),
     ("policies are listed with their sizes", listed),
+    ("rules that allow more than anybody means are refused by the build", refused_rules),
 ];
 
 const ALL_ONES: u64 = u64::MAX;
@@ -203,4 +207,37 @@ fn listed() {
             policy.file, policy.allowed, policy.instructions
         );
     }
+}
+
+fn refused_rules() {
+    let on = |index: u64, op: Value, val: u64| json!({"index": index, "type": "qword", "op": op, "val": val});
+    let eq = |index: u64, val: u64| on(index, json!("eq"), val);
+    let masked = |index: u64, mask: u64| on(index, json!({ "masked_eq": mask }), 0);
+    for (syscall, arguments, refused) in [
+        ("read", vec![], false),
+        ("ioctl", vec![], true),
+        ("ioctl", vec![eq(0, 3)], true),
+        ("ioctl", vec![eq(1, 0xAE80)], false),
+        ("setsockopt", vec![eq(1, 1)], true),
+        ("mmap", vec![eq(2, 3)], true),
+        ("mmap", vec![eq(2, 3), eq(3, 0x22)], false),
+        ("mmap", vec![eq(2, 5), eq(3, 0x22)], true),
+        ("mmap", vec![on(2, json!("le"), 3), eq(3, 0x22)], false),
+        ("mmap", vec![on(2, json!("le"), 7), eq(3, 0x22)], true),
+        ("mprotect", vec![masked(2, 4)], false),
+        ("mprotect", vec![masked(2, 2)], true),
+        ("mprotect", vec![on(2, json!("ge"), 0)], true),
+        ("openat", vec![eq(0, 3)], true),
+        ("io_uring_setup", vec![], true),
+        ("clone", vec![], true),
+        ("clone3", vec![], true),
+    ] {
+        let rule = json!({ "syscall": syscall, "comment": "for the test", "args": arguments });
+        assert_eq!(selectors::fault("blk-main", &rule).is_some(), refused, "{rule}");
+    }
+    // Another filter can only forbid more, and one policy is there to go before another.
+    let stricter = json!({ "syscall": "seccomp", "comment": "for the test", "args": [eq(0, 1)] });
+    assert_eq!(selectors::fault("core-setup", &stricter), None);
+    assert!(selectors::fault("core-main", &stricter).is_some());
+    assert!(selectors::fault("core-setup", &json!({ "syscall": "seccomp", "args": [] })).is_some());
 }

@@ -12,6 +12,7 @@ use std::thread;
 use bulkhead_ipc::channel::message::{CoreStart, Descriptors, DeviceLink, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam};
+use nix::sys::timerfd::TimerFd;
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted};
@@ -20,7 +21,7 @@ use super::platform::Platform;
 use super::register_device::RegisterDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_kernel};
-use crate::kvm::{Vcpu, VcpuStop, VcpuThreads, Vm};
+use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads, Vm};
 use crate::machine::{IsaDevice, Machine};
 use crate::virtio::VirtioPci;
 
@@ -34,6 +35,7 @@ pub(super) struct Core {
     pub virtio: Vec<Arc<VirtioPci>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub reports: Arc<Reports>,
+    pub timer: Arc<TimerFd>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
     /// Lives as long as the vCPUs run.
@@ -56,7 +58,7 @@ impl Core {
         let reports = Arc::new(Reports::new().map_err(CoreError::system("eventfd2"))?);
         let (platform, vcpus, greeted) = side_by_side(kvm, &ram, start.cpus, devices, &reports)?;
         let Attached { virtio, registers } = devices::attach(greeted, &platform, &ram, &reports)?;
-        let Platform { vm, machine, .. } = platform;
+        let Platform { vm, machine, gate, timer, .. } = platform;
         boot(&machine, &ram, &vcpus, &start.cmdline, &kernel, initrd.as_ref())?;
         let mut held: Vec<RawFd> = vec![reports.as_fd().as_raw_fd()];
         held.extend(vm.descriptors().iter().map(AsRawFd::as_raw_fd));
@@ -64,11 +66,12 @@ impl Core {
         held.extend(ram.regions().map(|region| region.fd.as_raw_fd()));
         held.extend(virtio.iter().flat_map(|device| device.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
-        let vcpus = spawn(vcpus, &reports)?;
+        held.push(timer.as_fd().as_raw_fd());
+        let vcpus = spawn(vcpus, gate, &reports)?;
         if start.huge_pages {
             huge_pages::watch(&ram)?;
         }
-        Ok(Self { machine, vcpus, virtio, registers, reports, descriptors: held, _vm: vm })
+        Ok(Self { machine, vcpus, virtio, registers, reports, timer, descriptors: held, _vm: vm })
     }
 }
 
@@ -145,7 +148,7 @@ fn boot(
     Ok(())
 }
 
-fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
+fn spawn(vcpus: Vec<Vcpu>, gate: Arc<Gate>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();
     let prepare = || jail::enter_thread(PolicyName::CoreVcpu).map_err(|error| error.to_string());
     let on_stop = move |stop| {
@@ -157,5 +160,5 @@ fn spawn(vcpus: Vec<Vcpu>, reports: &Arc<Reports>) -> Result<VcpuThreads, CoreEr
             VcpuStop::Failed(reason) => MachineEnd::Failed(reason),
         });
     };
-    Ok(VcpuThreads::spawn(vcpus, prepare, on_stop)?)
+    Ok(VcpuThreads::spawn(vcpus, gate, prepare, on_stop)?)
 }

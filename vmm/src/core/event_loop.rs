@@ -20,7 +20,8 @@ use super::{CoreError, SEND_DEADLINE};
 /// Tokens of the loop's own descriptors; device `n` has `DEVICES + n`.
 const CONTROL: u64 = 0;
 const REPORTS: u64 = 1;
-const DEVICES: u64 = 2;
+const TIMER: u64 = 2;
+const DEVICES: u64 = 3;
 /// Events taken from the kernel at once.
 const BATCH: usize = 16;
 
@@ -41,6 +42,7 @@ impl EventLoop {
         };
         add(channel.as_fd(), CONTROL)?;
         add(core.reports.as_fd(), REPORTS)?;
+        add(core.timer.as_fd(), TIMER)?;
         for (token, device) in (DEVICES..).zip(&core.virtio) {
             add(device.as_fd(), token)?;
         }
@@ -64,6 +66,11 @@ impl EventLoop {
                             core.vcpus.pause();
                             return Ok(end);
                         }
+                    }
+                    TIMER => {
+                        // Taken back first; it is empty when a vCPU has armed the timer anew meanwhile.
+                        let _ = nix::unistd::read(core.timer.as_fd(), &mut [0; 8]);
+                        core.machine.timer_expired();
                     }
                     token => {
                         let index = usize::try_from(token.saturating_sub(DEVICES)).unwrap_or(usize::MAX);
@@ -99,6 +106,7 @@ fn control(channel: &Channel, core: &Core, jobs: &Sender<Job>) -> Result<(), Cor
         Ok((ToCore::DeviceGivenUp { id }, _)) => {
             let _ = jobs.send(Job::GiveUp(id));
         }
+        Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
         Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
         Err(ChannelError::Deadline) => {}
         Err(error) => return Err(error.into()),

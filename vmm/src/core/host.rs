@@ -4,22 +4,31 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_ipc::channel::message::MachineEnd;
+use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 
 use super::reports::Reports;
-use crate::kvm::{Doorbells, Interrupts};
-use crate::machine::{Host, MappedDoorbell, PowerEvent};
+use crate::kvm::{Doorbells, Interrupts, MemorySlots};
+use crate::machine::{Host, MappedDoorbell, MemorySlot, PowerEvent};
 
 /// The machine's host.
 pub(super) struct CoreHost {
     interrupts: Arc<Interrupts>,
     doorbells: Arc<Doorbells>,
+    memory: MemorySlots,
     reports: Arc<Reports>,
+    timer: Arc<TimerFd>,
     started: Instant,
 }
 
 impl CoreHost {
-    pub(super) fn new(interrupts: Arc<Interrupts>, doorbells: Arc<Doorbells>, reports: Arc<Reports>) -> Self {
-        Self { interrupts, doorbells, reports, started: Instant::now() }
+    pub(super) fn new(
+        interrupts: Arc<Interrupts>,
+        doorbells: Arc<Doorbells>,
+        memory: MemorySlots,
+        reports: Arc<Reports>,
+        timer: Arc<TimerFd>,
+    ) -> Self {
+        Self { interrupts, doorbells, memory, reports, timer, started: Instant::now() }
     }
 }
 
@@ -44,6 +53,25 @@ impl Host for CoreHost {
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         if let Err(error) = self.doorbells.update(doorbells) {
             tracing::warn!(%error, "a doorbell stays on the slow path");
+        }
+    }
+
+    fn memory_changed(&self, slots: &[MemorySlot]) {
+        if let Err(error) = self.memory.update(slots) {
+            self.reports
+                .end(MachineEnd::Failed(format!("the memory map does not follow the chipset: {error}")));
+        }
+    }
+
+    fn set_timer(&self, deadline: Option<Duration>) {
+        // A deadline that has passed: zero would disarm.
+        let after = deadline.map(|at| at.saturating_sub(self.started.elapsed()).max(Duration::from_nanos(1)));
+        let set = match after {
+            Some(after) => self.timer.set(Expiration::OneShot(after.into()), TimerSetTimeFlags::empty()),
+            None => self.timer.unset(),
+        };
+        if let Err(error) = set {
+            tracing::error!(%error, "timer not set");
         }
     }
 

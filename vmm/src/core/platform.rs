@@ -4,11 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use super::CoreError;
 use super::host::CoreHost;
 use super::reports::Reports;
-use crate::kvm::{Doorbells, Interrupts, Vcpu, Vm, address_bits};
+use crate::kvm::{Doorbells, Gate, Interrupts, MemorySlots, Vcpu, Vm, address_bits};
 use crate::machine::{Machine, MachineConfig};
 
 /// What devices are attached to.
@@ -17,6 +18,10 @@ pub(super) struct Platform {
     pub interrupts: Arc<Interrupts>,
     pub doorbells: Arc<Doorbells>,
     pub machine: Arc<Machine>,
+    /// Where the vCPUs are to stand.
+    pub gate: Arc<Gate>,
+    /// The machine's next deadline.
+    pub timer: Arc<TimerFd>,
 }
 
 impl Platform {
@@ -28,15 +33,25 @@ impl Platform {
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
         let vm = Vm::create(kvm, ram, cpus)?;
-        let interrupts = Arc::new(Interrupts::new(&vm)?);
+        let interrupts = Arc::new(Interrupts::new(&vm));
         let doorbells = Arc::new(Doorbells::new(&vm));
         let supported = vm.supported_cpuid()?;
-        let config = MachineConfig { cpus, address_bits: address_bits(&supported) };
-        let host = CoreHost::new(interrupts.clone(), doorbells.clone(), reports.clone());
+        let config = MachineConfig { cpus, address_bits: address_bits(&supported), firmware: Vec::new() };
+        let gate = Arc::new(Gate::default());
+        let memory = MemorySlots::new(&vm, gate.clone());
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags);
+        let timer = Arc::new(timer.map_err(CoreError::system("timerfd_create"))?);
+        let host =
+            CoreHost::new(interrupts.clone(), doorbells.clone(), memory, reports.clone(), timer.clone());
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
+        // A kernel that is started directly finds RAM as firmware leaves it; see `create_chips` why this comes first.
+        machine.shadow_ram();
+        vm.create_chips()?;
+        interrupts.connect_lines()?;
         let vcpus = (0..cpus)
             .map(|id| Vcpu::create(&vm, &supported, id, machine.clone()))
             .collect::<Result<_, _>>()?;
-        Ok((Self { vm, interrupts, doorbells, machine }, vcpus))
+        Ok((Self { vm, interrupts, doorbells, machine, gate, timer }, vcpus))
     }
 }

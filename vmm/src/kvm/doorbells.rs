@@ -7,9 +7,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::{KvmError, Vm, call};
+use crate::machine::pci::DoorbellId;
 use crate::machine::{MappedDoorbell, Space};
 use crate::virtio::VirtioPci;
+
+/// A function whose doorbells signal eventfds.
+pub trait DoorbellEvents: Send + Sync {
+    /// The eventfd of a doorbell: the same one for the function's whole life.
+    fn event(&self, id: DoorbellId) -> Option<&EventFd>;
+}
+
+impl DoorbellEvents for VirtioPci {
+    fn event(&self, id: DoorbellId) -> Option<&EventFd> {
+        self.doorbell_event(id).map(|event| event.eventfd())
+    }
+}
 
 /// The ioeventfds of a machine.
 pub struct Doorbells {
@@ -20,7 +35,7 @@ pub struct Doorbells {
 #[derive(Default)]
 struct State {
     /// By slot.
-    functions: BTreeMap<u8, Arc<VirtioPci>>,
+    functions: BTreeMap<u8, Arc<dyn DoorbellEvents>>,
     mapped: BTreeSet<MappedDoorbell>,
 }
 
@@ -31,7 +46,7 @@ impl Doorbells {
     }
 
     /// Names the function whose eventfds the doorbells of `slot` signal; before it is attached to the tree.
-    pub fn register(&self, slot: u8, function: Arc<VirtioPci>) {
+    pub fn register(&self, slot: u8, function: Arc<dyn DoorbellEvents>) {
         self.lock().functions.insert(slot, function);
     }
 
@@ -70,15 +85,14 @@ impl Doorbells {
 
     fn set(
         &self,
-        functions: &BTreeMap<u8, Arc<VirtioPci>>,
+        functions: &BTreeMap<u8, Arc<dyn DoorbellEvents>>,
         doorbell: &MappedDoorbell,
         on: bool,
     ) -> Result<(), KvmError> {
         let function = functions.get(&doorbell.slot);
-        let Some(event) = function.and_then(|function| function.doorbell_event(doorbell.id)) else {
+        let Some(event) = function.and_then(|function| function.event(doorbell.id)) else {
             return Ok(());
         };
-        let event = event.eventfd();
         let address = match doorbell.space {
             Space::Port => IoEventAddress::Pio(doorbell.address),
             Space::Memory => IoEventAddress::Mmio(doorbell.address),

@@ -28,15 +28,19 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Sets the routes of a PC: ISA IRQ n reaches PIC input n and IOAPIC pin n, but IRQ 0 reaches IOAPIC pin 2.
+    /// No routes yet.
+    pub fn new(vm: &Vm) -> Self {
+        let limit = usize::try_from(vm.kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        Self { vm: vm.handle(), limit, messages: Mutex::default() }
+    }
+
+    /// Sets the routes of a PC, once there are interrupt controllers: ISA IRQ n reaches PIC input n and IOAPIC pin n, but IRQ 0
+    /// reaches IOAPIC pin 2.
     ///
     /// # Errors
     /// KVM refused the table.
-    pub fn new(vm: &Vm) -> Result<Self, KvmError> {
-        let limit = usize::try_from(vm.kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
-        let interrupts = Self { vm: vm.handle(), limit, messages: Mutex::default() };
-        interrupts.commit(&interrupts.lock())?;
-        Ok(interrupts)
+    pub fn connect_lines(&self) -> Result<(), KvmError> {
+        self.commit(&self.lock())
     }
 
     /// Sets the level of ISA IRQ or IOAPIC pin `gsi`.

@@ -6,17 +6,21 @@ mod cpuid;
 mod doorbells;
 mod exit_report;
 mod interrupts;
+mod memory_slots;
 mod msrs;
 mod registers;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 mod vcpu_threads;
 mod vm;
 
 pub use cpuid::address_bits;
-pub use doorbells::Doorbells;
+pub use doorbells::{DoorbellEvents, Doorbells};
 pub use interrupts::{FunctionMessages, Interrupts};
+pub use memory_slots::MemorySlots;
 pub use vcpu::{Vcpu, VcpuStop};
-pub use vcpu_threads::VcpuThreads;
+pub use vcpu_threads::{Gate, VcpuThreads};
 pub use vm::Vm;
 
 /// Why KVM refused something. The sentence names the call; the kernel's reason follows.

@@ -10,6 +10,7 @@ use bulkhead_ipc::memory::GuestRam;
 use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd};
 
+use super::vcpu_threads::{Gate, Seat};
 use super::{KvmError, Vm, call, cpuid, exit_report, msrs, registers};
 use crate::boot::Entry;
 use crate::machine::{Machine, Space};
@@ -27,7 +28,7 @@ pub enum VcpuStop {
 pub(super) enum Step {
     /// The guest may be entered again.
     Continue,
-    /// Somebody wants this vCPU's attention: look at the gate.
+    /// Somebody wanted this vCPU out of the guest.
     Interrupted,
     /// It is over.
     Stop(VcpuStop),
@@ -87,9 +88,12 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    /// Enters the guest once and answers what it exits for.
-    pub(super) fn step(&mut self) -> Step {
-        match self.fd.run() {
+    /// Enters the guest once, when `gate` lets it, and answers what it exits for.
+    pub(super) fn step(&mut self, gate: &Gate, seat: &Seat) -> Step {
+        gate.enter_guest(seat);
+        let exit = self.fd.run();
+        gate.leave_guest(seat);
+        match exit {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => self.port_access(),
             Ok(VcpuExit::MmioRead(address, data)) => self.machine.read(Space::Memory, address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => self.machine.write(Space::Memory, address, data),

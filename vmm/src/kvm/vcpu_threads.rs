@@ -4,9 +4,9 @@
 //! Without it a kick that arrives between the look at the gate and KVM_RUN would be lost.
 
 use std::cell::Cell;
-use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use super::KvmError;
@@ -26,8 +26,12 @@ pub struct VcpuThreads {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// Where vCPUs stand while they must not be in the guest: all of them while the machine is paused, or as long as one thread
+/// changes what the guest sees of memory.
 #[derive(Default)]
-struct Gate {
+pub struct Gate {
+    /// Closed. A copy of what `state` says, for a look without the lock before each entry into the guest.
+    closed: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -35,8 +39,18 @@ struct Gate {
 #[derive(Default)]
 struct State {
     running: bool,
+    /// Somebody has all vCPUs out of the guest.
+    exclusive: bool,
     /// Threads that stand at the gate, or have ended.
     waiting: usize,
+    /// Threads that have not ended.
+    seats: Vec<Arc<Seat>>,
+}
+
+/// One vCPU thread as the gate sees it.
+pub(super) struct Seat {
+    in_guest: AtomicBool,
+    thread: libc::pthread_t,
 }
 
 impl VcpuThreads {
@@ -47,22 +61,23 @@ impl VcpuThreads {
     /// The operating system gave no thread.
     pub fn spawn(
         vcpus: Vec<Vcpu>,
+        gate: Arc<Gate>,
         prepare: impl Fn() -> Result<(), String> + Clone + Send + 'static,
         on_stop: impl Fn(VcpuStop) + Clone + Send + 'static,
     ) -> Result<Self, KvmError> {
         install_kick_handler();
-        let gate = Arc::new(Gate::default());
         let mut threads = Vec::with_capacity(vcpus.len());
         for mut vcpu in vcpus {
             let (id, gate, prepare, on_stop) = (vcpu.id(), gate.clone(), prepare.clone(), on_stop.clone());
             let thread = Builder::new().name(format!("vcpu{id}")).stack_size(STACK_BYTES).spawn(move || {
                 arm_kick(&mut vcpu);
+                let seat = gate.take_seat();
                 on_stop(match prepare() {
-                    Ok(()) => run(&mut vcpu, &gate),
+                    Ok(()) => run(&mut vcpu, &gate, &seat),
                     Err(reason) => VcpuStop::Failed(reason),
                 });
+                gate.leave(&seat);
                 IMMEDIATE_EXIT.set(ptr::null_mut());
-                gate.leave();
             });
             threads.push(thread.map_err(|source| KvmError::Thread { id, source })?);
         }
@@ -73,62 +88,127 @@ impl VcpuThreads {
 
     /// Lets all vCPUs run.
     pub fn resume(&self) {
-        self.gate.lock().running = true;
-        self.gate.changed.notify_all();
+        drop(self.gate.change(|state| state.running = true));
     }
 
     /// Holds all vCPUs and returns when none is in the guest any more.
     ///
     /// A vCPU that waits for a device process comes back at that wait's deadline at the latest.
     pub fn pause(&self) {
-        self.gate.lock().running = false;
-        for thread in &self.threads {
-            kick(thread);
-        }
+        self.gate.change(|state| state.running = false).kick();
         self.wait_at_gate();
     }
 
     fn wait_at_gate(&self) {
         let mut state = self.gate.lock();
         while state.waiting < self.threads.len() {
-            state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.gate.sleep(state);
+        }
+    }
+}
+
+impl State {
+    /// Gets every vCPU out of the guest.
+    fn kick(&self) {
+        for seat in self.seats.iter().filter(|seat| seat.in_guest.load(Ordering::SeqCst)) {
+            // SAFETY: a thread gives up its seat, under the lock that `self` is guarded by, before it ends: the id is valid.
+            unsafe { libc::pthread_kill(seat.thread, kick_signal()) };
         }
     }
 }
 
 impl Gate {
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes who may pass, and wakes all that wait.
+    fn change(&self, change: impl FnOnce(&mut State)) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        change(&mut state);
+        // Sequentially consistent, as in `enter_guest`: either the vCPU sees the gate closed, or its seat is seen in the guest.
+        self.closed.store(!state.running || state.exclusive, Ordering::SeqCst);
+        self.changed.notify_all();
+        state
+    }
+
+    fn sleep<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something while no vCPU is in the guest; those that are elsewhere, the caller's own for instance, go on. What is done
+    /// must not wait for a vCPU.
+    pub fn exclude_vcpus<T>(&self, action: impl FnOnce() -> T) -> T {
+        let mut state = self.lock();
+        while state.exclusive {
+            state = self.sleep(state);
+        }
+        drop(state);
+        let mut state = self.change(|state| state.exclusive = true);
+        state.kick();
+        while state.seats.iter().any(|seat| seat.in_guest.load(Ordering::SeqCst)) {
+            state = self.sleep(state);
+        }
+        drop(state);
+        let result = action();
+        drop(self.change(|state| state.exclusive = false));
+        result
+    }
+
+    /// Returns when this vCPU may enter the guest, and has said so.
+    pub(super) fn enter_guest(&self, seat: &Seat) {
+        loop {
+            seat.in_guest.store(true, Ordering::SeqCst);
+            if !self.closed.load(Ordering::SeqCst) {
+                return;
+            }
+            self.leave_guest(seat);
+            self.wait();
+        }
+    }
+
+    /// This vCPU is out of the guest.
+    pub(super) fn leave_guest(&self, seat: &Seat) {
+        seat.in_guest.store(false, Ordering::SeqCst);
+        if self.closed.load(Ordering::SeqCst) {
+            let _whoever_looks_has_looked = self.lock();
+            self.changed.notify_all();
+        }
     }
 
     fn wait(&self) {
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while !state.running {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while !state.running || state.exclusive {
+            state = self.sleep(state);
         }
         state.waiting -= 1;
     }
 
-    fn leave(&self) {
-        self.lock().waiting += 1;
+    fn take_seat(&self) -> Arc<Seat> {
+        // SAFETY: takes no argument and cannot fail.
+        let thread = unsafe { libc::pthread_self() };
+        let seat = Arc::new(Seat { in_guest: AtomicBool::new(false), thread });
+        self.lock().seats.push(seat.clone());
+        seat
+    }
+
+    fn leave(&self, seat: &Arc<Seat>) {
+        let mut state = self.lock();
+        state.seats.retain(|other| !Arc::ptr_eq(other, seat));
+        state.waiting += 1;
         self.changed.notify_all();
     }
 }
 
-/// Runs until the vCPU cannot go on. The gate is looked at after a kick alone, so that the guest's exits take no lock.
-fn run(vcpu: &mut Vcpu, gate: &Gate) -> VcpuStop {
+/// Runs until the vCPU cannot go on. After a look at a flag, so that the guest's exits take no lock.
+fn run(vcpu: &mut Vcpu, gate: &Gate, seat: &Seat) -> VcpuStop {
     gate.wait();
     loop {
-        match vcpu.step() {
+        match vcpu.step(gate, seat) {
             Step::Continue => {}
-            Step::Interrupted => {
-                vcpu.clear_immediate_exit();
-                if !gate.lock().running {
-                    gate.wait();
-                }
-            }
+            Step::Interrupted => vcpu.clear_immediate_exit(),
             Step::Stop(stop) => return stop,
         }
     }
@@ -164,8 +244,53 @@ fn arm_kick(vcpu: &mut Vcpu) {
     IMMEDIATE_EXIT.set(unsafe { &raw mut (*run).immediate_exit });
 }
 
-fn kick(thread: &JoinHandle<()>) {
-    // SAFETY: the handle is not joined while `VcpuThreads` holds it, so the thread id is valid even when the
-    // thread has ended.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Threads that go in and out of a guest that is not there, as fast as they can.
+    #[test]
+    fn nobody_is_in_the_guest_while_memory_changes_or_the_machine_is_paused() {
+        install_kick_handler();
+        let gate = Gate::default();
+        let (inside, stop, met) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let seat = gate.take_seat();
+                    while !stop.load(Ordering::SeqCst) {
+                        gate.enter_guest(&seat);
+                        inside.fetch_add(1, Ordering::SeqCst);
+                        std::hint::spin_loop();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        gate.leave_guest(&seat);
+                    }
+                    gate.leave(&seat);
+                });
+            }
+            let empty = || {
+                met.fetch_add(inside.load(Ordering::SeqCst), Ordering::SeqCst);
+            };
+            gate.exclude_vcpus(empty);
+            drop(gate.change(|state| state.running = true));
+            // Two at once, as when two vCPUs flip PAM.
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| (0..300).for_each(|_| gate.exclude_vcpus(empty)));
+                }
+            });
+            let mut state = gate.change(|state| state.running = false);
+            while state.waiting < 3 {
+                state = gate.sleep(state);
+            }
+            empty();
+            drop(state);
+            gate.exclude_vcpus(empty);
+            stop.store(true, Ordering::SeqCst);
+            drop(gate.change(|state| state.running = true));
+        });
+        assert_eq!(met.load(Ordering::SeqCst), 0);
+    }
 }

@@ -1,22 +1,20 @@
-//! The virtual machine: memory slots, in-kernel interrupt controllers and timer.
+//! The virtual machine: its in-kernel interrupt controllers and timer.
 //!
-//! Contains unsafe code: guest RAM is given to KVM by host address, and `/dev/kvm` arrives as a bare descriptor.
+//! Contains unsafe code: `/dev/kvm` arrives as a bare descriptor.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, call};
 
-/// Three pages that KVM uses on Intel hosts for real mode; below the firmware's place at the top of 4 GiB.
-const TSS_ADDRESS: usize = 0xfffb_d000;
+/// Three pages that KVM uses on Intel hosts for real mode: above the APICs, below the largest firmware (16 MiB).
+const TSS_ADDRESS: usize = 0xfeff_d000;
 /// One page for the identity map of the same purpose, just below.
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfeff_c000;
 
 /// One virtual machine. Dropping it ends the guest; its RAM stays until [`GuestRam`] goes.
 pub struct Vm {
@@ -27,7 +25,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates the machine with interrupt controllers (PIC, IOAPIC, LAPICs), PIT and RAM in place.
+    /// Creates a machine without anything in it.
     ///
     /// # Errors
     /// The ioctl that failed. What KVM must offer, and for how many vCPUs, the supervisor has asked before.
@@ -36,17 +34,22 @@ impl Vm {
         // anything other than /dev/kvm.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        let vm = Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus };
-        // RAM first: a memory slot takes effect after an SRCU grace period, which lasts some µs here and up to two timer
-        // ticks (8 ms) once the interrupt controllers have queued their own, slower one.
-        vm.map_ram()?;
-        vm.fd.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
-        vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        Ok(Self { kvm, fd: Arc::new(fd), ram: ram.clone(), cpus })
+    }
+
+    /// Adds the interrupt controllers (PIC, IOAPIC, LAPICs) and the PIT; before the first vCPU, and after the memory map: a
+    /// memory slot takes effect after an SRCU grace period, which lasts some µs before and up to two timer ticks (8 ms) after
+    /// the interrupt controllers have queued their own, slower one.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn create_chips(&self) -> Result<(), KvmError> {
+        self.fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         // The speaker's port 61 is answered inside KVM too, as its gate belongs to the timer.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
-        Ok(vm)
+        self.fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))
     }
 
     /// The descriptor that interrupt routing and doorbells share.
@@ -66,22 +69,5 @@ impl Vm {
     /// KVM refused to tell.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
-    }
-
-    #[expect(clippy::disallowed_methods, reason = "what the host's addresses are for")]
-    fn map_ram(&self) -> Result<(), KvmError> {
-        for (slot, mapping) in (0..).zip(self.ram.host_mappings()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: mapping.guest_address,
-                memory_size: mapping.size,
-                userspace_addr: mapping.host_address,
-            };
-            // SAFETY: the mapping belongs to `self.ram`, which this struct keeps alive as long as the VM;
-            // regions do not overlap (an invariant of GuestRam), and the slot numbers are distinct.
-            unsafe { self.fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
-        }
-        Ok(())
     }
 }

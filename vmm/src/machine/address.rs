@@ -2,29 +2,39 @@
 
 use super::host::Space;
 
-/// What a decoder can see of a cycle besides its address. Only the host bridge tells dwords from narrower cycles: its
-/// CONFADD register answers nothing else (290549, section 3.1.1).
+/// What a decoder can see of a cycle besides its address. Only the host bridge tells dwords from narrower cycles, since its
+/// CONFADD register answers nothing else (290549, section 3.1.1), and reads of memory from writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CycleKind {
     /// A byte or word at an I/O port.
     Port,
     /// An aligned dword at an I/O port.
     PortDword,
-    /// Memory, any width.
-    Memory,
+    /// A read of memory, any width. PAM tells reads from writes (290549, section 3.2.18).
+    MemoryRead,
+    /// A write to memory, any width.
+    MemoryWrite,
 }
 
 impl CycleKind {
     /// All kinds.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 3] = [Self::Port, Self::PortDword, Self::Memory];
+    pub(super) const ALL: [Self; 4] = [Self::Port, Self::PortDword, Self::MemoryRead, Self::MemoryWrite];
 
-    /// The kind of a cycle of `width` bytes.
-    pub(super) const fn new(space: Space, width: usize) -> Self {
+    /// The kind of a read of `width` bytes.
+    pub(super) const fn read(space: Space, width: usize) -> Self {
         match space {
             Space::Port if width == 4 => Self::PortDword,
             Space::Port => Self::Port,
-            Space::Memory => Self::Memory,
+            Space::Memory => Self::MemoryRead,
+        }
+    }
+
+    /// The kind of a write of `width` bytes.
+    pub(super) const fn write(space: Space, width: usize) -> Self {
+        match space {
+            Space::Port => Self::read(space, width),
+            Space::Memory => Self::MemoryWrite,
         }
     }
 
@@ -32,7 +42,7 @@ impl CycleKind {
     pub(super) const fn space(self) -> Space {
         match self {
             Self::Port | Self::PortDword => Space::Port,
-            Self::Memory => Space::Memory,
+            Self::MemoryRead | Self::MemoryWrite => Space::Memory,
         }
     }
 }

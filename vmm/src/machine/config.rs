@@ -1,14 +1,27 @@
 //! What a machine is built from, and what it hands out.
 
+use std::fmt;
+use std::sync::Arc;
+
+use super::memory_map::MemoryChip;
 use super::pci::ConfigError;
 
 /// The parts of a machine that are the user's choice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1–254; their local APIC ids are 0, 1, 2 …
     pub cpus: u8,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
+    /// Firmware on the X-bus, lowest address first. None overlaps another.
+    pub firmware: Vec<Arc<dyn MemoryChip>>,
+}
+
+impl fmt::Debug for MachineConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let firmware: Vec<_> = self.firmware.iter().map(|chip| chip.name()).collect();
+        write!(f, "{} CPUs, {} address bits, firmware {firmware:?}", self.cpus, self.address_bits)
+    }
 }
 
 /// A configuration that makes no machine.

@@ -2,6 +2,7 @@
 
 use super::address::CycleKind;
 use super::host::MappedDoorbell;
+use super::memory_map::MemorySlot;
 use super::pci::{Doorbell, PciBus};
 use super::tree::{Decoded, Endpoint, Node};
 
@@ -72,9 +73,12 @@ pub(super) struct FlatView {
     pub(super) generation: u64,
     ports: RangeMap,
     port_dwords: RangeMap,
-    memory: RangeMap,
+    memory_reads: RangeMap,
+    memory_writes: RangeMap,
     /// The doorbells that can be reached, sorted.
     pub(super) doorbells: Vec<MappedDoorbell>,
+    /// The memory map, by address.
+    pub(super) slots: Vec<MemorySlot>,
 }
 
 impl FlatView {
@@ -85,23 +89,52 @@ impl FlatView {
             root.decoded(kind, &mut ranges);
             RangeMap::new(ranges)
         };
-        Self {
+        let mut view = Self {
             generation,
             ports: map(CycleKind::Port),
             port_dwords: map(CycleKind::PortDword),
-            memory: map(CycleKind::Memory),
+            memory_reads: map(CycleKind::MemoryRead),
+            memory_writes: map(CycleKind::MemoryWrite),
             doorbells: find_doorbells(root, bus),
+            slots: Vec::new(),
+        };
+        view.slots = view.memory_slots();
+        view
+    }
+
+    fn map(&self, kind: CycleKind) -> &RangeMap {
+        match kind {
+            CycleKind::Port => &self.ports,
+            CycleKind::PortDword => &self.port_dwords,
+            CycleKind::MemoryRead => &self.memory_reads,
+            CycleKind::MemoryWrite => &self.memory_writes,
         }
+    }
+
+    /// What of memory needs no exit: reads end in RAM or ROM; writes too where they end in the same RAM.
+    fn memory_slots(&self) -> Vec<MemorySlot> {
+        let ranges = self.memory_reads.0.iter().chain(&self.memory_writes.0);
+        let mut cuts: Vec<u64> = ranges.flat_map(|range| [range.first, range.last.wrapping_add(1)]).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut slots: Vec<MemorySlot> = Vec::new();
+        for (first, end) in cuts.iter().copied().zip(cuts.iter().copied().skip(1)) {
+            let read = self.resolve(CycleKind::MemoryRead, first);
+            let write = self.resolve(CycleKind::MemoryWrite, first);
+            let Some(endpoint) = read.endpoint else { continue };
+            let same = write.offset == read.offset && write.endpoint.is_some_and(|other| other.is(endpoint));
+            let writable = same && matches!(endpoint, Endpoint::Dram);
+            let Some(slot) = MemorySlot::new((first, end), endpoint, read.offset, writable) else { continue };
+            if !slots.last_mut().is_some_and(|last| last.join(&slot)) {
+                slots.push(slot);
+            }
+        }
+        slots
     }
 
     /// Where a cycle leads.
     pub(super) fn resolve(&self, kind: CycleKind, address: u64) -> Resolved<'_> {
-        let map = match kind {
-            CycleKind::Port => &self.ports,
-            CycleKind::PortDword => &self.port_dwords,
-            CycleKind::Memory => &self.memory,
-        };
-        let (range, last) = map.find(address);
+        let (range, last) = self.map(kind).find(address);
         let offset = range.map_or(0, |range| range.offset.wrapping_add(address.wrapping_sub(range.first)));
         Resolved { endpoint: range.map(|range| &range.endpoint), offset, last }
     }
@@ -109,12 +142,7 @@ impl FlatView {
     /// Every boundary in the view, for tests.
     #[cfg(test)]
     pub(super) fn boundaries(&self, kind: CycleKind) -> Vec<u64> {
-        let map = match kind {
-            CycleKind::Port => &self.ports,
-            CycleKind::PortDword => &self.port_dwords,
-            CycleKind::Memory => &self.memory,
-        };
-        map.0.iter().flat_map(|range| [range.first, range.last]).collect()
+        self.map(kind).0.iter().flat_map(|range| [range.first, range.last]).collect()
     }
 }
 
@@ -136,7 +164,7 @@ fn find_doorbells(root: &impl Node, bus: &PciBus) -> Vec<MappedDoorbell> {
                 let Some(address) = first.checked_add(offset) else { continue };
                 let Some(end) = address.checked_add(span).filter(|end| *end <= last) else { continue };
                 let space = bar.kind.space();
-                let kind = CycleKind::new(space, length.into());
+                let kind = CycleKind::write(space, length.into());
                 let reaches = |address, offset| {
                     let claim = root.claim(kind, address);
                     claim.is_some_and(|claim| claim.endpoint.is(&endpoint) && claim.offset == offset)

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::memory_map::MemorySlot;
 use super::pci::DoorbellId;
 
 /// The two address spaces of an x86 processor.
@@ -75,6 +76,14 @@ pub trait Host: Send + Sync {
 
     /// The map changed: these are all the doorbells that the guest can reach now, sorted.
     fn topology_changed(&self, doorbells: &[MappedDoorbell]);
+
+    /// The memory map changed: these are all slots now, by address, none overlapping another. When this returns the guest sees
+    /// them. While one is replaced no vCPU may be in the guest, and none of its dirty pages may be lost.
+    fn memory_changed(&self, slots: &[MemorySlot]);
+
+    /// The machine wants [`super::Machine::timer_expired`] to be called, from a thread that holds no lock of the machine, once
+    /// [`monotonic`](Self::monotonic) has reached this; nothing replaces what it wanted before by nothing.
+    fn set_timer(&self, deadline: Option<Duration>);
 
     /// Time that never goes back, from an arbitrary start.
     fn monotonic(&self) -> Duration;

@@ -19,13 +19,20 @@ pub(super) struct InterruptRouter {
     state: Mutex<State>,
 }
 
+/// A place for a function.
+#[derive(Clone, Copy, Default)]
+struct Function {
+    /// Bits 0–3: the asserted pins.
+    pins: u8,
+    /// INTx# is disabled by the command register.
+    disabled: bool,
+    /// How often a function was unplugged here. A pin of an earlier one drives nothing.
+    unplugged: u32,
+}
+
 struct State {
-    /// By function (slot × 8 + function): bits 0–3 the asserted pins.
-    pins: [u8; FUNCTIONS],
-    /// By function: INTx# is disabled by the command register.
-    disabled: [bool; FUNCTIONS],
-    /// By function: how often one was unplugged. A pin of an earlier one drives nothing.
-    unplugged: [u32; FUNCTIONS],
+    /// By slot × 8 + function.
+    functions: [Function; FUNCTIONS],
     /// PIRQRC A–D.
     routes: [u8; 4],
     /// By attached line: its IRQ and its level.
@@ -39,10 +46,9 @@ impl State {
         let isa = self.isa.iter().filter(|(_, level)| *level);
         let mut levels = isa.fold(0, |levels, (irq, _)| levels | bit(*irq));
         let mut pirqs = [false; 4];
-        for (devfn, (pins, disabled)) in self.pins.iter().zip(&self.disabled).enumerate() {
-            if *pins == 0 || *disabled {
-                continue;
-            }
+        for (devfn, Function { pins, .. }) in
+            self.functions.iter().enumerate().filter(|entry| !entry.1.disabled)
+        {
             for pin in (0..4).filter(|pin| pins & (1 << pin) != 0) {
                 if let Some(pirq) = pirqs.get_mut(swizzle(devfn >> 3, pin)) {
                     *pirq = true;
@@ -70,9 +76,7 @@ const fn bit(irq: u8) -> u16 {
 impl InterruptRouter {
     pub(super) fn new(host: Arc<dyn Host>) -> Arc<Self> {
         let state = State {
-            pins: [0; FUNCTIONS],
-            disabled: [false; FUNCTIONS],
-            unplugged: [0; FUNCTIONS],
+            functions: [Function::default(); FUNCTIONS],
             routes: [0x80; 4],
             isa: Vec::new(),
             driven: 0,
@@ -92,57 +96,49 @@ impl InterruptRouter {
         }
     }
 
+    fn function(&self, slot: u8, function: u8) -> Function {
+        lock(&self.state).functions.get(devfn(slot, function)).copied().unwrap_or_default()
+    }
+
+    fn update_function(&self, slot: u8, function: u8, change: impl FnOnce(&mut Function)) {
+        self.update(|state| state.functions.get_mut(devfn(slot, function)).map_or((), change));
+    }
+
     /// How often a function was unplugged there, for [`set_pin`](Self::set_pin).
     pub(super) fn unplugged(&self, slot: u8, function: u8) -> u32 {
-        lock(&self.state).unplugged.get(devfn(slot, function)).copied().unwrap_or(0)
+        self.function(slot, function).unplugged
     }
 
     /// Drives a pin, unless its function was unplugged since.
     pub(super) fn set_pin(&self, (slot, function, unplugged): (u8, u8, u32), pin: Pin, asserted: bool) {
-        self.update(|state| {
-            if state.unplugged.get(devfn(slot, function)) != Some(&unplugged) {
-                return;
-            }
-            if let Some(pins) = state.pins.get_mut(devfn(slot, function)) {
-                *pins = *pins & !(1 << pin as u8) | u8::from(asserted) << pin as u8;
+        self.update_function(slot, function, |function| {
+            if function.unplugged == unplugged {
+                function.pins = function.pins & !(1 << pin as u8) | u8::from(asserted) << pin as u8;
             }
         });
     }
 
     /// The command register of a function enables or disables its INTx#.
     pub(super) fn set_disabled(&self, slot: u8, function: u8, value: bool) {
-        self.update(|state| {
-            if let Some(disabled) = state.disabled.get_mut(devfn(slot, function)) {
-                *disabled = value;
-            }
-        });
+        self.update_function(slot, function, |function| function.disabled = value);
     }
 
     /// Whether a function asserts a pin, driven or not: the interrupt status bit.
     pub(super) fn is_asserted(&self, slot: u8, function: u8) -> bool {
-        lock(&self.state).pins.get(devfn(slot, function)).is_some_and(|pins| *pins != 0)
+        self.function(slot, function).pins != 0
     }
 
     /// A function was unplugged: its pins float.
     pub(super) fn release(&self, slot: u8, function: u8) {
-        self.update(|state| {
-            if let Some(pins) = state.pins.get_mut(devfn(slot, function)) {
-                *pins = 0;
-            }
-            if let Some(disabled) = state.disabled.get_mut(devfn(slot, function)) {
-                *disabled = false;
-            }
-            if let Some(count) = state.unplugged.get_mut(devfn(slot, function)) {
-                *count = count.wrapping_add(1);
-            }
+        self.update_function(slot, function, |function| {
+            *function = Function { unplugged: function.unplugged.wrapping_add(1), ..Function::default() };
         });
     }
 
     /// RST#: command registers enable INTx# again, and no device drives anything.
     pub(super) fn reset(&self) {
         self.update(|state| {
-            state.pins.fill(0);
-            state.disabled.fill(false);
+            state.functions.iter_mut().for_each(|function| (function.pins, function.disabled) = (0, false));
             state.isa.iter_mut().for_each(|line| line.1 = false);
         });
     }

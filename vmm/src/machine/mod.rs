@@ -18,6 +18,7 @@ mod host;
 mod i440fx;
 mod irq;
 pub mod isa;
+mod memory_map;
 pub mod pci;
 mod piix3;
 mod piix4_pm;
@@ -27,6 +28,7 @@ mod sync;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod timers;
 mod tree;
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -41,13 +43,15 @@ use flat_view::FlatView;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
-use isa::{DebugPort, FwCfg, I8042, IsaBus, MemoryRange, Port92, PostPort, PvPanic, Rtc};
+use isa::{DebugPort, Dma, FwCfg, I8042, IsaBus, MemoryRange, Port92, PvPanic, Rtc};
 pub use isa::{IrqLine, IsaDevice, PortRange};
+pub use memory_map::{Backing, MemoryChip, MemorySlot};
 pub use pci::{InterruptPin, PciFunction};
 use pci::{PciBus, Pin, SlotFunction};
 use piix3::{IsaBridge, Piix3};
 use piix4_pm::Piix4Pm;
 use sync::lock;
+use timers::Timers;
 use tree::{Endpoint, Topology};
 
 /// The slots on bus 0.
@@ -62,7 +66,10 @@ pub struct Machine {
     ram: GuestRam,
     root: I440Fx,
     isa: Arc<IsaBus>,
+    host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
+    rtc: Arc<Rtc>,
+    timers: Arc<Timers>,
     router: Arc<InterruptRouter>,
     topology: Arc<Topology>,
     view: ArcSwap<FlatView>,
@@ -71,6 +78,8 @@ pub struct Machine {
     /// One for each slot, held by an access to its configuration space until its effects are complete. A function that waits
     /// for its device's process makes no access to another slot wait.
     configuring: [Mutex<()>; SLOTS as usize],
+    /// Held by a write to a firmware chip until the map shows what it did: another write might undo it meanwhile.
+    writing_chip: Mutex<()>,
 }
 
 impl Machine {
@@ -84,12 +93,15 @@ impl Machine {
         let router = InterruptRouter::new(host.clone());
         let isa = Arc::new(IsaBus::new(topology.clone()));
         let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
-        let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone() };
+        let host_bridge = Arc::new(HostBridge::new(config.cpus, topology.clone())?);
+        let chips = config.firmware.clone();
+        let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
         let sci = IrqLine::new(router.clone(), piix4_pm::SCI_IRQ);
-        let pm = Arc::new(Piix4Pm::new(host.clone(), sci)?);
+        let timers = Timers::new(host.clone());
+        let pm = Arc::new(Piix4Pm::new(host.clone(), sci, timers.clone())?);
         let chipset: [(u8, u8, Arc<dyn PciFunction>); 3] =
-            [(0, 0, Arc::new(HostBridge::new(config.cpus)?)), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
+            [(0, 0, host_bridge.clone()), (1, 0, isa_bridge.clone()), (1, 3, pm.clone())];
         for (slot, function, device) in chipset {
             bus.attach(SlotFunction { slot, function }, device);
         }
@@ -97,23 +109,30 @@ impl Machine {
             .regions()
             .map(|region| MemoryRange { address: region.guest_address, length: region.size })
             .collect();
-        attach_isa_devices(&isa, &config, &ram, &memory, &host)?;
+        let rtc =
+            Arc::new(Rtc::new(host.clone(), timers.clone(), IrqLine::new(router.clone(), isa::RTC_IRQ)));
+        rtc.describe(&memory, config.cpus);
+        attach_isa_devices(&isa, &config, &ram, &memory, &host, rtc.clone())?;
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
-        let root = I440Fx::new(dram.collect(), bus);
+        let root = I440Fx::new(dram.collect(), host_bridge.clone(), bus);
         let machine = Arc::new(Self {
             config,
             host,
             ram,
             root,
             isa,
+            host_bridge,
             pm,
+            rtc,
+            timers,
             router,
             topology,
             view: ArcSwap::default(),
             deriving: Mutex::new(()),
             configuring: Default::default(),
+            writing_chip: Mutex::new(()),
         });
         machine.follow_topology();
         Ok(machine)
@@ -156,7 +175,7 @@ impl Machine {
 
     fn read_cycle(&self, space: Space, address: u64, data: &mut [u8]) {
         let view = self.view.load();
-        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        let resolved = view.resolve(CycleKind::read(space, data.len()), address);
         if Self::must_cut(&resolved, address, data.len()) {
             let half = data.len() / 2;
             let (low, high) = data.split_at_mut(half);
@@ -175,19 +194,16 @@ impl Machine {
                 }
             }
             Some(Endpoint::ConfigData) => self.config_read(offset, data),
-            Some(Endpoint::Dram) => {
-                let view = self.ram.view(offset, data.len() as u64, Direction::Read);
-                if view.and_then(|view| view.read_bytes(0, data)).is_err() {
-                    data.fill(0xFF);
-                }
-            }
+            Some(Endpoint::Dram) => read_memory(&self.ram, offset, data),
+            Some(Endpoint::Chip(chip)) if chip.shows_bytes() => read_memory(chip.memory(), offset, data),
+            Some(Endpoint::Chip(chip)) => chip.read(offset, data),
             Some(Endpoint::InKernel) | None => data.fill(0xFF),
         }
     }
 
     fn write_cycle(&self, space: Space, address: u64, data: &[u8]) {
         let view = self.view.load();
-        let resolved = view.resolve(CycleKind::new(space, data.len()), address);
+        let resolved = view.resolve(CycleKind::write(space, data.len()), address);
         if Self::must_cut(&resolved, address, data.len()) {
             let half = data.len() / 2;
             let (low, high) = data.split_at(half);
@@ -210,6 +226,15 @@ impl Machine {
                 let view = self.ram.view(offset, data.len() as u64, Direction::Write);
                 // The range is RAM by the same regions that the view checks; a refusal drops the write.
                 let _ = view.and_then(|view| view.write_bytes(0, data));
+            }
+            Some(Endpoint::Chip(chip)) => {
+                let _one_at_a_time = lock(&self.writing_chip);
+                let before = chip.shows_bytes();
+                chip.write(offset, data);
+                if chip.shows_bytes() != before {
+                    self.topology.changed();
+                    self.follow_topology();
+                }
             }
             Some(Endpoint::InKernel) | None => {}
         }
@@ -242,7 +267,7 @@ impl Machine {
         }
     }
 
-    /// Derives the flat view anew if the tree has changed since, and tells the host when doorbells moved.
+    /// Derives the flat view anew if the tree has changed since, and tells the host what that moved.
     fn follow_topology(&self) {
         let _one_at_a_time = lock(&self.deriving);
         let generation = self.topology.generation();
@@ -251,10 +276,12 @@ impl Machine {
             return;
         }
         let view = FlatView::derive(generation, &self.root, &self.root.bus);
-        let moved = view.doorbells != before.doorbells;
         let view = Arc::new(view);
         self.view.store(view.clone());
-        if moved {
+        if view.slots != before.slots {
+            self.host.memory_changed(&view.slots);
+        }
+        if view.doorbells != before.doorbells {
             self.host.topology_changed(&view.doorbells);
         }
     }
@@ -317,13 +344,35 @@ impl Machine {
         self.root.mechanism.reset();
         self.root.bus.reset();
         self.isa.reset();
+        self.config.firmware.iter().for_each(|chip| chip.reset());
         self.router.reset();
         self.follow_topology();
+    }
+
+    /// Lets RAM answer everywhere below 1 MiB but at the frame buffer, as firmware leaves it.
+    pub fn shadow_ram(&self) {
+        let _one_at_a_time = self.configuring(0);
+        self.host_bridge.shadow();
+        self.follow_topology();
+    }
+
+    /// The host's clock has reached what [`Host::set_timer`] was told last.
+    pub fn timer_expired(&self) {
+        self.timers.expired();
+        self.pm.timer_expired();
+        self.rtc.timer_expired();
     }
 
     /// The power button was pressed and released.
     pub fn press_power_button(&self) {
         self.pm.press_power_button();
+    }
+}
+
+fn read_memory(memory: &GuestRam, address: u64, data: &mut [u8]) {
+    let view = memory.view(address, data.len() as u64, Direction::Read);
+    if view.and_then(|view| view.read_bytes(0, data)).is_err() {
+        data.fill(0xFF);
     }
 }
 
@@ -338,18 +387,15 @@ fn attach_isa_devices(
     ram: &GuestRam,
     memory: &[MemoryRange],
     host: &Arc<dyn Host>,
+    rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let size = |above: bool| {
-        let regions = memory.iter().filter(|range| (range.address >= 1 << 32) == above);
-        regions.map(|range| range.length).fold(0, u64::saturating_add)
-    };
     let devices: [Arc<dyn IsaDevice>; 7] = [
-        Arc::new(Rtc::new(host.clone(), size(false), size(true), config.cpus)),
+        rtc,
+        Arc::new(Dma::default()),
         Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         Arc::new(FwCfg::new(ram.clone(), config.cpus, memory)),
         Arc::new(DebugPort::new()),
-        Arc::new(PostPort::new()),
         Arc::new(PvPanic::new(host.clone())),
     ];
     for device in devices {

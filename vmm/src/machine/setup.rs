@@ -71,9 +71,10 @@ impl Windows {
 
 impl Machine {
     /// Does what firmware does before it starts an operating system: gives every BAR an address, enables I/O and memory
-    /// decode (bus mastering is left to drivers), routes PIRQs, fills in interrupt line registers, places the PM block.
-    /// A BAR for which there is no room stays undecoded, which the log tells. No vCPU runs yet.
+    /// decode (bus mastering is left to drivers), routes PIRQs, fills in interrupt line registers, places the PM block, and lets
+    /// RAM answer below 1 MiB. A BAR for which there is no room stays undecoded, which the log tells. No vCPU runs yet.
     pub fn assign_resources(&self) {
+        self.shadow_ram();
         let bridge = SlotFunction { slot: 1, function: 0 };
         let pm = SlotFunction { slot: 1, function: 3 };
         self.write_register(bridge, PIRQRC, &PIRQ_ROUTES);

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::host::{Host, MappedDoorbell, PowerEvent};
+use super::memory_map::MemorySlot;
 use super::sync::lock;
 
 /// The recorder.
@@ -21,6 +22,10 @@ pub(crate) struct Recorded {
     pub(crate) power: Vec<PowerEvent>,
     /// The doorbells told last.
     pub(crate) doorbells: Vec<MappedDoorbell>,
+    /// The memory map told last.
+    pub(crate) slots: Vec<MemorySlot>,
+    /// The deadline told last.
+    pub(crate) timer: Option<Duration>,
     monotonic: Duration,
     wall_clock: Duration,
 }
@@ -36,6 +41,11 @@ impl Recorder {
 
     pub(crate) fn set_wall_clock(&self, time: Duration) {
         lock(&self.0).wall_clock = time;
+    }
+
+    /// The timer that was armed runs out now: it is armed no more.
+    pub(crate) fn take_timer(&self) -> Option<Duration> {
+        lock(&self.0).timer.take()
     }
 
     pub(crate) fn set_monotonic(&self, time: Duration) {
@@ -56,6 +66,14 @@ impl Host for Recorder {
 
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         lock(&self.0).doorbells = doorbells.to_vec();
+    }
+
+    fn memory_changed(&self, slots: &[MemorySlot]) {
+        lock(&self.0).slots = slots.to_vec();
+    }
+
+    fn set_timer(&self, deadline: Option<Duration>) {
+        lock(&self.0).timer = deadline;
     }
 
     fn monotonic(&self) -> Duration {

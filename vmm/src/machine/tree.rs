@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::address::CycleKind;
 use super::isa::IsaDevice;
+use super::memory_map::MemoryChip;
 use super::pci::PciFunction;
 
 /// Where a cycle ends.
@@ -25,6 +26,8 @@ pub(super) enum Endpoint {
     Window(Arc<dyn PciFunction>, u8),
     /// A device on the ISA bus. The offset is the port.
     Isa(Arc<dyn IsaDevice>),
+    /// A ROM or flash. The offset is the address in its memory.
+    Chip(Arc<dyn MemoryChip>),
 }
 
 impl Endpoint {
@@ -47,6 +50,7 @@ impl Endpoint {
                 i == j && std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
             }
             (Self::Isa(a), Self::Isa(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
+            (Self::Chip(a), Self::Chip(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
             _ => false,
         }
     }

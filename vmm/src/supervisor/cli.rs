@@ -1,11 +1,19 @@
 //! The command line: one place that says what a user can write.
 
+mod device;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use device::{
+    DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+};
 use serde::Deserialize;
 
-use super::config::{DiskSpec, RestartPolicy, Size, StreamTarget};
+use bulkhead_ipc::jail::Layer;
+
+use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
+use super::config::{DiskSpec, RestartRule, Size, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -33,8 +41,23 @@ Kernel command line:
 Devices that die:
   A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
   at once the first time, then after 10 ms, 100 ms and 1 s. The guest sees a pause. A device that
-  dies more often than --restart allows is given up: the guest finds it broken and runs on. With
-  --restart never the machine ends instead (exit code 4). restart= of a --disk is for that disk.
+  dies more often than --restart allows is given up: the guest finds it broken and runs on, and
+  `bulkhead device restart NAME DEVICE` brings it back. With --restart never the machine ends
+  instead (exit code 4). --restart DEVICE=POLICY and restart= of a --disk are for that device:
+  --restart 5/10 --restart serial=never --restart rng=3/60/100 (first pause 100 ms).
+  A process hangs when it does not answer for --hang-deadline seconds, or does nothing about the
+  requests in a queue for --stall-deadline seconds; one that waits for the host's disk does not.
+  0 turns a check off. A core that does not answer for 4 times as long ends the machine.
+
+Jail:
+  Landlock, cgroups and a host user for each process are used where the host offers them; what is
+  missing is said once. --require makes it an error. Each process may use memory of its own up to
+  a default that suits it (--limit PROCESS:memory=SIZE; guest RAM is not counted) and as many
+  threads as it needs; cpu (percent of one CPU) and, for disks, read, write (bytes a second),
+  read-iops and write-iops are limited when asked for. Cgroups are made below the nearest group
+  that may be written and holds nobody else: as a user, try systemd-run --user --scope
+  -p Delegate=yes bulkhead run …. Host users are taken from a range that is not shared with
+  another machine: as a user, from the range in /etc/subuid, by newuidmap.
 
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
@@ -48,10 +71,13 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   kernel = \"vmlinuz\"            # relative paths start at the folder of this file
   memory = \"512M\"
   cpus = 2
-  rng = true
   serial = \"file=boot.log\"
   on-panic = \"restart\"
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
+  rng = { restart = \"always\" }                       # a table where a device has a policy of its own
+  console = { target = \"attach\", restart = \"never\" }
+  require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
+  limits.root = { memory = \"64M\", cpu = 50 }
   [[disk]]
   path = \"root.img\"
   id = \"root\"
@@ -88,6 +114,10 @@ pub enum Command {
     Stop(StopArgs),
     /// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
     Console(ConsoleArgs),
+    /// List, restart or upgrade the devices of a machine that runs
+    Device(DeviceArgs),
+    /// Print what happened to the processes of a machine, one JSON object on each line
+    Events(EventsArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
 }
@@ -136,14 +166,41 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
     /// When a device process dies: always, never (the machine ends), or at most MAX times within SECONDS [default: 5/10]
-    #[arg(long, value_name = "always|never|MAX/SECONDS")]
-    pub restart: Option<RestartPolicy>,
+    #[arg(long = "restart", value_name = "[DEVICE=]always|never|MAX/SECONDS[/MS]")]
+    pub restart: Vec<RestartRule>,
+    /// A process that does not answer for so long is killed and replaced; 0 does not ask [default: 5]
+    #[arg(long, value_name = "SECONDS")]
+    pub hang_deadline: Option<u32>,
+    /// So is one that does nothing about the requests in a queue for so long; 0 does not look [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub stall_deadline: Option<u32>,
     /// When the guest reboots: start it anew, or end [default: restart]
     #[arg(long, value_name = "ACTION")]
     pub on_reboot: Option<EndAction>,
     /// When the guest panics: start it anew, or end [default: exit]
     #[arg(long, value_name = "ACTION")]
     pub on_panic: Option<EndAction>,
+    /// Layers of the jail without which the machine is not started
+    #[arg(
+        long,
+        value_name = "LAYER",
+        value_delimiter = ',',
+        help = "Layers of the jail that must be there: landlock, cgroup, distinct-uids (namespaces, root and seccomp always must)"
+    )]
+    pub require: Vec<Layer>,
+    /// Limits of a process.
+    #[arg(
+        long = "limit",
+        value_name = "PROCESS:KEY=VALUE,…",
+        help = "Limits of a process, such as disk0:memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops"
+    )]
+    pub limits: Vec<LimitSpec>,
+    /// Host users of the processes: auto, off, or a range for machines of root [default: auto, that is 1879048192:1048576]
+    #[arg(long, value_name = "FIRST:COUNT")]
+    pub uids: Option<UidChoice>,
+    /// Where the machine's cgroups are made: auto, off, or the path of a group [default: auto]
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<CgroupChoice>,
     /// The least important messages that are shown [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -160,6 +217,9 @@ pub struct RunArgs {
 pub struct PsArgs {
     /// The machine; without it all machines of this user (of all users for root) are listed
     pub name: Option<String>,
+    /// Show each layer of the jail for each process and thread of the machine, as the kernel tells it
+    #[arg(long, requires = "name")]
+    pub security: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -284,6 +344,12 @@ mod tests {
             "file=s",
             "--name=n",
             "--restart=3/60",
+            "--restart=b=never",
+            "--hang-deadline=1",
+            "--require=landlock,cgroup",
+            "--limit=b:memory=64M",
+            "--uids=off",
+            "--cgroup=/sys/fs/cgroup/x",
             "--on-reboot=exit",
             "--on-panic=restart",
             "--log-level=debug",
@@ -296,7 +362,12 @@ mod tests {
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
-        assert_eq!(run.restart, "3/60".parse().ok());
+        assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
+        assert_eq!(run.hang_deadline, Some(1));
+        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
+        assert_eq!(run.limits, ["b:memory=64M".parse().unwrap()]);
+        assert_eq!(run.uids, Some(UidChoice::Off));
+        assert!(matches!(run.cgroup, Some(CgroupChoice::Path(_))));
         assert_eq!(run.on_reboot, Some(EndAction::Exit));
         assert_eq!(run.cmdline.as_deref(), Some("-x root=/dev/vda"));
     }

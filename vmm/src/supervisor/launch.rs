@@ -13,7 +13,8 @@ use bulkhead_ipc::channel::message::{
     ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
-use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits};
+use bulkhead_ipc::jail::cgroup::CgroupError;
+use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
@@ -25,6 +26,7 @@ use super::cli::LogLevel;
 use super::config::{CONSOLE, CORE, MachineConfig, RNG, SERIAL};
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
+use super::programs::Programs;
 use super::resources::{Disk, Resources, Stream};
 use super::terminal;
 
@@ -51,6 +53,14 @@ pub enum LaunchError {
         id: String,
         /// The step that failed.
         source: JailError,
+    },
+    /// Its cgroup.
+    #[error("cannot start {id}: {source}")]
+    Cgroup {
+        /// Which process.
+        id: String,
+        /// What failed.
+        source: CgroupError,
     },
     /// The control channel.
     #[error("cannot tell {id} what to do: {source}")]
@@ -176,7 +186,11 @@ const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
 }
 
 /// Starts every process of the machine, the core first. On an error none is left.
-pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Process>, LaunchError> {
+pub fn launch(
+    config: &MachineConfig,
+    resources: &Resources,
+    programs: &Programs,
+) -> Result<Vec<Process>, LaunchError> {
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
@@ -186,28 +200,39 @@ pub fn launch(config: &MachineConfig, resources: &Resources) -> Result<Vec<Proce
     }
     processes.push(start_core(config, resources, &plans, &links)?);
     for (plan, (_, socket)) in plans.iter().zip(&links) {
-        processes.push(start_device(config, resources, plan, socket)?);
+        processes.push(start_device(config, resources, programs.of(plan.id(), resources), plan, socket)?);
     }
+    processes.iter_mut().try_for_each(release)?;
     Ok(processes)
 }
 
-/// Starts the process of one device anew, with the resources that its predecessor had. Returns it and the core's end of the
-/// stream between them.
+/// Starts another process for a device, of this program and with the resources that its predecessor has or had. Returns it and
+/// the core's end of the stream between them.
 pub fn relaunch(
     config: &MachineConfig,
     resources: &Resources,
     id: &str,
+    program: &OwnedFd,
 ) -> Result<(Process, UnixStream), LaunchError> {
     let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
     let plans = Plan::all(resources);
     let plan = plans.iter().find(|plan| plan.id() == id).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
     let (core, device) = UnixStream::pair().map_err(io)?;
-    Ok((start_device(config, resources, plan, &device)?, core))
+    let mut process = start_device(config, resources, program, plan, &device)?;
+    release(&mut process)?;
+    Ok((process, core))
+}
+
+/// Lets a process go on that waits for its user.
+fn release(process: &mut Process) -> Result<(), LaunchError> {
+    let id = &process.id;
+    process.jailed.release().map_err(|source| LaunchError::Jail { id: id.clone(), source })
 }
 
 fn start_device<'a>(
     config: &MachineConfig,
     resources: &'a Resources,
+    file: &OwnedFd,
     plan: &Plan<'a>,
     socket: &'a UnixStream,
 ) -> Result<Process, LaunchError> {
@@ -222,8 +247,9 @@ fn start_device<'a>(
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {
-        file: &resources.device_program,
-        null: &resources.null,
+        file,
+        resources,
+        config,
         arguments: &[title, plan.role().name().to_owned()],
         limits: plan.limits(),
     };
@@ -270,15 +296,15 @@ fn start_core(
         ..Limits::default()
     };
     let title = format!("bulkhead-vmm[{}]", config.name);
-    let program =
-        Program { file: &resources.core_program, null: &resources.null, arguments: &[title], limits };
+    let program = Program { file: &resources.core_program, resources, config, arguments: &[title], limits };
     program.start(CORE, Role::Core, &start, &fds)
 }
 
 /// A program to be started in a jail.
 struct Program<'a> {
     file: &'a OwnedFd,
-    null: &'a File,
+    resources: &'a Resources,
+    config: &'a MachineConfig,
     arguments: &'a [String],
     limits: Limits,
 }
@@ -293,6 +319,8 @@ impl Program<'_> {
     ) -> Result<Process, LaunchError> {
         let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
         let channel = |source| LaunchError::Channel { id: id.to_owned(), source };
+        let place = self.resources.confinement.place(self.config, id, role, &self.limits);
+        let place = place.map_err(|source| LaunchError::Cgroup { id: id.to_owned(), source })?;
         let (ours, theirs) = Channel::pair().map_err(channel)?;
         // In the queue before the process exists: it never waits for it.
         ours.send(start, &fds.0).map_err(channel)?;
@@ -304,9 +332,11 @@ impl Program<'_> {
             arguments: self.arguments,
             channel: theirs.into_fd(),
             log: write.as_fd(),
-            null: self.null.as_fd(),
+            null: self.resources.null.as_fd(),
             limits: self.limits,
-            identity: Identity::default(),
+            identity: place.identity,
+            subordinate: place.subordinate,
+            cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
         })
         .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
         Ok(Process {

@@ -7,19 +7,25 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod confinement;
 pub mod console;
+pub mod device;
 pub mod doctor;
 pub mod event_loop;
+pub mod events;
 pub mod exit_code;
 pub mod heap;
+pub mod history;
 pub mod launch;
 pub mod logs;
 pub mod notify;
 pub mod poller;
 pub mod process;
+pub mod programs;
 pub mod ps;
 pub mod resources;
 pub mod run;
+pub mod security;
 pub mod stop;
 pub mod terminal;
 
@@ -57,6 +63,14 @@ pub fn main() -> ExitCode {
         },
         Command::Console(args) => match console::console(&args) {
             Ok(code) => code,
+            Err(error) => fail(&error, client_code(&error)),
+        },
+        Command::Device(args) => match device::device(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Events(args) => match events::events(&args) {
+            Ok(()) => ExitCode::Success,
             Err(error) => fail(&error, client_code(&error)),
         },
         Command::Doctor(args) => {

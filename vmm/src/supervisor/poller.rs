@@ -30,6 +30,12 @@ pub enum Source {
     Log(u16),
     /// A seccomp listener: process and index of the listener.
     Violation(u16, u16),
+    /// The control channel of the successor beside a process.
+    StandbyControl(u16),
+    /// Its pidfd.
+    StandbyExit(u16),
+    /// Its log pipe.
+    StandbyLog(u16),
 }
 
 impl Source {
@@ -45,6 +51,9 @@ impl Source {
             Self::Exit(process) => (7, process, 0),
             Self::Log(process) => (8, process, 0),
             Self::Violation(process, listener) => (9, process, listener),
+            Self::StandbyControl(process) => (10, process, 0),
+            Self::StandbyExit(process) => (11, process, 0),
+            Self::StandbyLog(process) => (12, process, 0),
         };
         tag << 32 | u64::from(a) << 16 | u64::from(b)
     }
@@ -63,6 +72,9 @@ impl Source {
             7 => Self::Exit(a),
             8 => Self::Log(a),
             9 => Self::Violation(a, b),
+            10 => Self::StandbyControl(a),
+            11 => Self::StandbyExit(a),
+            12 => Self::StandbyLog(a),
             _ => return None,
         })
     }
@@ -144,6 +156,9 @@ mod tests {
             Source::Exit(65535),
             Source::Log(0),
             Source::Violation(3, 65535),
+            Source::StandbyControl(1),
+            Source::StandbyExit(2),
+            Source::StandbyLog(65535),
         ] {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }

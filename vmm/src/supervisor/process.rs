@@ -1,10 +1,11 @@
 //! One process of the machine, as the supervisor sees it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, ViolationListener};
+use bulkhead_ipc::jail::{Exit, JailError, JailedProcess, PANIC_EXIT_CODE, PolicyName, ViolationListener};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,25 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Supervisor => "supervisor",
+        }
+    }
+}
+
+impl Role {
+    /// The policy of a thread of this name, or of the main thread.
+    pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
+        match (self, thread) {
+            (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
+            (Self::Core | Self::Supervisor, Some("huge-pages")) => PolicyName::CoreHugePages,
+            (Self::Core | Self::Supervisor, Some("devices")) => PolicyName::CoreDevices,
+            (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
+            (Self::Blk, None) => PolicyName::BlkMain,
+            (Self::Blk, Some(_)) => PolicyName::BlkQueue,
+            (Self::Rng, None) => PolicyName::RngMain,
+            (Self::Rng, Some(_)) => PolicyName::RngQueue,
+            (Self::Console, None) => PolicyName::ConsoleMain,
+            (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
+            (Self::Uart, _) => PolicyName::UartMain,
         }
     }
 }
@@ -83,6 +103,21 @@ impl Process {
             Ok(()) | Err(JailError::Deadline | JailError::Vanished) => None,
             Err(error) => Some(error),
         }
+    }
+
+    /// It has said READY, with the listeners of its policies.
+    pub fn ready(&mut self, policies: &[PolicyName], listeners: Vec<OwnedFd>) {
+        self.state = State::Ready;
+        // It runs, so its jail is complete; asking closes the descriptor on which it would have reported.
+        let _none = self.jail_error();
+        let pairs = policies.iter().zip(listeners);
+        self.listeners = pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
+    }
+
+    /// Whether it has ended, reaped or not.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.jailed.as_fd(), PollFlags::POLLIN)];
+        self.state == State::Ended || poll(&mut fds, PollTimeout::ZERO) != Ok(0)
     }
 
     /// Kills it; when it is gone the pidfd says so.

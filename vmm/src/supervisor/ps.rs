@@ -13,6 +13,7 @@ use super::api::client::{ClientError, Connection, list};
 use super::api::{MachineEntry, ProcessEntry};
 use super::cli::PsArgs;
 use super::config::Size;
+use super::security::Security;
 
 /// The namespaces that a jailed process has for itself (namespaces(7)).
 const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
@@ -146,17 +147,19 @@ fn or_unknown(value: Option<impl ToString>) -> String {
 }
 
 /// The first word after `key:` in a file of `/proc`.
-fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+pub fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     line.split_whitespace().next()
 }
 
-fn shorten(hexadecimal: &str) -> String {
+/// A hexadecimal number without the zeros before it.
+pub fn shorten(hexadecimal: &str) -> String {
     let digits = hexadecimal.trim_start_matches('0');
     if digits.is_empty() { "0".to_owned() } else { digits.to_owned() }
 }
 
-fn own_namespaces(folder: &std::path::Path) -> Option<Vec<&'static str>> {
+/// The namespaces of a process, by its folder in `/proc`, that are not those of this one.
+pub fn own_namespaces(folder: &std::path::Path) -> Option<Vec<&'static str>> {
     let mut own = Vec::new();
     for name in NAMESPACES {
         let theirs = fs::read_link(folder.join("ns").join(name)).ok()?;
@@ -221,6 +224,10 @@ fn table(titles: &[&str], rows: &[Vec<String>]) -> String {
 /// The text of `bulkhead ps`.
 pub fn ps(args: &PsArgs) -> Result<String, ClientError> {
     match &args.name {
+        Some(name) if args.security => {
+            let security = Security::read(Connection::to_name(name)?.machine()?);
+            Ok(if args.json { json(&security) } else { security.text() })
+        }
         Some(name) => {
             let machine = Machine::read(Connection::to_name(name)?.machine()?);
             if args.json {

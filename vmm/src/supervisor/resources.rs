@@ -17,6 +17,7 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, SERIAL, Size};
+use super::confinement::{Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 
 /// The unit of a disk's size, in bytes.
@@ -109,6 +110,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// A layer of the jail.
+    #[error(transparent)]
+    Confinement(#[from] Required),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {
@@ -172,6 +176,8 @@ pub struct Resources {
     pub device_program: OwnedFd,
     /// `/dev/null`.
     pub null: File,
+    /// Cgroups and users.
+    pub confinement: Confinement,
 }
 
 impl Resources {
@@ -189,6 +195,7 @@ impl Resources {
         }
         let kvm = kvm::open()?;
         kvm::check(&kvm, config.cpus)?;
+        let confinement = Confinement::prepare(config, &disks)?;
         Ok(Self {
             kvm,
             kernel,
@@ -198,6 +205,7 @@ impl Resources {
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
+            confinement,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

@@ -9,7 +9,7 @@ use super::api::server::{Server, ServerError};
 use super::cli::{LogLevel, RunArgs};
 use super::config::{self, ConfigError, MachineConfig};
 use super::doctor::kvm::KvmError;
-use super::event_loop::{End, Environment, EventLoop, signals};
+use super::event_loop::{Environment, EventLoop, signals};
 use super::exit_code::ExitCode;
 use super::launch::LaunchError;
 use super::logs::Log;
@@ -41,7 +41,7 @@ impl RunError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Resource(ResourceError::Kvm(KvmError::Cpus { .. })) => ExitCode::Usage,
-            Self::Resource(ResourceError::Kvm(_)) => ExitCode::Host,
+            Self::Resource(ResourceError::Kvm(_) | ResourceError::Confinement(_)) => ExitCode::Host,
             Self::Resource(ResourceError::Program { .. } | ResourceError::Host { .. })
             | Self::Server(ServerError::Io(_))
             | Self::Io(_) => ExitCode::Internal,
@@ -72,13 +72,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
         if end.restarts(&config) {
             continue;
         }
-        return Ok(match end {
-            End::PowerOff | End::Reset => ExitCode::Success,
-            End::Panicked => ExitCode::GuestPanic,
-            End::Failed(code) => code,
-            End::Signal(number) => ExitCode::Signal(number),
-            End::Forced => ExitCode::Forced,
-        });
+        return Ok(end.exit_code());
     }
 }
 
@@ -89,6 +83,9 @@ fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
             LogLevel::Info,
             &format!("kernel command line: {added} was added, for no console= was given"),
         );
+    }
+    if let Some(warning) = resources.confinement.warning() {
+        log.say(LogLevel::Warn, &warning);
     }
     for (field, stream) in [(config::SERIAL, &resources.serial), (config::CONSOLE, &resources.console)] {
         if let Some(path) = stream.as_ref().and_then(|stream| stream.pty.as_ref()) {

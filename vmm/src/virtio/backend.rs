@@ -336,6 +336,8 @@ impl VirtioPci {
         for queue in state.queues.iter_mut().filter(|queue| queue.enabled) {
             queue.base = used_index(&self.ram, queue);
         }
+        // One that was given up is brought back: a driver that has not reset it goes on where it was.
+        state.status &= !status::NEEDS_RESET;
         self.reconcile(state);
         for (number, _) in (0u16..).zip(&state.queues).filter(|(_, queue)| queue.running) {
             // The predecessor may have used buffers and died before it interrupted.

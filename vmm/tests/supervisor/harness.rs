@@ -81,6 +81,12 @@ impl Bench {
         self.bulkhead(&arguments.replace("NAME", &self.name)).output().unwrap().into()
     }
 
+    /// As [`Self::ask`], with a device program that describes itself so.
+    pub fn ask_with(&self, arguments: &str, version: &str) -> Run {
+        let mut command = self.bulkhead(&arguments.replace("NAME", &self.name));
+        command.env("STAND_IN_VERSION", version).output().unwrap().into()
+    }
+
     /// Runs a machine to its end.
     pub fn run(&self, options: &str, cmdline: &str) -> Run {
         let run = finish(self.machine(options, cmdline).spawn().unwrap());
@@ -107,6 +113,20 @@ impl Bench {
             }
         }
         found
+    }
+
+    /// A process that lives, when the supervisor cannot be asked for it.
+    pub fn left_named(&self, id: &str) -> i32 {
+        let title = if id == "core" {
+            format!("bulkhead-vmm[{}]", self.name)
+        } else {
+            format!("bulkhead-device[{}/{id}]", self.name)
+        };
+        let is = |pid: &i32| {
+            let found = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&found).starts_with(&title)
+        };
+        self.left().into_iter().find(is).unwrap()
     }
 
     /// Process ids by id, as `ps` tells.

@@ -5,10 +5,14 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
+mod events;
 mod harness;
 mod hosts;
+mod hung;
 mod launch;
+mod orders;
 mod restart;
+mod shortage;
 mod stand_in;
 mod streams;
 
@@ -19,9 +23,25 @@ fn main() {
         Some(title) if title.starts_with("bulkhead-device[") => return stand_in::device(),
         _ => {}
     }
+    if arguments.get(1).is_some_and(|argument| argument == "--version") {
+        let version = std::env::var("STAND_IN_VERSION");
+        println!("{}", version.as_deref().unwrap_or("bulkhead-device 9.9.9 (control protocol 1)"));
+        return;
+    }
     let words: Vec<&String> =
         arguments.iter().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    for (name, case) in [launch::CASES, restart::CASES, streams::CASES, api::CASES, hosts::CASES].concat() {
+    let cases = [
+        launch::CASES,
+        restart::CASES,
+        hung::CASES,
+        orders::CASES,
+        events::CASES,
+        shortage::CASES,
+        streams::CASES,
+        api::CASES,
+        hosts::CASES,
+    ];
+    for (name, case) in cases.concat() {
         if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
             case();
             match harness::skipped() {

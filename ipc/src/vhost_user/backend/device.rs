@@ -31,6 +31,11 @@ pub trait VirtioDevice: Send {
     /// Index, in what [`Self::workers`] returns, of the worker that serves `queue`.
     fn worker_of(&self, queue: u16) -> usize;
 
+    /// Whether requests of `queue` can be begun whenever there are some. Buffers for input that may never come cannot.
+    fn serves_at_once(&self, _queue: u16) -> bool {
+        true
+    }
+
     /// The workers; called once, before the seal.
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>>;
 
@@ -52,7 +57,7 @@ pub trait VirtioDevice: Send {
 /// Serves one or more queues on a thread of its own. All methods are called on that thread.
 pub trait QueueWorker: Send {
     /// Sets up what must exist before the thread's seccomp filter: io_uring, epoll, buffers.
-    /// `wake` is an eventfd that is written, and never read, when [`Self::turn`] must return: watch it edge-triggered.
+    /// `wake` is an eventfd that is written, and never read, when [`Self::turn`] must look at its rings and return: watch it edge-triggered.
     /// Returns the descriptors that the worker keeps open from now on, for the check of the seal.
     ///
     /// # Errors
@@ -74,4 +79,9 @@ pub trait QueueWorker: Send {
     /// # Errors
     /// The worker cannot go on; the process ends with the error.
     fn turn(&mut self) -> io::Result<()>;
+
+    /// Whether something that was taken from a ring waits for the host: for its disk, for a reader of its pipe.
+    fn waits_for_host(&self) -> bool {
+        false
+    }
 }

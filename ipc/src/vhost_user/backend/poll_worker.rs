@@ -44,6 +44,11 @@ pub trait QueueHandler: Send {
     /// The device cannot go on; the process ends.
     fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next>;
 
+    /// As [`QueueWorker::waits_for_host`].
+    fn waits_for_host(&self) -> bool {
+        false
+    }
+
     /// A ring is about to be taken away: finish what was taken from it, or put it back.
     fn release(&mut self, ring: &mut Vring) {
         let _ = ring;
@@ -123,5 +128,9 @@ impl<H: QueueHandler> QueueWorker for PollWorker<H> {
             Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn waits_for_host(&self) -> bool {
+        self.handler.waits_for_host()
     }
 }

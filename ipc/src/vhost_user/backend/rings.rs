@@ -5,13 +5,16 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::unistd::write;
 use tracing::warn;
 
 use super::daemon::{Answer, Daemon, RING_EVENT_IDX, RING_INDIRECT_DESC, Refusal, number, only};
 use super::vring::{CallSlot, Vring, VringSetup};
-use super::worker::SharedFd;
+use super::worker::{SharedFd, WorkerHandle};
+use crate::channel::message::Progress;
+use crate::memory::Direction;
 use crate::vhost_user::message::{
     VHOST_USER_F_PROTOCOL_FEATURES, VRING_INDEX_MASK, VRING_NO_FD, VhostUserVringAddr, VhostUserVringState,
     decode, encode,
@@ -32,6 +35,8 @@ pub(super) struct QueueState {
     error: CallSlot,
     enabled: bool,
     running: bool,
+    /// What [`Daemon::progress`] saw last: the used ring's index, and the turns of the worker.
+    seen: Option<(u16, u32)>,
 }
 
 impl Daemon {
@@ -244,6 +249,46 @@ impl Daemon {
             queue.base = ring.next_available();
         }
         Ok(())
+    }
+
+    /// What became of the queues since the last call. It makes every worker look at its rings, in case a notification was
+    /// lost, and look busy until the next call.
+    pub fn progress(&mut self) -> Progress {
+        let mut progress = Progress::Fine;
+        for number in 0..self.device.queues() {
+            let indices = self.indices(number);
+            let pulse = self.workers.get(self.device.worker_of(number)).map(WorkerHandle::pulse);
+            let Some(queue) = self.queues.get_mut(usize::from(number)) else { continue };
+            let (Some((available, used)), Some((turns, waits))) = (indices, pulse) else {
+                queue.seen = None;
+                continue;
+            };
+            let before = queue.seen.replace((used, turns));
+            let Some((_, turns_before)) = before.filter(|(before, _)| *before == used && available != used)
+            else {
+                continue;
+            };
+            let hangs = turns_before == turns;
+            if hangs || !waits && self.device.serves_at_once(number) {
+                progress = Progress::Stalled { queue: number };
+            } else if waits && progress == Progress::Fine {
+                progress = Progress::WaitsForHost { queue: number };
+            }
+        }
+        self.wake_workers();
+        progress
+    }
+
+    /// The indices of available and used ring, of a queue that runs.
+    fn indices(&self, number: u16) -> Option<(u16, u16)> {
+        let queue = self.queues.get(usize::from(number)).filter(|queue| queue.running)?;
+        let [_, available, used] = queue.addresses?;
+        let index = |ring: u64| {
+            let address = self.memory.translate(ring)?.checked_add(2)?;
+            let view = self.memory.ram().view(address, 2, Direction::Read).ok()?;
+            view.load::<u16>(0, Ordering::Acquire).ok().map(u16::from_le)
+        };
+        Some((index(available)?, index(used)?))
     }
 
     /// Stops every ring.

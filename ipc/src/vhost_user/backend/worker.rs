@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::Builder;
 
@@ -43,10 +44,19 @@ enum Command {
     Quit,
 }
 
+/// What a worker tells about itself, without a lock.
+#[derive(Debug, Default)]
+struct Pulse {
+    /// Turns that have come to their end, modulo 2^32.
+    turns: AtomicU32,
+    waits_for_host: AtomicBool,
+}
+
 /// The control thread's end of a worker.
 pub(super) struct WorkerHandle {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
+    pulse: Arc<Pulse>,
     descriptors: Vec<RawFd>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -71,6 +81,8 @@ impl WorkerHandle {
         let (commands, mailbox) = channel();
         let (ready, readiness) = sync_channel(1);
         let worker_wake = Arc::clone(&wake);
+        let pulse = Arc::new(Pulse::default());
+        let worker_pulse = Arc::clone(&pulse);
         let body = move || {
             let mut worker = worker;
             let prepared = worker.prepare(worker_wake.as_fd()).and_then(|fds| enter().map(|()| fds));
@@ -79,14 +91,19 @@ impl WorkerHandle {
             drop(ready);
             drop(enter);
             if !failed {
-                serve(worker, &mailbox);
+                serve(worker, &mailbox, &worker_pulse);
             }
         };
         let thread =
             Builder::new().name(name.into()).stack_size(STACK).spawn(body).map_err(WorkerError::Start)?;
         let mut descriptors = readiness.recv().map_err(|_| WorkerError::Gone)?.map_err(WorkerError::Start)?;
         descriptors.push(wake.as_fd().as_raw_fd());
-        Ok(Self { commands, wake, descriptors, thread: Some(thread) })
+        Ok(Self { commands, wake, pulse, descriptors, thread: Some(thread) })
+    }
+
+    /// How many turns the worker has made, modulo 2^32, and whether it waits for the host.
+    pub(super) fn pulse(&self) -> (u32, bool) {
+        (self.pulse.turns.load(Ordering::Relaxed), self.pulse.waits_for_host.load(Ordering::Relaxed))
     }
 
     /// Descriptors that the worker keeps open, its wake-up included.
@@ -129,8 +146,10 @@ impl Drop for WorkerHandle {
     }
 }
 
-fn serve(mut worker: Box<dyn QueueWorker>, mailbox: &Receiver<Command>) {
-    loop {
+fn serve(mut worker: Box<dyn QueueWorker>, mailbox: &Receiver<Command>, pulse: &Pulse) {
+    for turns in (0_u32..=u32::MAX).cycle() {
+        pulse.turns.store(turns, Ordering::Relaxed);
+        pulse.waits_for_host.store(worker.waits_for_host(), Ordering::Relaxed);
         while let Ok(command) = mailbox.try_recv() {
             match command {
                 Command::Start(ring, answer) => {

@@ -13,6 +13,12 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "garbage to every port and register", 300, garbage),
         Case::new("bare", "RAM on both sides of the hole", 60, memory),
+        Case::new("bare", "PAM flipped while another vCPU runs from it", 120, |context| {
+            expect_lines(context, "pam", &["pam ends"])
+        }),
+        Case::new("bare", "RTC and PM timer interrupt by themselves", 60, |context| {
+            expect_lines(context, "timers", &["rtc interrupts", "pm timer interrupts", "timers end"])
+        }),
         Case::new("bare", "a guest that KVM cannot run is reported with registers", 60, bad_fetch),
         Case::new("bare", "killed supervisor leaves nothing of a bare guest", 60, |context| {
             let (mut running, _) = waiting(context, &[])?;
@@ -68,6 +74,16 @@ fn memory(context: &Context) -> Outcome {
         let good = lines.iter().filter(|line| line.ends_with(" ok")).count();
         ensure!(good == if upper.is_some() { 5 } else { 3 }, "{size}: {lines:?}");
     }
+    Ok(())
+}
+
+/// A payload with two vCPUs that says exactly this.
+fn expect_lines(context: &Context, payload: &str, expected: &[&str]) -> Outcome {
+    let machine = Machine::bare(context, &context.places.payloads.join(format!("{payload}.elf")))?;
+    let mut running = machine.arguments(&["--memory", "64M", "--cpus", "2"]).start()?;
+    running.expect_exit(exit::SUCCESS)?;
+    let lines = running.serial();
+    ensure!(lines.iter().eq(expected), "{lines:?}");
     Ok(())
 }
 

@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
-use bulkhead_tests::machine::{Kernel, Machine, Running, expect_gone};
+use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, expect_gone};
 use bulkhead_tests::processes::Process;
 use nix::sys::signal::Signal;
 
@@ -27,7 +28,39 @@ pub fn cases() -> Vec<Case> {
             let (running, _) = bare::waiting(context, &[])?;
             inspect(context, running)
         }),
+        Case::new("bare", "unused rules of the policies are found", 60, unused_rules),
     ]
+}
+
+/// The tool sees a bare machine load its policies, and tells what its guest needs from what it does not.
+fn unused_rules(context: &Context) -> Outcome {
+    let programs = &context.places.programs;
+    let mut command = Command::new(programs.join("unused-rules"));
+    command.arg("--calls").arg(programs.join("machine-tests"));
+    let output = command.args(["--bare", "jail holds on every process of a bare"]).output();
+    let output = output.map_err(|error| format!("unused-rules: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    context.log(&text);
+    ensure!(text.contains("1 passed, 0 failed"), "the case did not pass under it");
+    ensure!(output.status.code() == Some(1), "a machine that only waits needs every rule: {}", output.status);
+    for policy in [
+        "core-main",
+        "core-devices",
+        "core-vcpu",
+        "blk-main",
+        "blk-queue",
+        "rng-main",
+        "console-main",
+        "uart-main",
+    ] {
+        let line = format!("seccomp-policies/{policy}.json: 1 threads");
+        ensure!(text.contains(&line), "no line '{line}'");
+    }
+    let unused =
+        |what: &str| text.lines().any(|line| line.starts_with("never used: ") && line.contains(what));
+    ensure!(unused("KVM_GET_SREGS") && !unused("KVM_RUN ("), "it errs about ioctls of the vCPU");
+    ensure!(!text.contains("forbidden: "), "something forbidden was called");
+    Ok(())
 }
 
 fn inspect(context: &Context, mut running: Running) -> Outcome {
@@ -35,6 +68,7 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
     ensure!(processes.len() == 6, "{} processes, not supervisor, core and four devices", processes.len());
     let mut namespaces = HashSet::new();
     let mut layouts = HashSet::new();
+    let mut users = HashSet::new();
     for kind in NAMESPACES {
         namespaces.insert(
             fs::read_link(format!("/proc/self/ns/{kind}")).map_or(String::new(), |l| l.display().to_string()),
@@ -47,6 +81,8 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
         root(process).map_err(|sentence| format!("{title}: {sentence}"))?;
         descriptors(context, process, &title).map_err(|sentence| format!("{title}: {sentence}"))?;
         limits(context, process).map_err(|sentence| format!("{title}: {sentence}"))?;
+        let user = process.threads()?.first().map(|thread| thread.status("Uid")).transpose()?;
+        ensure!(users.insert(user.clone()), "{title}: the user {user:?} is another process's as well");
         for kind in NAMESPACES {
             let namespace = process.namespace(kind)?;
             ensure!(namespaces.insert(namespace.clone()), "{title}: shares the namespace {namespace}");
@@ -56,9 +92,34 @@ fn inspect(context: &Context, mut running: Running) -> Outcome {
         let first = maps.split('-').next().unwrap_or_default().to_owned();
         ensure!(layouts.insert(first.clone()), "{title}: mapped at {first} like another process");
     }
+    shown(context, &running.name)?;
     running.signal(Signal::SIGTERM)?;
     running.wait()?;
     expect_gone(&processes, Duration::from_secs(1))
+}
+
+/// `bulkhead ps --security` says the same.
+fn shown(context: &Context, name: &str) -> Outcome {
+    let output = bulkhead(context).args(["ps", name, "--security", "--json"]).output();
+    let text = output.map_err(|error| error.to_string())?.stdout;
+    let shown: serde_json::Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let processes = shown["processes"].as_array().ok_or("no processes")?;
+    ensure!(processes.len() == 6, "{} processes", processes.len());
+    for process in processes.iter().skip(1) {
+        let id = process["id"].as_str().unwrap_or_default();
+        ensure!(process["own_namespaces"].as_array().is_some_and(|own| own.len() == 7), "{id}: {process}");
+        ensure!(process["root_entries"] == 0, "{id}: {process}");
+        ensure!(process["mounts"].as_array().is_some_and(|mounts| mounts.len() == 1), "{id}: {process}");
+        ensure!(process["landlock"] == "not visible", "{id}: {process}");
+        ensure!(process["descriptors"].as_u64().is_some_and(|count| count > 3), "{id}: {process}");
+        let threads = process["threads"].as_array().ok_or("no threads")?;
+        for thread in threads {
+            let held =
+                thread["seccomp"] == 2 && thread["capabilities"] == "0" && thread["no_new_privs"] == true;
+            ensure!(held && !threads.is_empty(), "{id}: {thread}");
+        }
+    }
+    Ok(())
 }
 
 fn threads(process: &Process) -> Outcome {

@@ -1,18 +1,29 @@
 //! Every way in which a machine ends: the exit code, and that nothing stays behind.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
 use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit, expect_gone};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// However a machine ends, its processes are gone this soon.
 const GONE: Duration = Duration::from_secs(1);
 
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![
+        Case::new(
+            "bare",
+            "killed core leaves nothing, and the image unlocked, within a second",
+            30,
+            |context| bare_killed(context, "core"),
+        ),
+        Case::new("bare", "so does a killed supervisor", 30, |context| bare_killed(context, "supervisor")),
+        Case::new("bare", "stopped core is found and ends the machine, by name", 60, stopped_core),
         Case::new("stock", "power button lets the guest shut down", 120, power_button),
         Case::new("stock", "stop --force ends at once", 120, stop_forced),
         Case::new("stock", "panic ends with its own exit code", 120, |context| {
@@ -170,6 +181,75 @@ fn ps(context: &Context) -> Outcome {
         .map_err(|error| format!("ps --json: {error}"))?;
     running.signal(Signal::SIGTERM)?;
     running.expect_exit(143)
+}
+
+/// A guest that waits for input, with a disk; returns the disk's image.
+fn waiting(context: &Context, arguments: &[&str]) -> Outcome<(Running, PathBuf)> {
+    let machine = Machine::bare(context, &context.places.payloads.join("echo.elf"))?;
+    let (machine, disk) = machine.empty_disk(1)?;
+    let serial = ["--memory", "64M", "--rng", "--console", "--serial", "attach"];
+    let running = machine.arguments(&serial).arguments(arguments).start()?;
+    while !running.messages().iter().any(|line| line.contains("are ready")) {
+        ensure!(!context.left().is_zero(), "the machine did not start: {:?}", running.messages());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok((running, disk))
+}
+
+/// Kills one of the two without which there is no machine.
+fn bare_killed(context: &Context, victim: &str) -> Outcome {
+    let (mut running, disk) = waiting(context, &[])?;
+    let processes = running.processes();
+    ensure!(processes.len() == 6, "{} processes, not 6", processes.len());
+    ensure!(!can_lock(&disk)?, "the image is not locked");
+    let begin = Instant::now();
+    if victim == "core" {
+        let core = processes.iter().find(|process| process.title().contains("bulkhead-vmm"));
+        let pid = core.map_or(0, |core| core.pid).try_into().map_err(|_| "no core")?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| error.to_string())?;
+        running.expect_exit(exit::PROCESS)?;
+        let messages = running.messages().join("\n");
+        ensure!(messages.contains("core (process") && messages.contains("SIGKILL"), "it says {messages}");
+    } else {
+        running.signal(Signal::SIGKILL)?;
+        running.expect_exit(137)?;
+    }
+    expect_gone(&processes, GONE.saturating_sub(begin.elapsed()))?;
+    while !can_lock(&disk)? {
+        ensure!(begin.elapsed() < GONE, "the image is still locked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    context.log(&format!("all gone after {:.1?}", begin.elapsed()));
+    Ok(())
+}
+
+/// Whether another could open the image for writing now.
+fn can_lock(disk: &Path) -> Outcome<bool> {
+    let file = File::options().read(true).write(true).open(disk).map_err(|error| error.to_string())?;
+    let lock = nix::libc::flock {
+        l_type: i16::try_from(nix::libc::F_WRLCK).unwrap_or_default(),
+        l_whence: i16::try_from(nix::libc::SEEK_SET).unwrap_or_default(),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(error) => Err(format!("cannot lock: {error}")),
+    }
+}
+
+fn stopped_core(context: &Context) -> Outcome {
+    let (mut running, _) = waiting(context, &["--hang-deadline", "1"])?;
+    let processes = running.processes();
+    let core = processes.iter().find(|process| process.title().contains("bulkhead-vmm"));
+    let pid = core.map_or(0, |core| core.pid).try_into().map_err(|_| "no core")?;
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).map_err(|error| error.to_string())?;
+    running.expect_exit(exit::PROCESS)?;
+    let messages = running.messages().join("\n");
+    ensure!(messages.contains("core hangs: it did not answer within 4 s"), "it says {messages}");
+    expect_gone(&processes, GONE)
 }
 
 fn locked_disk(context: &Context) -> Outcome {

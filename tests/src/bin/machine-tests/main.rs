@@ -13,6 +13,7 @@ mod disk;
 mod hostile;
 mod jail;
 mod lifecycle;
+mod limits;
 mod refusals;
 mod restart;
 mod serial;
@@ -22,11 +23,17 @@ use std::process::ExitCode;
 use bulkhead_tests::harness;
 
 fn main() -> ExitCode {
+    // Copied beside a supervisor, this is the program of its devices.
+    if std::env::args().next().is_some_and(|title| title.starts_with("bulkhead-device[")) {
+        limits::hostile_device();
+        return ExitCode::FAILURE;
+    }
     let groups = [
         boot::cases(),
         disk::cases(),
         lifecycle::cases(),
         jail::cases(),
+        limits::cases(),
         bare::cases(),
         hostile::cases(),
         serial::cases(),

@@ -96,6 +96,36 @@ const REFUSALS: &[Refusal] = &[
         exit::USAGE,
         &["socket", "107"],
     ),
+    refusal(
+        "a layer that is none",
+        &["--kernel", "%", "--require", "cgroups"],
+        exit::USAGE,
+        &["cgroups", "distinct-uids"],
+    ),
+    refusal(
+        "a required layer that is missing",
+        &["--kernel", "%", "--require", "landlock,cgroup", "--cgroup", "off"],
+        exit::HOST,
+        &["core, serial", "cgroup", "required", "doctor"],
+    ),
+    refusal(
+        "users that are required and switched off",
+        &["--kernel", "%", "--rng", "--require", "distinct-uids", "--uids", "off"],
+        exit::HOST,
+        &["core, rng, serial", "distinct-uids", "required"],
+    ),
+    refusal(
+        "a limit for a process that there is not",
+        &["--kernel", "%", "--limit", "disk0:memory=64M"],
+        exit::USAGE,
+        &["disk0", "core, serial"],
+    ),
+    refusal(
+        "an impossible limit",
+        &["--kernel", "%", "--limit", "core:memory=1K"],
+        exit::USAGE,
+        &["core", "4M"],
+    ),
     refusal("impossible name", &["--kernel", "%", "--name", "a/b"], exit::USAGE, &["a/b"]),
 ];
 

@@ -8,7 +8,7 @@ use super::*;
 
 fn tables(cpus: u8) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
-    let config = MachineConfig { cpus, address_bits: 40 };
+    let config = MachineConfig { cpus, address_bits: 40, firmware: Vec::new() };
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
     machine.acpi_tables()
 }

@@ -1,59 +1,45 @@
 //! The host bridge as a function on its own bus, 00:00.0 (290549, section 3.2).
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::super::pci::{
     ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Register, header,
 };
 use super::super::sync::lock;
+use super::super::tree::Topology;
 
 /// System management RAM control.
 const SMRAM: u16 = 0x72;
 const SMRAM_D_OPEN: u8 = 0x40;
 const SMRAM_D_LCK: u8 = 0x10;
+const SMRAM_G_SMRAME: u8 = 0x08;
+/// Fixed DRAM hole control.
+const FDHC: u16 = 0x68;
+/// Programmable attribute map: 13 areas, four bits each, of which bit 0 lets reads and bit 1 writes reach DRAM. The low
+/// nibble of PAM0 is reserved.
+const PAM0: u16 = 0x59;
+const PAM6: u16 = 0x5F;
+/// All areas are RAM.
+const PAM_SHADOWED: [u8; 7] = [0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33];
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(in super::super) const REGISTERS: [Register; 27] = [
-    // 3.2.11 PMCCFG low byte: bus frequency strap, EPTE.
-    Register { offset: 0x50, reset: 0x00, writable: 0x40 },
-    // 3.2.12 DETURBO
-    Register { offset: 0x52, reset: 0x00, writable: 0xFF },
-    // 3.2.13 DBC
-    Register { offset: 0x53, reset: 0x80, writable: 0xF7 },
-    // 3.2.14 AXC
-    Register { offset: 0x54, reset: 0x00, writable: 0x01 },
-    // 3.2.15 DRT
-    Register { offset: 0x55, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x56, reset: 0x00, writable: 0xFF },
-    // 3.2.16 DRAMC
-    Register { offset: 0x57, reset: 0x01, writable: 0x3F },
-    // 3.2.17 DRAMT
-    Register { offset: 0x58, reset: 0x10, writable: 0x7F },
-    // 3.2.18 PAM0–6: bits 0/4 read enable, 1/5 write enable; PAM0's low nibble is reserved.
-    Register { offset: 0x59, reset: 0x00, writable: 0x30 },
-    Register { offset: 0x5A, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5B, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5C, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5D, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5E, reset: 0x00, writable: 0x33 },
-    Register { offset: 0x5F, reset: 0x00, writable: 0x33 },
+pub(in super::super) const REGISTERS: [Register; 8] = [
+    // 3.2.11 PMCCFG low byte: EPTE.
+    Register { offset: 0x50, reset: &[], writable: &[0x40] },
+    // 3.2.12 DETURBO, 3.2.13 DBC, 3.2.14 AXC, 3.2.15 DRT
+    Register { offset: 0x52, reset: &[0x00, 0x80], writable: &[0xFF, 0xF7, 0x82, 0xFF, 0xFF] },
+    // 3.2.16 DRAMC, 3.2.17 DRAMT
+    Register { offset: 0x57, reset: &[0x01, 0x10], writable: &[0x3F, 0x7F] },
+    // 3.2.18 PAM0–6
+    Register { offset: PAM0, reset: &[], writable: &PAM_SHADOWED },
     // 3.2.19 DRB0–7, in units of 8 MiB; firmware's business.
-    Register { offset: 0x60, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x61, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x62, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x63, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x64, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x65, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x66, reset: 0x01, writable: 0xFF },
-    Register { offset: 0x67, reset: 0x01, writable: 0xFF },
-    // 3.2.20 FDHC: hole enable.
-    Register { offset: 0x68, reset: 0x00, writable: 0xC0 },
-    // 3.2.21 MTT
-    Register { offset: 0x70, reset: 0x00, writable: 0xF8 },
-    // 3.2.22 CLT
-    Register { offset: 0x71, reset: 0x10, writable: 0xFF },
+    Register { offset: 0x60, reset: &[0x01; 8], writable: &[0xFF; 8] },
+    // 3.2.20 FDHC
+    Register { offset: FDHC, reset: &[], writable: &[0xC0] },
+    // 3.2.21 MTT, 3.2.22 CLT
+    Register { offset: 0x70, reset: &[0x00, 0x10], writable: &[0xF8, 0x1F] },
     // 3.2.24 ERRCMD
-    Register { offset: 0x90, reset: 0x00, writable: 0x1F },
+    Register { offset: 0x90, reset: &[], writable: &[0x1B] },
 ];
 
 /// The host bridge.
@@ -61,10 +47,13 @@ pub(in super::super) struct HostBridge {
     config: ConfigSpace,
     /// SMRAM as the guest wrote it last: once D_LCK is set, it and D_OPEN are read-only until reset.
     smram: Mutex<u8>,
+    /// What decides about RAM, as it was when the map followed it last.
+    decided: Mutex<[u8; 9]>,
+    topology: Arc<Topology>,
 }
 
 impl HostBridge {
-    pub(in super::super) fn new(cpus: u8) -> Result<Self, ConfigError> {
+    pub(in super::super) fn new(cpus: u8, topology: Arc<Topology>) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x1237,
@@ -91,7 +80,57 @@ impl HostBridge {
         builder.write_one_to_clear(0x91, &[0x11])?;
         // 3.2.26 TRC, port 93 in the tables: reset control by this bridge is not used on this platform.
         builder.register(0x93, &[0x00], &[0x00])?;
-        Ok(Self { config: builder.build(), smram: Mutex::new(0x02) })
+        Ok(Self { config: builder.build(), smram: Mutex::new(0x02), decided: Mutex::default(), topology })
+    }
+
+    /// The areas whose DRAM answers reads, or writes: first and last address, in ascending order.
+    ///
+    /// 290549, sections 3.2.18 (PAM), 3.2.20 (FDHC), 3.2.23 (SMRAM) and 4.1. D_OPEN counts only while G_SMRAME is set. DRB
+    /// has no say: firmware for this platform does not size memory by it.
+    pub(super) fn dram_areas(&self, write: bool) -> Vec<(u64, u64)> {
+        let open = SMRAM_D_OPEN | SMRAM_G_SMRAME;
+        let hole = self.config.get_u8(FDHC) >> 6;
+        let smram = self.config.get_u8(SMRAM) & open == open;
+        let fixed = [
+            (0, 0x7_FFFF, true),
+            (0x8_0000, 0x9_FFFF, hole != 1),
+            (0xA_0000, 0xB_FFFF, smram),
+            (0x10_0000, 0xEF_FFFF, true),
+            (0xF0_0000, 0xFF_FFFF, hole != 2),
+            (0x100_0000, u64::MAX, true),
+        ];
+        let mut areas: Vec<_> =
+            fixed.into_iter().filter(|area| area.2).map(|(first, last, _)| (first, last)).collect();
+        let bits = if write { 0x22 } else { 0x11 };
+        let mut pam = |register, nibble, first, size: u64| {
+            if self.config.get_u8(register) & bits & nibble != 0 {
+                areas.push((first, first + (size - 1)));
+            }
+        };
+        for (register, first) in (PAM0 + 1..=PAM6).zip((0xC_0000_u64..).step_by(0x8000)) {
+            pam(register, 0x0F, first, 0x4000);
+            pam(register, 0xF0, first + 0x4000, 0x4000);
+        }
+        pam(PAM0, 0xF0, 0xF_0000, 0x1_0000);
+        areas.sort_unstable();
+        areas
+    }
+
+    /// Lets all RAM below 1 MiB answer, as firmware leaves it where it has nothing to protect.
+    pub(in super::super) fn shadow(&self) {
+        self.config.set(PAM0, &PAM_SHADOWED);
+        self.follow();
+    }
+
+    /// Makes the map follow PAM, SMRAM and FDHC.
+    fn follow(&self) {
+        let mut decided = [0; 9];
+        let (pam, others) = decided.split_at_mut(7);
+        self.config.read(PAM0, pam);
+        others.copy_from_slice(&[self.config.get_u8(SMRAM), self.config.get_u8(FDHC)]);
+        if std::mem::replace(&mut *lock(&self.decided), decided) != decided {
+            self.topology.changed();
+        }
     }
 }
 
@@ -108,10 +147,13 @@ impl PciFunction for HostBridge {
             self.config.set(SMRAM, &[new]);
         }
         *last = new;
+        drop(last);
+        self.follow();
     }
 
     fn reset(&self) {
         *lock(&self.smram) = self.config.get_u8(SMRAM);
+        self.follow();
     }
 }
 
@@ -121,7 +163,7 @@ mod tests {
 
     #[test]
     fn locked_smram_stays_closed_and_locked_until_reset() {
-        let bridge = HostBridge::new(1).unwrap();
+        let bridge = HostBridge::new(1, Arc::default()).unwrap();
         let write = |value| {
             bridge.config.write(SMRAM, &[value]);
             bridge.config_written(SMRAM, 1);

@@ -9,17 +9,12 @@ use std::sync::Arc;
 
 pub(super) use config_mechanism::ConfigMechanism;
 pub(super) use host_bridge::HostBridge;
-#[cfg(test)]
-pub(super) use host_bridge::REGISTERS;
 
 use super::address::CycleKind;
+use super::isa::IN_KERNEL_PORTS;
 use super::pci::PciBus;
 use super::tree::{Claim, Decoded, Endpoint, Node};
 
-/// First and last port of the 8259s and their ELCRs, the 8254 and its gate, which the host's kernel answers: wherever they
-/// are on the board, no access to them comes further than this.
-const IN_KERNEL_PORTS: [(u64, u64); 5] =
-    [(0x20, 0x21), (0x40, 0x43), (0x61, 0x61), (0xA0, 0xA1), (0x4D0, 0x4D1)];
 /// First and last address of the I/O APIC's page and of the local APICs' (290549, section 4.1, system memory map).
 const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF_FFFF)];
 
@@ -27,6 +22,8 @@ const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF
 pub(super) struct I440Fx {
     /// First and last address of each region of RAM.
     dram: Vec<(u64, u64)>,
+    /// The function that holds PAM, SMRAM and FDHC.
+    function: Arc<HostBridge>,
     /// CF8 and CFC.
     pub(super) mechanism: ConfigMechanism,
     /// What is below.
@@ -34,8 +31,18 @@ pub(super) struct I440Fx {
 }
 
 impl I440Fx {
-    pub(super) fn new(dram: Vec<(u64, u64)>, bus: Arc<PciBus>) -> Self {
-        Self { dram, mechanism: ConfigMechanism::default(), bus }
+    pub(super) fn new(dram: Vec<(u64, u64)>, function: Arc<HostBridge>, bus: Arc<PciBus>) -> Self {
+        Self { dram, function, mechanism: ConfigMechanism::default(), bus }
+    }
+
+    /// The parts of RAM that answer, offset and address being equal.
+    fn dram(&self, write: bool) -> Vec<Decoded> {
+        let areas = self.function.dram_areas(write);
+        let meet = |(a, b): (u64, u64), (c, d): (u64, u64)| {
+            let (first, last) = (a.max(c), b.min(d));
+            (first <= last).then_some(Decoded { first, last, endpoint: Endpoint::Dram, offset: first })
+        };
+        self.dram.iter().flat_map(|ram| areas.iter().filter_map(|area| meet(*ram, *area))).collect()
     }
 
     /// What the bridge itself claims.
@@ -45,15 +52,19 @@ impl I440Fx {
         match kind {
             CycleKind::Port | CycleKind::PortDword => {
                 let mut own = vec![data];
-                own.extend(IN_KERNEL_PORTS.map(|ends| range(ends, Endpoint::InKernel, 0)));
+                // Wherever they are on the board, no access to them comes further than this.
+                own.extend(IN_KERNEL_PORTS.iter().filter_map(|ports| {
+                    Some(range((ports.first.into(), ports.last()?.into()), Endpoint::InKernel, 0))
+                }));
                 if kind == CycleKind::PortDword {
                     own.push(range((0xCF8, 0xCFB), Endpoint::ConfigAddress, 0));
                 }
                 own
             }
-            CycleKind::Memory => {
-                let dram = self.dram.iter().map(|ends| range(*ends, Endpoint::Dram, ends.0));
-                dram.chain(APICS.map(|ends| range(ends, Endpoint::InKernel, 0))).collect()
+            CycleKind::MemoryRead | CycleKind::MemoryWrite => {
+                let mut own = self.dram(kind == CycleKind::MemoryWrite);
+                own.extend(APICS.map(|ends| range(ends, Endpoint::InKernel, 0)));
+                own
             }
         }
     }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::super::address::CycleKind;
 use super::super::config::AttachError;
+use super::super::host::Space;
 use super::super::irq::InterruptRouter;
 use super::super::sync::lock;
 use super::super::tree::{Claim, Decoded, Endpoint, Node, Topology};
@@ -70,19 +71,20 @@ impl IrqLine {
     }
 }
 
-/// Ports that the host's in-kernel interrupt controllers and timer answer before the machine sees them.
-const HOST_PORTS: [PortRange; 6] = [
+/// Ports that the host's kernel answers before the machine sees them: the 8259s and their ELCRs, the 8254 and its gate.
+pub(in super::super) const IN_KERNEL_PORTS: [PortRange; 5] = [
     PortRange { first: 0x20, count: 2 },
     PortRange { first: 0x40, count: 4 },
     PortRange { first: 0x61, count: 1 },
     PortRange { first: 0xA0, count: 2 },
     PortRange { first: 0x4D0, count: 2 },
-    PortRange { first: 0xCF8, count: 8 },
 ];
+/// The host bridge's own.
+const CONFIG_PORTS: PortRange = PortRange { first: 0xCF8, count: 8 };
 
 impl PortRange {
     /// The last port.
-    fn last(self) -> Option<u16> {
+    pub(in super::super) fn last(self) -> Option<u16> {
         self.first.checked_add(self.count.checked_sub(1)?)
     }
 
@@ -116,7 +118,8 @@ impl IsaBus {
         let mut devices = lock(&self.devices);
         for (index, range) in ports.iter().enumerate() {
             let taken = devices.iter().flat_map(|attached| &attached.ports);
-            let mut taken = taken.chain(&HOST_PORTS).chain(ports.iter().take(index));
+            let mut taken =
+                taken.chain(&IN_KERNEL_PORTS).chain([&CONFIG_PORTS]).chain(ports.iter().take(index));
             if range.last().is_none() || taken.any(|other| other.overlaps(*range)) {
                 let name = device.name().to_owned();
                 return Err(AttachError::PortsTaken { name, port: range.first });
@@ -143,7 +146,7 @@ impl IsaBus {
     }
 
     fn ranges(&self, kind: CycleKind) -> Vec<Decoded> {
-        if kind == CycleKind::Memory {
+        if kind.space() == Space::Memory {
             return Vec::new();
         }
         let devices = lock(&self.devices);

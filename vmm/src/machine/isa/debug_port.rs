@@ -1,13 +1,11 @@
-//! The firmware's debug port, 402, and the power-on self-test port, 80.
+//! The firmware's debug port, 402.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::super::sync::lock;
 use super::{IsaDevice, PortRange};
 
 const DEBUG: u16 = 0x402;
-const POST: u16 = 0x80;
 /// What the debug port reads, so that firmware finds it.
 const PRESENT: u8 = 0xE9;
 /// A longer line is logged in pieces.
@@ -63,38 +61,5 @@ impl IsaDevice for DebugPort {
 
     fn reset(&self) {
         lock(&self.state).line.clear();
-    }
-}
-
-/// The POST port: keeps the code written last. Also what drivers write to for a short delay.
-pub(in super::super) struct PostPort(AtomicU8);
-
-impl PostPort {
-    pub(in super::super) fn new() -> Self {
-        Self(AtomicU8::new(0))
-    }
-}
-
-impl IsaDevice for PostPort {
-    fn name(&self) -> &str {
-        "POST port"
-    }
-
-    fn ports(&self) -> Vec<PortRange> {
-        vec![PortRange { first: POST, count: 1 }]
-    }
-
-    fn read(&self, _port: u16, data: &mut [u8]) {
-        data.fill(self.0.load(Ordering::Relaxed));
-    }
-
-    fn write(&self, _port: u16, data: &[u8]) {
-        if let [value] = data {
-            self.0.store(*value, Ordering::Relaxed);
-        }
-    }
-
-    fn reset(&self) {
-        self.0.store(0, Ordering::Relaxed);
     }
 }

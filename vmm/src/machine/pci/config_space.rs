@@ -100,15 +100,15 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
-/// A register of 8 bits in a table as in a datasheet.
+/// A register, or several in a row, in a table as in a datasheet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Register {
     /// Its offset in configuration space.
     pub offset: u16,
-    /// Its value after reset.
-    pub reset: u8,
-    /// The bits that the guest can write.
-    pub writable: u8,
+    /// Its bytes after reset; 0 where there are none.
+    pub reset: &'static [u8],
+    /// The bits that the guest can write; none where there are no bytes.
+    pub writable: &'static [u8],
 }
 
 /// A configuration space that cannot be built as asked. An error of the program, not of the guest.
@@ -202,7 +202,7 @@ impl ConfigSpaceBuilder {
     /// [`ConfigError::OutOfRange`].
     pub fn registers(&mut self, table: &[Register]) -> Result<&mut Self, ConfigError> {
         for register in table {
-            self.register(register.offset, &[register.reset], &[register.writable])?;
+            self.register(register.offset, register.reset, register.writable)?;
         }
         Ok(self)
     }

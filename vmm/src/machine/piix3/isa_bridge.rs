@@ -21,40 +21,26 @@ const XBCS_KEYBOARD: u8 = 1 << 1;
 pub(in super::super) const PIRQRC: u16 = 0x60;
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(in super::super) const REGISTERS: [Register; 22] = [
+pub(in super::super) const REGISTERS: [Register; 10] = [
     // IORT: ISA I/O recovery timer.
-    Register { offset: 0x4C, reset: 0x4D, writable: 0xFF },
+    Register { offset: 0x4C, reset: &[0x4D], writable: &[0xFF] },
     // XBCS
-    Register { offset: 0x4E, reset: 0x03, writable: 0xF7 },
-    Register { offset: 0x4F, reset: 0x00, writable: 0x01 },
+    Register { offset: XBCS, reset: &[0x03], writable: &[0xF7, 0x01] },
     // PIRQRC A–D: bit 7 off, bits 0–3 the IRQ.
-    Register { offset: 0x60, reset: 0x80, writable: 0x8F },
-    Register { offset: 0x61, reset: 0x80, writable: 0x8F },
-    Register { offset: 0x62, reset: 0x80, writable: 0x8F },
-    Register { offset: 0x63, reset: 0x80, writable: 0x8F },
-    // TOM: top of memory for ISA masters.
-    Register { offset: 0x69, reset: 0x02, writable: 0xFE },
-    // MSTAT
-    Register { offset: 0x6A, reset: 0x00, writable: 0x80 },
+    Register { offset: PIRQRC, reset: &[0x80; 4], writable: &[0x8F; 4] },
+    // TOM: top of memory for ISA masters. MSTAT.
+    Register { offset: 0x69, reset: &[0x02], writable: &[0xFE, 0xD1] },
     // MBIRQ0
-    Register { offset: 0x70, reset: 0x80, writable: 0xEF },
-    // MBDMA0–1
-    Register { offset: 0x76, reset: 0x0C, writable: 0x8F },
-    Register { offset: 0x77, reset: 0x0C, writable: 0x8F },
-    // PCSC: programmable chip select, low byte.
-    Register { offset: 0x78, reset: 0x02, writable: 0xFF },
-    Register { offset: 0x79, reset: 0x00, writable: 0xFF },
-    // APICBASE
-    Register { offset: 0x80, reset: 0x00, writable: 0x7F },
-    // DLC
-    Register { offset: 0x82, reset: 0x00, writable: 0x0F },
-    // SMICNTL, SMIEN, SEE, FTMR, clock throttle timers
-    Register { offset: 0xA0, reset: 0x08, writable: 0x1F },
-    Register { offset: 0xA2, reset: 0x00, writable: 0xFF },
-    Register { offset: 0xA8, reset: 0x0F, writable: 0xFF },
-    Register { offset: 0xAA, reset: 0x00, writable: 0x00 },
-    Register { offset: 0xAC, reset: 0x00, writable: 0xFF },
-    Register { offset: 0xAE, reset: 0x00, writable: 0xFF },
+    Register { offset: 0x70, reset: &[0x80], writable: &[0xEF] },
+    // MBDMA0–1, PCSC: programmable chip select.
+    Register { offset: 0x76, reset: &[0x0C, 0x0C, 0x02], writable: &[0x8F, 0x8F, 0xFF, 0xFF] },
+    // APICBASE; DLC.
+    Register { offset: 0x80, reset: &[], writable: &[0x7F, 0x00, 0x0F] },
+    // SMICNTL, SMIEN, SEE, FTMR: there is no SMI. SMIREQ, which follows, has nothing to tell.
+    Register { offset: 0xA0, reset: &[0x08], writable: &[0x1F, 0, 0xFF, 0x01, 0xFB, 0xFF, 0xFF, 0xEF, 0xFF] },
+    Register { offset: 0xA8, reset: &[0x0F], writable: &[] },
+    // CTLTMR, CTHTMR: clock throttling.
+    Register { offset: 0xAC, reset: &[], writable: &[0xFF, 0, 0xFF] },
 ];
 
 /// The function.

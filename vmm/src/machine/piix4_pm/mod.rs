@@ -10,6 +10,7 @@ use super::pci::{
     ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Pin, Register, Window, header,
 };
 use super::sync::lock;
+use super::timers::{Timer, Timers};
 
 pub(super) use pm_block::{PM_BLOCK_SIZE, PmBlock, S5_SLEEP_TYPE, register};
 
@@ -17,6 +18,8 @@ pub(super) use pm_block::{PM_BLOCK_SIZE, PmBlock, S5_SLEEP_TYPE, register};
 pub(super) const PMBASE: u16 = 0x40;
 /// PMREGMISC; bit 0 (PMIOSE) decodes the block.
 pub(super) const PMREGMISC: u16 = 0x80;
+/// SMBBA: base address of the SMBus controller.
+pub(super) const SMBBA: u16 = 0x90;
 /// SMBHSTCFG; bit 0 enables the SMBus controller.
 pub(super) const SMBHSTCFG: u16 = 0xD2;
 /// The system control interrupt.
@@ -31,50 +34,58 @@ pub(super) const ACPI_ENABLE: u8 = 0xF1;
 pub(super) const ACPI_DISABLE: u8 = 0xF0;
 
 /// The registers beyond the header: offset, value after reset, writable bits.
-pub(super) const REGISTERS: [Register; 23] = [
+pub(super) const REGISTERS: [Register; 7] = [
     // 7.1.10 PMBA
-    Register { offset: 0x40, reset: 0x01, writable: 0xC0 },
-    Register { offset: 0x41, reset: 0x00, writable: 0xFF },
-    // 7.1.11 CNTA, 7.1.12 CNTB
-    Register { offset: 0x44, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x45, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x46, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x47, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x48, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x49, reset: 0x00, writable: 0xFF },
-    // 7.1.16 DEVACTA, 7.1.17 DEVACTB
-    Register { offset: 0x54, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x55, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x56, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x57, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x58, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x59, reset: 0x00, writable: 0xFF },
-    Register { offset: 0x5A, reset: 0x00, writable: 0xFF },
-    // DEVACTB bit 25, APMC_EN: set, as firmware leaves it; there is no SMM for it to prepare.
-    Register { offset: 0x5B, reset: 0x02, writable: 0xFF },
+    Register { offset: PMBASE, reset: &[0x01], writable: &[0xC0, 0xFF] },
+    // 7.1.11 CNTA, 7.1.12 CNTB, 7.1.13 GPICTL, 7.1.14 DEVRESD
+    Register {
+        offset: 0x44,
+        reset: &[],
+        writable: &[0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0x73, 0x01, 0xFF, 0xFF, 0xFF, 0x0F, 0x3F, 0x58, 0x7F],
+    },
+    // 7.1.16 DEVACTA, 7.1.17 DEVACTB. APMC_EN, bit 25 of the latter: set, as firmware leaves it; there is no SMM to prepare.
+    Register {
+        offset: 0x54,
+        reset: &[0, 0, 0, 0, 0, 0, 0, 0x02],
+        writable: &[0xFF, 0xFF, 0xFF, 0xFF, 0x77, 0xFF, 0xFF, 0x03],
+    },
+    // 7.1.18–25 DEVRESA–J: what device monitors watch. None does here.
+    Register {
+        offset: 0x5C,
+        reset: &[],
+        writable: &[
+            0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xF7, 0xFF, 0xFF, 0xEF, 0xFF, 0xFF, 0xFF, 0x1F, 0x00,
+            0xFF, 0x80, 0xFF, 0xFF, 0xFF, 0xFF, 0x1F, 0x00, 0xFF, 0x80, 0x00, 0xFF, 0xFF, 0xFF, 0x1F, 0x00,
+            0xFF, 0xFF, 0x1F,
+        ],
+    },
     // 7.1.26 PMREGMISC
-    Register { offset: 0x80, reset: 0x00, writable: 0x01 },
+    Register { offset: PMREGMISC, reset: &[], writable: &[0x01] },
     // 7.1.27 SMBBA
-    Register { offset: 0x90, reset: 0x01, writable: 0xF0 },
-    Register { offset: 0x91, reset: 0x00, writable: 0xFF },
-    // 7.1.28 SMBHSTCFG
-    Register { offset: 0xD2, reset: 0x09, writable: 0x0F },
-    // 7.1.29–31 SMBSLVC, SMBSHDW1, SMBSHDW2
-    Register { offset: 0xD3, reset: 0x00, writable: 0xFF },
-    Register { offset: 0xD4, reset: 0x00, writable: 0xFF },
-    Register { offset: 0xD5, reset: 0x00, writable: 0xFF },
+    Register { offset: SMBBA, reset: &[0x01], writable: &[0xF0, 0xFF] },
+    // 7.1.28 SMBHSTCFG, 7.1.29–31 SMBSLVC, SMBSHDW1, SMBSHDW2
+    Register { offset: SMBHSTCFG, reset: &[0x09], writable: &[0x0F, 0xFF, 0xFF, 0xFF] },
 ];
 
 /// The windows, named.
 const WINDOW_PM: u8 = 0;
 const WINDOW_GPE0: u8 = 1;
 const WINDOW_APM: u8 = 2;
+const WINDOW_SMBUS: u8 = 3;
+
+/// The SMBus controller's registers: ports, status, control (bit 6 starts), and a status bit: nobody acknowledged.
+const SMBUS_SIZE: u64 = 16;
+const SMBUS_STATUS: u64 = 0;
+const SMBUS_CONTROL: u64 = 2;
+const SMBUS_START: u8 = 1 << 6;
+const SMBUS_NO_DEVICE: u8 = 1 << 2;
 
 /// The function.
 pub(super) struct Piix4Pm {
     config: ConfigSpace,
     host: Arc<dyn Host>,
     sci: IrqLine,
+    timers: Arc<Timers>,
     state: Mutex<State>,
 }
 
@@ -84,10 +95,30 @@ struct State {
     gpe_status: u16,
     gpe_enable: u16,
     apm: [u8; 2],
+    /// The host side of the SMBus controller, on whose bus nothing is.
+    smbus: [u8; 8],
+}
+
+impl State {
+    fn write_smbus(&mut self, offset: u64, value: u8) {
+        let index = usize::try_from(offset).unwrap_or(usize::MAX);
+        if let Some(register) = self.smbus.get_mut(index) {
+            *register = match offset {
+                SMBUS_STATUS => *register & !value,
+                SMBUS_CONTROL => value & !SMBUS_START,
+                _ => value,
+            };
+        }
+        if let ([status, ..], SMBUS_CONTROL) = (&mut self.smbus, offset)
+            && value & SMBUS_START != 0
+        {
+            *status |= SMBUS_NO_DEVICE;
+        }
+    }
 }
 
 impl Piix4Pm {
-    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine) -> Result<Self, ConfigError> {
+    pub(super) fn new(host: Arc<dyn Host>, sci: IrqLine, timers: Arc<Timers>) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x7113,
@@ -103,7 +134,7 @@ impl Piix4Pm {
         builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0])?;
         builder.interrupt_pin(Pin::A);
         builder.registers(&REGISTERS)?;
-        Ok(Self { config: builder.build(), host, sci, state: Mutex::default() })
+        Ok(Self { config: builder.build(), host, sci, timers, state: Mutex::default() })
     }
 
     /// The power button was pressed and released.
@@ -113,7 +144,15 @@ impl Piix4Pm {
         self.update_sci(&state);
     }
 
+    /// A deadline of the machine has come, the timer's perhaps.
+    pub(super) fn timer_expired(&self) {
+        let mut state = lock(&self.state);
+        state.pm.set_time(self.host.monotonic());
+        self.update_sci(&state);
+    }
+
     fn update_sci(&self, state: &State) {
+        self.timers.set(Timer::Pm, state.pm.deadline());
         let gpe = state.gpe_status & state.gpe_enable != 0;
         self.sci.set(state.pm.sci_enabled() && (gpe || state.pm.has_event()));
     }
@@ -127,6 +166,9 @@ impl Piix4Pm {
                 byte(&[s0, s1, e0, e1], offset)
             }
             WINDOW_APM => byte(&state.apm, offset),
+            WINDOW_SMBUS => {
+                state.smbus.get(usize::try_from(offset).unwrap_or(usize::MAX)).copied().unwrap_or(0)
+            }
             _ => 0xFF,
         }
     }
@@ -153,6 +195,7 @@ impl Piix4Pm {
                 let [_, status] = &mut state.apm;
                 *status = value;
             }
+            (WINDOW_SMBUS, _) => state.write_smbus(offset, value),
             _ => {}
         }
         false
@@ -179,6 +222,9 @@ impl PciFunction for Piix4Pm {
         }
         windows.push(fixed(WINDOW_GPE0, gpe0, gpe0_length.into()));
         windows.push(fixed(WINDOW_APM, APM_CONTROL, 2));
+        if self.config.command().io() && self.config.get_u8(SMBHSTCFG) & 1 != 0 {
+            windows.push(fixed(WINDOW_SMBUS, self.config.get_u16(SMBBA) & 0xFFF0, SMBUS_SIZE));
+        }
         windows
     }
 

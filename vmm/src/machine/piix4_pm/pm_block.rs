@@ -56,6 +56,14 @@ impl PmBlock {
         self.ticks = ticks;
     }
 
+    /// When the timer's top bit changes next, if that raises the SCI.
+    pub(super) fn deadline(&self) -> Option<Duration> {
+        let wanted = self.sci_enabled() && self.enable & !self.status & STS_TMROF != 0;
+        let ticks = u128::from(self.ticks | u64::from(TIMER_MASK >> 1)) + 1;
+        let nanos = ticks.saturating_mul(1_000_000_000).div_ceil(TIMER_HZ);
+        wanted.then(|| Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+
     /// The byte at `offset`. What is not modelled reads zero.
     pub(super) fn read(&self, offset: u64) -> u8 {
         let [s0, s1] = self.status.to_le_bytes();

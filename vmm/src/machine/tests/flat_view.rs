@@ -128,7 +128,7 @@ proptest! {
                 let bars = function.config().bars();
                 let bar = bars.iter().find(|bar| bar.index == doorbell.bar).unwrap();
                 let address = bar.address.wrapping_add(doorbell.offset);
-                let kind = CycleKind::new(bar.kind.space(), doorbell.length.into());
+                let kind = CycleKind::write(bar.kind.space(), doorbell.length.into());
                 let view = machine.view.load();
                 let found = view.resolve(kind, address);
                 let endpoint = super::super::tree::Endpoint::Bar(function.clone(), bar.index);

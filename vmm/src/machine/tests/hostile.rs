@@ -27,6 +27,8 @@ fn address() -> impl Strategy<Value = u64> {
         Just(u64::MAX),
         u64::MAX - 9..=u64::MAX,
         RAM - 8..RAM + 8,
+        0x9_FFF0_u64..0x10_0010,
+        0xFFFF_FFF0_u64..0x1_0000_0010,
         0xE000_0000_u64..0xE001_0000,
         prop_oneof![Just(0x510), Just(0x511), Just(0x514), Just(0x518), Just(0x70), Just(0x71), Just(0x64)],
     ]
@@ -48,7 +50,7 @@ proptest! {
 
     #[test]
     fn no_sequence_of_accesses_panics(accesses in proptest::collection::vec(access(), 1..200)) {
-        let (_, machine) = machine(2);
+        let (_, machine) = machine_with(2, vec![Rom::chip(0xFFFC_0000, &[0; 0x4_0000])]);
         for slot in 2..5 {
             machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
         }
@@ -76,14 +78,20 @@ proptest! {
 }
 
 #[test]
-fn several_vcpus_move_bars_at_once() {
+fn several_vcpus_move_bars_and_flip_pam_at_once() {
     let (host, machine) = machine(4);
     for slot in 2..6 {
         machine.attach_pci(slot, TestFunction::new(slot)).unwrap();
     }
     std::thread::scope(|scope| {
+        let machine = &machine;
+        scope.spawn(move || {
+            for round in 0..200 {
+                config_write(machine, (0, 0), 0x59 + round % 7, 1, round);
+                write(machine, Space::Memory, 0xC_0000 + (round & 15) * 0x4000, 4, round);
+            }
+        });
         for slot in 2..6_u64 {
-            let machine = &machine;
             scope.spawn(move || {
                 for round in 0..200 {
                     // The latch is shared, as on hardware: these may hit each other's function.
@@ -96,6 +104,7 @@ fn several_vcpus_move_bars_at_once() {
     });
     // Whatever came last, what the host was told is what the tree says.
     assert_eq!(host.recorded().doorbells, machine.view.load().doorbells);
+    assert_eq!(host.recorded().slots, machine.view.load().slots);
     assert_eq!(machine.view.load().generation, machine.topology.generation());
 }
 

@@ -3,28 +3,57 @@
 mod flat_view;
 mod hostile;
 mod interrupts;
+mod memory_map;
 mod platform;
+mod reference;
 mod registers;
 
 use std::sync::{Arc, Mutex};
 
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::memory::{Direction, GuestRam};
 
 use super::pci::{
     BarKind, Command, ConfigSpace, ConfigSpaceBuilder, Doorbell, DoorbellId, Identity, PciFunction, Pin,
 };
 use super::sync::lock;
 use super::testing::Recorder;
-use super::{Machine, MachineConfig, Space};
+use super::{Machine, MachineConfig, MemoryChip, Space};
 
 const RAM: u64 = 4 << 20;
 
 /// A machine with 4 MiB of RAM.
 fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
+    machine_with(cpus, Vec::new())
+}
+
+/// The same with firmware.
+fn machine_with(cpus: u8, firmware: Vec<Arc<dyn MemoryChip>>) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
-    let machine = Machine::new(MachineConfig { cpus, address_bits: 40 }, ram, host.clone()).unwrap();
+    let machine =
+        Machine::new(MachineConfig { cpus, address_bits: 40, firmware }, ram, host.clone()).unwrap();
     (host, machine)
+}
+
+/// A ROM.
+struct Rom(GuestRam);
+
+impl Rom {
+    fn chip(address: u64, bytes: &[u8]) -> Arc<dyn MemoryChip> {
+        let memory = GuestRam::create_at(address, bytes.len() as u64).unwrap();
+        memory.view(address, bytes.len() as u64, Direction::Write).unwrap().write_bytes(0, bytes).unwrap();
+        Arc::new(Self(memory))
+    }
+}
+
+impl MemoryChip for Rom {
+    fn name(&self) -> &str {
+        "ROM"
+    }
+
+    fn memory(&self) -> &GuestRam {
+        &self.0
+    }
 }
 
 fn read(machine: &Machine, space: Space, address: u64, width: usize) -> u64 {

@@ -92,6 +92,88 @@ fn pm_timer_runs_with_the_host() {
 }
 
 #[test]
+fn pm_timer_overflow_raises_the_sci_while_it_is_enabled() {
+    let (host, machine) = machine(1);
+    machine.assign_resources();
+    outb(&machine, 0xB2, 0xF1);
+    host.set_monotonic(Duration::from_secs(1));
+    assert_eq!(host.recorded().timer, None, "nobody wants to hear of it");
+    write(&machine, Space::Port, 0x602, 2, 1);
+    let due = host.take_timer().unwrap();
+    // Bit 23 changes after 2^23 ticks of 3.579545 MHz.
+    assert_eq!(due.as_millis(), 2343);
+    for (moment, high) in [(due - Duration::from_nanos(1), false), (due, true)] {
+        host.set_monotonic(moment);
+        machine.timer_expired();
+        assert_eq!(host.recorded().irqs & 1 << 9 != 0, high);
+    }
+    assert_eq!(read(&machine, Space::Port, 0x600, 2), 1);
+    assert_eq!(
+        host.recorded().timer,
+        Some(due),
+        "told again when it came too early, and no more once it was due"
+    );
+    write(&machine, Space::Port, 0x600, 2, 1);
+    assert_eq!(host.recorded().irqs & 1 << 9, 0);
+    assert_eq!(host.take_timer().unwrap().as_millis(), 4686);
+    write(&machine, Space::Port, 0x602, 2, 0);
+    host.set_monotonic(Duration::from_secs(60));
+    machine.timer_expired();
+    assert_eq!(host.recorded().irqs & 1 << 9, 0);
+    write(&machine, Space::Port, 0x602, 2, 1);
+    assert_ne!(host.recorded().irqs & 1 << 9, 0, "it had overflowed meanwhile");
+}
+
+#[test]
+fn the_pm_block_goes_anywhere_and_hides_what_is_there() {
+    let (_, machine) = machine(1);
+    let function = TestFunction::new(2);
+    machine.attach_pci(2, function.clone()).unwrap();
+    config_write(&machine, (2, 0), 0x20, 4, 0xC000);
+    config_write(&machine, (2, 0), 4, 2, 1);
+    config_write(&machine, (1, 3), 0x80, 1, 1);
+    let block = |base| config_write(&machine, (1, 3), 0x40, 2, base);
+    let is_block = |base| {
+        write(&machine, Space::Port, base + 2, 2, 0x0120);
+        read(&machine, Space::Port, base + 2, 2) == 0x0120
+    };
+    // Over a BAR, POST, DMA and APM ports, the UART's place, and at the top of the space.
+    for base in [0xC000, 0x80, 0x3C0, 0xFFC0, 0x8000] {
+        block(base | 0x3F);
+        assert!(is_block(base), "{base:#x}");
+    }
+    assert_eq!(function.writes(), []);
+    assert_ne!(read(&machine, Space::Port, 0xC000, 1), 0xFF);
+    // Over the configuration ports, which the host bridge keeps, and RCR, which the lower function keeps.
+    block(0xCC0);
+    assert!(is_block(0xCC0));
+    assert_eq!(config_read(&machine, (1, 3), 0x40, 2), 0xCC1);
+    outb(&machine, 0xCF9, 0x02);
+    assert_eq!(inb(&machine, 0xCF9), 0x02);
+    block(0);
+    assert!(is_block(0));
+    block(0x8000);
+    config_write(&machine, (1, 3), 0x80, 1, 0);
+    assert!(!is_block(0x8000));
+}
+
+#[test]
+fn the_smbus_controller_finds_nobody() {
+    let (_, machine) = machine(1);
+    config_write(&machine, (1, 3), 0x90, 4, 0x701);
+    assert_eq!(inb(&machine, 0x700), 0xFF, "I/O is off");
+    config_write(&machine, (1, 3), 4, 2, 1);
+    assert_eq!(inb(&machine, 0x700), 0);
+    outb(&machine, 0x704, 0xA1);
+    outb(&machine, 0x702, 0x48);
+    assert_eq!((inb(&machine, 0x700), inb(&machine, 0x702), inb(&machine, 0x704)), (0x04, 0x08, 0xA1));
+    outb(&machine, 0x700, 0xFF);
+    assert_eq!(inb(&machine, 0x700), 0);
+    config_write(&machine, (1, 3), 0xD2, 1, 0x08);
+    assert_eq!(inb(&machine, 0x700), 0xFF);
+}
+
+#[test]
 fn keyboard_controller_passes_its_tests_and_has_nothing_attached() {
     let (_, machine) = machine(1);
     let command = |command| {

@@ -1,4 +1,4 @@
-//! The other end of the API: how `bulkhead ps`, `stop` and `console` reach a machine.
+//! The other end of the API: how `bulkhead ps`, `stop`, `console`, `device` and `events` reach a machine.
 
 use std::fs;
 use std::io;
@@ -40,8 +40,8 @@ pub enum ClientError {
     #[error("{0}")]
     Refused(String),
     /// It did not answer.
-    #[error("the machine did not answer within {} s", ANSWER_DEADLINE.as_secs())]
-    Deadline,
+    #[error("the machine did not answer within {} s", .0.as_secs())]
+    Deadline(Duration),
     /// It ended while it was asked.
     #[error("the machine ended")]
     Ended,
@@ -131,11 +131,27 @@ impl Connection {
 
     /// Asks and waits for the answer.
     pub fn ask(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Response, ClientError> {
+        self.ask_within(request, fd, ANSWER_DEADLINE)
+    }
+
+    /// Asks something that takes its time.
+    pub fn ask_within(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<Response, ClientError> {
         let bytes = serde_json::to_vec(request).map_err(|error| ClientError::Answer(error.to_string()))?;
         packet::send(self.socket.as_fd(), &bytes, fd)?;
-        if !self.readable(Some(ANSWER_DEADLINE))? {
-            return Err(ClientError::Deadline);
+        if !self.readable(Some(limit))? {
+            return Err(ClientError::Deadline(limit));
         }
+        self.next_packet()
+    }
+
+    /// Waits for the next packet of an answer that has several, without bound.
+    pub fn next_packet(&self) -> Result<Response, ClientError> {
+        while !self.readable(None)? {}
         let (bytes, _) = packet::receive(self.socket.as_fd())?;
         if bytes.is_empty() {
             return Err(ClientError::Ended);

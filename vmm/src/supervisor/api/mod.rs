@@ -1,13 +1,15 @@
-//! What machines can be asked from outside: `bulkhead ps`, `stop` and `console`.
+//! What machines can be asked from outside: `bulkhead ps`, `stop`, `console`, `device` and `events`.
 //!
 //! Each machine listens on the abstract Unix socket `@bulkhead/UID/NAME` (`SOCK_SEQPACKET`): no file that could go stale,
 //! one machine of a name for each user. A packet is one JSON object. Both sides check the other's user id
 //! (`SO_PEERCRED`): anybody may bind any abstract name, so the name alone proves nothing.
 
 pub mod client;
+pub mod device;
 pub mod packet;
 pub mod server;
 
+pub use device::{DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
 use serde::{Deserialize, Serialize};
 
 use super::process::Role;
@@ -39,6 +41,26 @@ pub enum Request {
         /// Height in characters.
         rows: u16,
     },
+    /// The devices of the machine.
+    Devices,
+    /// Replace the process of a device in order. The answer comes when the successor serves.
+    DeviceRestart {
+        /// Its id.
+        device: String,
+    },
+    /// Replace the process of a device, or of all, by one of the program that comes with this packet. The answer comes
+    /// when all successors serve, or one cannot.
+    DeviceUpgrade {
+        /// Its id; all devices when there is none.
+        device: Option<String>,
+        /// What the program says of itself.
+        program: ProgramInfo,
+    },
+    /// What happened so far, and, with `follow`, what happens from here on.
+    Events {
+        /// Go on until the machine has ended.
+        follow: bool,
+    },
 }
 
 /// What the machine answers.
@@ -53,6 +75,20 @@ pub enum Response {
     Attached {
         /// Its id.
         device: String,
+    },
+    /// The devices.
+    Devices {
+        /// In the order of their places.
+        devices: Vec<DeviceEntry>,
+        /// The control protocol that device programs must speak.
+        protocol: u32,
+    },
+    /// Events, oldest first. Without `follow` the answer is complete with the first packet whose `more` is false.
+    Events {
+        /// Some of them, as many as fit a packet.
+        events: Vec<EventEntry>,
+        /// Another packet follows at once.
+        more: bool,
     },
     /// Refused.
     Error {

@@ -5,10 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::unistd::geteuid;
 use thiserror::Error;
 
-use super::{Request, Response, packet, socket_name};
+use super::{EventEntry, Request, Response, packet, socket_name};
+use crate::supervisor::history::History;
 use crate::supervisor::poller::{Poller, Source};
 
 /// The most clients at one time.
@@ -44,6 +46,8 @@ struct Client {
     /// When it is disconnected unless it asked something; `None` afterwards.
     deadline: Option<Instant>,
     attachment: Option<Attachment>,
+    /// Wants to hear of each event.
+    follows: bool,
 }
 
 /// The listening socket and its clients. All that may not ask are disconnected at once.
@@ -71,22 +75,31 @@ impl Server {
         poller.add(&self.listener, Source::Api)
     }
 
+    /// Stops watching the listening socket.
+    pub fn mute(&self, poller: &Poller) {
+        poller.remove(&self.listener);
+    }
+
     /// Accepts a client that may ask.
-    pub fn accept(&mut self, poller: &Poller) {
-        let Ok(socket) = packet::accept(self.listener.as_fd()) else { return };
+    ///
+    /// # Errors
+    /// There is none, or no descriptor for it.
+    pub fn accept(&mut self, poller: &Poller) -> Result<(), Errno> {
+        let socket = packet::accept(self.listener.as_fd())?;
         let permitted =
             packet::peer_uid(socket.as_fd()).is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
         if !permitted || self.clients.len() >= MAX_CLIENTS {
-            return;
+            return Ok(());
         }
         while self.clients.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }
         if poller.add(&socket, Source::Client(self.next)).is_ok() {
             let deadline = Instant::now().checked_add(REQUEST_DEADLINE);
-            self.clients.insert(self.next, Client { socket, deadline, attachment: None });
+            self.clients.insert(self.next, Client { socket, deadline, attachment: None, follows: false });
             self.next = self.next.wrapping_add(1);
         }
+        Ok(())
     }
 
     /// The request of a client. One that is gone or sends nonsense is disconnected.
@@ -116,6 +129,26 @@ impl Server {
         let bytes = serde_json::to_vec(response).unwrap_or_default();
         if packet::send(client.socket.as_fd(), &bytes, None).is_err() {
             self.close(id, poller);
+        }
+    }
+
+    /// Tells a client all that has happened and, when it `follows`, what happens from here on.
+    pub fn tell_all(&mut self, id: u16, history: &History, follow: bool, poller: &Poller) {
+        let packets = history.packets();
+        let last = packets.len().saturating_sub(1);
+        for (number, events) in packets.into_iter().enumerate() {
+            self.respond(id, &Response::Events { events, more: number < last }, poller);
+        }
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.follows = follow;
+        }
+    }
+
+    /// Tells an event to the clients that follow.
+    pub fn publish(&mut self, event: &EventEntry, poller: &Poller) {
+        let follows = self.clients.iter().filter(|(_, client)| client.follows).map(|(id, _)| *id);
+        for id in follows.collect::<Vec<_>>() {
+            self.respond(id, &Response::Events { events: vec![event.clone()], more: false }, poller);
         }
     }
 
@@ -198,7 +231,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let request = br#"{"request":"attach","device":null,"size":null}"#;
         packet::send(client.as_fd(), request, Some(ours.as_fd())).unwrap();
@@ -214,7 +247,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         packet::send(client.as_fd(), b"hello", None).unwrap();
         assert!(server.receive(0, &poller).is_none());
         let (answer, _) = packet::receive(client.as_fd()).unwrap();
@@ -228,7 +261,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         server.expire(Instant::now(), &poller);
         assert!(server.deadline().is_some());
         server.expire(Instant::now() + REQUEST_DEADLINE, &poller);
@@ -242,7 +275,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut server = Server::bind(&name).unwrap();
         let _client = connect(&name);
-        server.accept(&poller);
+        server.accept(&poller).unwrap();
         let long = Response::Error { message: "x".repeat(10_000) };
         for _ in 0..1000 {
             server.respond(0, &long, &poller);
@@ -258,7 +291,7 @@ mod tests {
         let mut clients = Vec::new();
         for _ in 0..MAX_CLIENTS + 3 {
             clients.push(connect(&name));
-            server.accept(&poller);
+            server.accept(&poller).unwrap();
         }
         assert_eq!(server.clients.len(), MAX_CLIENTS);
     }

@@ -1,5 +1,6 @@
 //! The configuration file: TOML with the names of the command line.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,11 +8,16 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
+use bulkhead_ipc::jail::Layer;
+
+use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
 use super::disk::DiskSpec;
 use super::nearest::hint;
-use super::restart::RestartPolicy;
+use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
 use super::stream::StreamTarget;
+use super::table::{RngSpec, StreamSpec};
+use super::{CONSOLE, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -54,13 +60,22 @@ struct File {
     memory: Option<Size>,
     thp: Option<bool>,
     disk: Vec<DiskSpec>,
-    rng: Option<bool>,
-    console: Option<StreamTarget>,
-    serial: Option<StreamTarget>,
+    rng: Option<RngSpec>,
+    console: Option<StreamSpec>,
+    serial: Option<StreamSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
+    hang_deadline: Option<u32>,
+    stall_deadline: Option<u32>,
     on_reboot: Option<EndAction>,
     on_panic: Option<EndAction>,
+    #[serde(deserialize_with = "words")]
+    require: Vec<Layer>,
+    limits: BTreeMap<String, ProcessLimits>,
+    #[serde(deserialize_with = "word")]
+    uids: Option<UidChoice>,
+    #[serde(deserialize_with = "word")]
+    cgroup: Option<CgroupChoice>,
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
@@ -92,6 +107,15 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         StreamTarget::Unix(path) => StreamTarget::Unix(at(path)),
         other => other,
     };
+    let of = |device: Option<&str>, policy: Option<RestartPolicy>| {
+        policy.map(|policy| RestartRule { device: device.map(str::to_owned), policy })
+    };
+    let rules = [
+        of(None, file.restart),
+        of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
+        of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
+        of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
+    ];
     Ok(RunArgs {
         kernel: file.kernel.map(at),
         initrd: file.initrd.map(at),
@@ -100,14 +124,20 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         memory: file.memory,
         thp: file.thp.map(Switch::from),
         disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
-        rng: file.rng.map(Switch::from),
-        console: file.console.map(target),
-        serial: file.serial.map(target),
+        rng: file.rng.map(|rng| Switch::from(rng.on)),
+        console: file.console.map(|console| target(console.target)),
+        serial: file.serial.map(|serial| target(serial.target)),
         config: None,
         name: file.name,
-        restart: file.restart,
+        restart: rules.into_iter().flatten().collect(),
+        hang_deadline: file.hang_deadline,
+        stall_deadline: file.stall_deadline,
         on_reboot: file.on_reboot,
         on_panic: file.on_panic,
+        require: file.require,
+        limits: file.limits.into_iter().map(|(process, limits)| LimitSpec { process, limits }).collect(),
+        uids: file.uids,
+        cgroup: file.cgroup,
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
@@ -143,13 +173,19 @@ mod tests {
             cmdline = "root=/dev/vda"
             cpus = 2
             memory = "1G"
-            rng = true
-            console = "attach"
+            rng = { restart = "always" }
+            console = { target = "attach", restart = "never" }
             serial = "file=out.log"
             name = "web"
             restart = { max = 3 }
+            hang-deadline = 7
+            stall-deadline = 0
             on-reboot = "exit"
             on-panic = "restart"
+            require = ["landlock", "cgroup"]
+            uids = "200000:1000"
+            cgroup = "off"
+            limits.root = { memory = "64M", cpu = 50, read-iops = 100 }
             log-level = "debug"
             log-format = "json"
             log-file = "log"
@@ -167,7 +203,16 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!(run.restart.unwrap().pause(3), None);
+        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!(run.console, Some(StreamTarget::Attach));
+        let rules: Vec<String> =
+            run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
+        assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
+        assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
+        assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
+        assert_eq!(run.cgroup, Some(CgroupChoice::Off));
+        assert_eq!(run.uids, "200000:1000".parse().ok());
+        assert_eq!(run.limits, ["root:memory=64M,cpu=50,read-iops=100".parse().unwrap()]);
     }
 
     #[test]
@@ -195,6 +240,8 @@ mod tests {
         assert!(refusal("serial = \"tcp\"").contains("'tcp' is not a target"));
         assert!(refusal("[[disk]]\nid = \"x\"").contains("path"));
         assert!(refusal("kernel = ").starts_with("/etc/vm.toml:1: "));
+        assert!(refusal("require = [\"cgroups\"]").contains("'cgroups' is no layer of the jail"));
+        assert!(refusal("[limits.core]\nmemroy = \"1M\"").contains("did you mean 'memory'?"));
     }
 
     #[test]

@@ -1,23 +1,33 @@
 //! What a machine is to be: options and configuration file put together, and everything checked that can be
 //! checked without opening a host resource.
 
+pub mod confinement;
 pub mod disk;
 pub mod file;
+pub mod liveness;
 pub mod nearest;
 pub mod restart;
 pub mod size;
 pub mod stream;
+pub mod table;
 
 use std::path::PathBuf;
 use std::process;
 
+pub use confinement::ConfinementConfig;
 pub use disk::DiskSpec;
-pub use restart::RestartPolicy;
+pub use liveness::Liveness;
+use nearest::hint;
+pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use stream::StreamTarget;
 use thiserror::Error;
 
+use bulkhead_ipc::jail::Layer;
+use confinement::{CgroupChoice, LimitSpec, UidChoice};
+
 use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
+use super::confinement::process_names;
 
 /// The size of a page of the guest, in bytes.
 const PAGE: u64 = 4096;
@@ -72,10 +82,16 @@ pub struct MachineConfig {
     pub serial: StreamTarget,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
+    /// The devices, other than disks, that say otherwise.
+    pub restarts: Vec<(String, RestartPolicy)>,
+    /// When a process that lives counts as dead.
+    pub liveness: Liveness,
     /// What follows a reboot.
     pub on_reboot: EndAction,
     /// What follows a panic.
     pub on_panic: EndAction,
+    /// What is said about the jail.
+    pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
 }
@@ -151,6 +167,14 @@ pub enum ConfigError {
         "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
     )]
     TwoOnStdio,
+    /// A restart policy for a device that there is not.
+    #[error("restart: this machine has no device '{name}': {hint}")]
+    NoSuchDevice {
+        /// What was named.
+        name: String,
+        /// The nearest name, or all.
+        hint: String,
+    },
     /// A socket path that does not fit `sockaddr_un`.
     #[error(
         "{field}: the socket path '{path}' has {length} bytes; the kernel allows at most {MAX_SOCKET_PATH}: choose a shorter one",
@@ -163,6 +187,22 @@ pub enum ConfigError {
         path: PathBuf,
         /// Its length in bytes.
         length: usize,
+    },
+    /// A limit for a process that the machine does not have.
+    #[error("limit: this machine has no process '{name}'; it has {has}")]
+    NoSuchProcess {
+        /// What was given.
+        name: String,
+        /// What there is.
+        has: String,
+    },
+    /// A limit that cannot be.
+    #[error("limit of {process}: {reason}")]
+    Limit {
+        /// Which process.
+        process: String,
+        /// Why not.
+        reason: &'static str,
     },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
@@ -177,7 +217,9 @@ fn unit_hint(bytes: u64) -> String {
 impl MachineConfig {
     /// What follows the death of this device's process.
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
-        self.disks.iter().find(|disk| disk.id == id).map_or(self.restart, |disk| disk.restart)
+        let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
+        let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
+        disk.or_else(other).unwrap_or(self.restart)
     }
 }
 
@@ -192,6 +234,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         file: args.log_file.or(file.log_file),
     };
+    let confinement = confine(
+        (args.require, args.limits, args.uids, args.cgroup),
+        (file.require, file.limits, file.uids, file.cgroup),
+    );
     let serial = args.serial.or(file.serial).unwrap_or(StreamTarget::Stdio);
     let console = args.console.or(file.console).unwrap_or(StreamTarget::Off);
     check_streams(&serial, &console)?;
@@ -205,9 +251,25 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
-    let restart = args.restart.or(file.restart).unwrap_or_default();
+    let mut rules = file.restart;
+    // Policies that stand in the file beside a device which the command line has turned off.
+    let off = |id: &str| match id {
+        SERIAL => serial == StreamTarget::Off,
+        CONSOLE => console == StreamTarget::Off,
+        _ => id == RNG && !rng,
+    };
+    rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
+    rules.extend(args.restart);
+    let restart = rules.iter().rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
+    let restart = restart.unwrap_or_default();
+    let mut disks = name_disks(disks, restart)?;
+    let streams = [(SERIAL, &serial), (CONSOLE, &console)];
+    let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
+    let restarts = apply(&rules, &mut disks, others.chain(rng.then_some(RNG)).collect())?;
+    let liveness =
+        Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
-    Ok(MachineConfig {
+    let config = MachineConfig {
         name: check_name("name", name)?,
         kernel: args.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
         initrd: args.initrd.or(file.initrd),
@@ -216,15 +278,52 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cpus: check_cpus(args.cpus.or(file.cpus).unwrap_or(1))?,
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
-        disks: name_disks(disks, restart)?,
+        disks,
         rng,
         console,
         serial,
         restart,
+        restarts,
+        liveness,
         on_reboot: args.on_reboot.or(file.on_reboot).unwrap_or(EndAction::Restart),
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
+        confinement,
         log,
-    })
+    };
+    check_limits(&config)?;
+    Ok(config)
+}
+
+/// The four options about the jail.
+type Confine = (Vec<Layer>, Vec<LimitSpec>, Option<UidChoice>, Option<CgroupChoice>);
+
+/// What either place requires is required; of two limits for one process the command line's counts.
+fn confine(args: Confine, file: Confine) -> ConfinementConfig {
+    let limits = file.1.into_iter().chain(args.1).map(|spec| (spec.process, spec.limits));
+    ConfinementConfig {
+        require: args.0.into_iter().chain(file.0).collect(),
+        limits: limits.collect(),
+        uids: args.2.or(file.2).unwrap_or_default(),
+        cgroup: args.3.or(file.3).unwrap_or_default(),
+    }
+}
+
+fn check_limits(config: &MachineConfig) -> Result<(), ConfigError> {
+    let names = process_names(config);
+    for (process, limits) in &config.confinement.limits {
+        if !names.contains(&process.as_str()) {
+            return Err(ConfigError::NoSuchProcess {
+                name: process.escape_debug().to_string(),
+                has: names.join(", "),
+            });
+        }
+        let disk = config.disks.iter().any(|disk| disk.id == *process);
+        let misplaced = (limits.has_io() && !disk).then_some("read and write are for disks");
+        if let Some(reason) = limits.impossible().or(misplaced) {
+            return Err(ConfigError::Limit { process: process.clone(), reason });
+        }
+    }
+    Ok(())
 }
 
 /// Adds the console that the guest has, where the user named none.
@@ -289,6 +388,30 @@ pub fn check_name(field: &str, name: String) -> Result<String, ConfigError> {
     } else {
         Err(ConfigError::BadName { field: field.to_owned(), name: name.escape_debug().to_string() })
     }
+}
+
+/// Gives the devices the policies that were said of them by name, the last one of each. Those of others than disks are
+/// returned.
+fn apply(
+    rules: &[RestartRule],
+    disks: &mut [DiskConfig],
+    others: Vec<&str>,
+) -> Result<Vec<(String, RestartPolicy)>, ConfigError> {
+    let mut restarts: Vec<(String, RestartPolicy)> = Vec::new();
+    for RestartRule { device, policy } in rules {
+        let Some(device) = device else { continue };
+        if let Some(disk) = disks.iter_mut().find(|disk| disk.id == *device) {
+            disk.restart = *policy;
+        } else if others.contains(&device.as_str()) {
+            restarts.retain(|(id, _)| id != device);
+            restarts.push((device.clone(), *policy));
+        } else {
+            let devices = disks.iter().map(|disk| disk.id.as_str()).chain(others).collect::<Vec<_>>();
+            let name = device.escape_debug().to_string();
+            return Err(ConfigError::NoSuchDevice { hint: hint(&name, &devices), name });
+        }
+    }
+    Ok(restarts)
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {

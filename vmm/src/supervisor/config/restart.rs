@@ -1,4 +1,4 @@
-//! `--restart`, `restart=` of a disk, and the key `restart`: what follows the death of a device process.
+//! `--restart`, `restart=` of a disk, and the key `restart` of machine and device: what follows the death of a device process.
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,16 +42,41 @@ impl Default for RestartPolicy {
 /// Why a text is not a policy.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "'{0}' is not a restart policy: say always, never, or MAX/SECONDS such as 5/10 (at most 5 restarts within 10 s)"
+    "'{0}' is not a restart policy: say always, never, or MAX/SECONDS[/MILLISECONDS] such as 5/10 (at most 5 restarts within 10 s) or 5/10/50 (the second of them after 50 ms)"
 )]
 pub struct RestartError(String);
 
+/// A policy for one device, or for all that have none of their own: `POLICY` or `DEVICE=POLICY`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestartRule {
+    /// The id of the device; `None`: all.
+    pub device: Option<String>,
+    /// What follows its death.
+    pub policy: RestartPolicy,
+}
+
+impl FromStr for RestartRule {
+    type Err = RestartError;
+
+    fn from_str(text: &str) -> Result<Self, RestartError> {
+        let (device, policy) = match text.split_once('=') {
+            Some((device, policy)) => (Some(device.to_owned()), policy),
+            None => (None, text),
+        };
+        Ok(Self { device, policy: policy.parse()? })
+    }
+}
+
 impl RestartPolicy {
     fn limited(max: u32, seconds: u32) -> Self {
+        Self::with_backoff(max, seconds, DEFAULT_BACKOFF)
+    }
+
+    fn with_backoff(max: u32, seconds: u32, milliseconds: u32) -> Self {
         Self::Restart {
             max: Some(max),
             window: Duration::from_secs(seconds.into()),
-            backoff: Duration::from_millis(DEFAULT_BACKOFF.into()),
+            backoff: Duration::from_millis(milliseconds.into()),
         }
     }
 
@@ -80,9 +105,29 @@ impl FromStr for RestartPolicy {
                 Self::Never => Ok(Self::Never),
             },
             _ => {
-                let (max, seconds) = text.split_once('/').ok_or_else(wrong)?;
-                let max = max.parse().map_err(|_| wrong())?;
-                Ok(Self::limited(max, seconds.parse().map_err(|_| wrong())?))
+                let numbers: Result<Vec<u32>, _> = text.split('/').map(str::parse).collect();
+                match numbers.map_err(|_| wrong())?.as_slice() {
+                    [max, seconds] => Ok(Self::limited(*max, *seconds)),
+                    [max, seconds, milliseconds] => Ok(Self::with_backoff(*max, *seconds, *milliseconds)),
+                    _ => Err(wrong()),
+                }
+            }
+        }
+    }
+}
+
+/// As the command line takes it.
+impl fmt::Display for RestartPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::Restart { max: None, .. } => f.write_str("always"),
+            Self::Restart { max: Some(max), window, backoff } => {
+                write!(f, "{max}/{}", window.as_secs())?;
+                match backoff.as_millis() {
+                    milliseconds if milliseconds == DEFAULT_BACKOFF.into() => Ok(()),
+                    milliseconds => write!(f, "/{milliseconds}"),
+                }
             }
         }
     }
@@ -112,11 +157,11 @@ impl<'de> Deserialize<'de> for RestartPolicy {
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RestartPolicy, A::Error> {
                 let table = Table::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(RestartPolicy::Restart {
-                    max: Some(table.max.unwrap_or(DEFAULT_MAX)),
-                    window: Duration::from_secs(table.window.unwrap_or(DEFAULT_WINDOW).into()),
-                    backoff: Duration::from_millis(table.backoff.unwrap_or(DEFAULT_BACKOFF).into()),
-                })
+                Ok(RestartPolicy::with_backoff(
+                    table.max.unwrap_or(DEFAULT_MAX),
+                    table.window.unwrap_or(DEFAULT_WINDOW),
+                    table.backoff.unwrap_or(DEFAULT_BACKOFF),
+                ))
             }
         }
         deserializer.deserialize_any(TextOrTable)
@@ -140,11 +185,28 @@ mod tests {
         assert_eq!(pauses("never"), [None; 7]);
         assert_eq!(pauses("0/1"), [None; 7]);
         assert_eq!("5/10".parse(), Ok(RestartPolicy::default()));
+        assert_eq!(pauses("5/10/200")[..4], [Some(0), Some(200), Some(1000), Some(1000)]);
+    }
+
+    #[test]
+    fn a_policy_is_shown_as_it_is_written() {
+        for text in ["always", "never", "5/10", "3/60/200"] {
+            assert_eq!(text.parse::<RestartPolicy>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_rule_may_name_a_device() {
+        let rule: RestartRule = "serial=never".parse().unwrap();
+        assert_eq!((rule.device.as_deref(), rule.policy), (Some("serial"), RestartPolicy::Never));
+        let rule: RestartRule = "5/10".parse().unwrap();
+        assert_eq!((rule.device, rule.policy), (None, RestartPolicy::default()));
+        assert!("serial=".parse::<RestartRule>().is_err());
     }
 
     #[test]
     fn what_is_no_policy_is_refused_with_an_example() {
-        for text in ["", "sometimes", "5", "5/", "/10", "-1/10", "5/10s"] {
+        for text in ["", "sometimes", "5", "5/", "/10", "-1/10", "5/10s", "5/10/1/1"] {
             let error = text.parse::<RestartPolicy>().unwrap_err().to_string();
             assert!(error.contains("5/10") && error.contains(&format!("'{text}'")), "{error}");
         }

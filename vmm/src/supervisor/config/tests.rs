@@ -110,3 +110,16 @@ fn the_command_line_wins_over_the_file() {
     assert_eq!(config.disks.len(), 1);
     assert_eq!(config.disks.first().unwrap().path, PathBuf::from("/b"));
 }
+
+#[test]
+fn the_nearest_policy_counts() {
+    let options = "--disk path=a,id=a,restart=always --disk path=b,id=b --rng --serial attach \
+        --restart 3/60 --restart serial=never --restart b=1/2/3 --restart b=4/5";
+    let config = run(&format!("--kernel k {options}")).unwrap();
+    let policies: Vec<String> = ["a", "b", RNG, SERIAL].map(|id| config.restart_of(id).to_string()).to_vec();
+    assert_eq!(policies, ["always", "4/5", "3/60", "never"]);
+    assert_eq!(config.liveness, Liveness::default());
+    let error = refusal("--rng --restart rgn=never");
+    assert!(error.contains("no device 'rgn': did you mean 'rng'?"), "{error}");
+    assert!(refusal("--restart console=never").contains("valid: serial"));
+}

@@ -1,13 +1,15 @@
 //! The checks, one by one. Where it is cheap, the thing itself is tried and not only its setting read.
 //!
-//! Contains unsafe code: a child process that tries to make namespaces, and system calls without a safe wrapper
-//! (`io_uring_setup`, `landlock_create_ruleset`).
+//! Contains unsafe code: a child process that tries to make namespaces, and a system call without a safe wrapper
+//! (`io_uring_setup`).
 
 use std::ffi::c_long;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::ptr;
 
+use bulkhead_ipc::jail::cgroup::{Controller, Parent};
+use bulkhead_ipc::jail::landlock_version;
+use bulkhead_ipc::jail::uids::{UidBlock, UidRange};
 use bulkhead_ipc::memory::{GuestRam, HUGE_PAGE_SIZE, HugePages};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
@@ -17,6 +19,7 @@ use nix::unistd::{ForkResult, fork, geteuid};
 
 use super::Check;
 use super::kvm::{self, CAPABILITIES};
+use crate::supervisor::confinement::landlock_reason;
 
 fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
@@ -60,12 +63,12 @@ fn hardware_virtualization() -> Check {
 
 /// What the jail is built from.
 pub(super) fn jail_checks() -> Vec<Check> {
-    vec![namespaces(), seccomp(), memfd()]
+    vec![namespaces(), seccomp(), landlock(), cgroup(), distinct_uids(), memfd()]
 }
 
 /// Tries all namespaces of the jail at once, in a child.
 fn namespaces() -> Check {
-    const NAME: &str = "user namespaces";
+    const NAME: &str = "namespaces";
     let who = if geteuid().is_root() { "root" } else { "this user" };
     match try_namespaces() {
         Ok(()) => Check::ok(NAME, format!("{who} can make all namespaces of a jail")),
@@ -148,7 +151,7 @@ fn memfd() -> Check {
 
 /// What makes machines better.
 pub(super) fn optional_checks() -> Vec<Check> {
-    vec![io_uring(), cgroup(), huge_pages(), tun(), landlock()]
+    vec![io_uring(), huge_pages(), tun()]
 }
 
 fn io_uring() -> Check {
@@ -175,21 +178,40 @@ fn io_uring() -> Check {
     }
 }
 
+/// Looks where machines' groups would be made; makes none.
 fn cgroup() -> Check {
-    const NAME: &str = "cgroup v2";
-    let without = "memory and CPU time of the processes are limited by rlimits only";
-    let mounts = read("/proc/mounts").unwrap_or_default();
-    let mount = mounts.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let (path, kind) = (words.next()?, words.next()?);
-        (kind == "cgroup2").then(|| path.to_owned())
-    });
-    let Some(mount) = mount else { return Check::missing(NAME, "not mounted", without) };
-    match read(&format!("{mount}/cgroup.controllers")) {
-        Some(controllers) if !controllers.is_empty() => {
-            Check::ok(NAME, format!("mounted on {mount}, controllers {controllers}"))
+    const NAME: &str = "cgroup";
+    let without = "memory and threads of the processes are limited by rlimits only";
+    let wanted = [Controller::Memory, Controller::Pids, Controller::Cpu, Controller::Io];
+    match Parent::find(&wanted) {
+        Err(error) => Check::missing(NAME, error.to_string(), without),
+        Ok(parent) => {
+            let names = |controllers: &[Controller]| {
+                controllers.iter().map(|it| it.name()).collect::<Vec<_>>().join(", ")
+            };
+            let found = format!("{} below {}", names(&parent.controllers), parent.folder().display());
+            let lacks: Vec<Controller> =
+                wanted.into_iter().filter(|it| !parent.controllers.contains(it)).collect();
+            if lacks.is_empty() {
+                Check::ok(NAME, found)
+            } else {
+                Check::missing(NAME, format!("{found}, not {}", names(&lacks)), without)
+            }
         }
-        _ => Check::missing(NAME, format!("mounted on {mount} without controllers"), without),
+    }
+}
+
+/// Takes users for a moment.
+fn distinct_uids() -> Check {
+    const NAME: &str = "distinct-uids";
+    match UidBlock::claim(None, 2) {
+        Ok(block) if block.is_subordinate() => {
+            Check::ok(NAME, "each process gets one of this user's subordinate users")
+        }
+        Ok(_) => Check::ok(NAME, format!("each process gets a user of {}", UidRange::default())),
+        Err(error) => {
+            Check::missing(NAME, error.to_string(), "all processes of all machines share one host user")
+        }
     }
 }
 
@@ -214,15 +236,16 @@ fn tun() -> Check {
 }
 
 fn landlock() -> Check {
-    const VERSION_FLAG: c_long = 1;
-    // SAFETY: with this flag the call takes no pointer and returns the version of the interface.
-    let version = unsafe {
-        libc::syscall(libc::SYS_landlock_create_ruleset, ptr::null::<u8>(), 0 as c_long, VERSION_FLAG)
-    };
-    if version > 0 {
-        Check::ok("Landlock", format!("version {version}"))
-    } else {
-        let without = "one layer fewer where a namespace is not enough";
-        Check::missing("Landlock", io::Error::last_os_error().to_string(), without)
+    const NAME: &str = "landlock";
+    match landlock_version() {
+        Ok(version) => {
+            let network = if version >= 4 { ", TCP" } else { "" };
+            let scopes = if version >= 6 { ", abstract sockets, signals" } else { "" };
+            Check::ok(NAME, format!("version {version}: paths{network}{scopes}"))
+        }
+        Err(errno) => {
+            let without = "the empty root has no second wall behind it";
+            Check::missing(NAME, landlock_reason(errno), without)
+        }
     }
 }

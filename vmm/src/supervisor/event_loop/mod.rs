@@ -5,6 +5,9 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod early;
+mod liveness;
+mod orders;
 mod processes;
 mod recovery;
 mod requests;
@@ -15,21 +18,26 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::ToDevice;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::api::server::Server;
+use super::api::{EventEntry, EventKind};
 use super::cli::{EndAction, LogLevel};
 use super::config::{CONSOLE, MachineConfig, SERIAL};
 use super::exit_code::ExitCode;
+use super::history::History;
 use super::launch::{LaunchError, launch};
 use super::logs::Log;
 use super::notify::Notifier;
 use super::poller::{Event, Poller, Source};
 use super::process::{Process, Role, State};
+use super::programs::Programs;
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
-use recovery::{HEARTBEAT, Recovery};
+use orders::Order;
+use recovery::Recovery;
 
 /// From the start of the first process until all have reported READY.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -37,6 +45,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(30);
 const WORD_DEADLINE: Duration = Duration::from_secs(1);
 /// For the devices to finish what is in flight after the guest powered off.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
+/// Between two attempts to accept a connection when no descriptor is left.
+const MUTED: Duration = Duration::from_secs(1);
 /// For the kernel to end what was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -58,6 +68,17 @@ pub enum End {
 }
 
 impl End {
+    /// The exit code of `bulkhead run` after it.
+    pub const fn exit_code(self) -> ExitCode {
+        match self {
+            Self::PowerOff | Self::Reset => ExitCode::Success,
+            Self::Panicked => ExitCode::GuestPanic,
+            Self::Failed(code) => code,
+            Self::Signal(number) => ExitCode::Signal(number),
+            Self::Forced => ExitCode::Forced,
+        }
+    }
+
     /// Whether the configuration says to start the machine anew after this.
     pub fn restarts(self, config: &MachineConfig) -> bool {
         match self {
@@ -98,6 +119,12 @@ pub struct Environment {
     pub log: Log,
     /// The service manager.
     pub notifier: Notifier,
+    /// What happened.
+    pub history: History,
+    /// The programs of the devices.
+    pub programs: Programs,
+    /// No descriptor was left for a connection: until then the listening sockets, which stay readable, are not watched.
+    pub muted: Option<Instant>,
 }
 
 /// The signals that are read as events; they must be blocked before anything is opened.
@@ -118,7 +145,25 @@ impl Environment {
             log.say(LogLevel::Warn, &format!("the service manager is told nothing: {error}"));
             Notifier::default()
         });
-        Ok(Self { poller, server, signals, terminal: None, log, notifier })
+        let (history, programs) = (History::default(), Programs::default());
+        Ok(Self { poller, server, signals, terminal: None, log, notifier, history, programs, muted: None })
+    }
+
+    /// Does not listen for a while.
+    fn mute(&mut self, resources: &Resources) {
+        self.muted = Some(Instant::now() + MUTED);
+        self.server.mute(&self.poller);
+        for stream in [&resources.serial, &resources.console].into_iter().flatten() {
+            stream.listener.iter().for_each(|listener| self.poller.remove(listener));
+        }
+        self.log.say(LogLevel::Warn, "no descriptor is left for a connection: it has to wait");
+    }
+
+    /// Listens again.
+    fn unmute(&mut self, resources: &Resources) -> io::Result<()> {
+        self.muted = None;
+        self.server.register(&self.poller)?;
+        self.watch(resources)
     }
 
     /// Watches the sockets of serial port and console.
@@ -143,13 +188,19 @@ pub struct EventLoop<'a> {
     processes: Vec<Process>,
     /// What is to be done for each of `processes` when it ends, by the same index.
     recoveries: Vec<Recovery>,
-    /// When the devices are asked again whether they are alive.
+    /// When the processes are asked again whether they are alive.
     heartbeat: Instant,
+    /// When the processes that are not READY are looked at.
+    early_look: Instant,
+    /// What users asked for and has not been carried out.
+    orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
     started: Instant,
     phase: Phase,
     end: Option<End>,
+    /// What was said about the end.
+    why: Option<String>,
     escapes: Escapes,
 }
 
@@ -161,7 +212,7 @@ impl<'a> EventLoop<'a> {
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
-        let processes = launch(config, resources)?;
+        let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
@@ -171,11 +222,14 @@ impl<'a> EventLoop<'a> {
             environment,
             processes,
             recoveries,
-            heartbeat: Instant::now() + HEARTBEAT,
+            heartbeat: Instant::now(),
+            early_look: Instant::now() + early::INTERVAL,
+            orders: Vec::new(),
             peers: Vec::new(),
             started,
             phase,
             end: None,
+            why: None,
             escapes: Escapes::new(false),
         })
     }
@@ -185,26 +239,60 @@ impl<'a> EventLoop<'a> {
         self.environment.log.say(LogLevel::Debug, &self.timing("all processes created"));
         for index in 0..self.processes.len() {
             self.watch_process(index)?;
+            self.note(EventKind::Start, Some(index), |_| ());
         }
         for device in [SERIAL, CONSOLE] {
             self.attach_again(device);
         }
         while self.processes.iter().any(|process| process.state != State::Ended) {
-            let deadlines = [self.deadline(), self.recovery_deadline(), self.environment.server.deadline()];
-            let deadline = deadlines.into_iter().flatten().min();
+            let environment = &self.environment;
+            let others = [environment.server.deadline(), environment.muted];
+            let deadlines =
+                [self.deadline(), self.recovery_deadline(), self.early_deadline()].into_iter().chain(others);
+            let deadline = deadlines.flatten().min();
             for event in self.environment.poller.wait(deadline)? {
                 self.handle(event);
             }
             let now = Instant::now();
             self.environment.server.expire(now, &self.environment.poller);
+            if self.environment.muted.is_some_and(|until| until <= now) {
+                self.environment.unmute(self.resources)?;
+            }
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
+            self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
         }
         // All have ended without a cause only when each of them exited with code 0 by itself.
-        Ok(self.end.unwrap_or(End::Failed(ExitCode::Process)))
+        let end = self.end.unwrap_or(End::Failed(ExitCode::Process));
+        let why = self.why.take();
+        for order in std::mem::take(&mut self.orders) {
+            self.answer(order, &["the machine has ended".to_owned()]);
+        }
+        self.note(EventKind::End, None, |entry| {
+            entry.reason = why;
+            // A machine that starts anew has no exit code yet.
+            entry.exit_code = (!end.restarts(self.config)).then(|| end.exit_code().number().into());
+        });
+        Ok(end)
+    }
+
+    /// Notes an event for `bulkhead events`.
+    fn note(&mut self, kind: EventKind, index: Option<usize>, fill: impl FnOnce(&mut EventEntry)) {
+        let process = index.and_then(|index| self.processes.get(index));
+        let entry = self.environment.history.note(kind, |entry| {
+            entry.process = process.map(|process| process.id.clone());
+            entry.pid = process.map(|process| process.jailed.pid());
+            fill(entry);
+        });
+        self.environment.server.publish(&entry, &self.environment.poller);
+    }
+
+    /// Says why the machine ends, the first time.
+    fn ends_because(&mut self, text: &str) {
+        self.why.get_or_insert_with(|| text.to_owned());
     }
 
     const fn deadline(&self) -> Option<Instant> {
@@ -243,7 +331,10 @@ impl<'a> EventLoop<'a> {
     fn handle(&mut self, event: Event) {
         match event.source {
             Source::Signals => self.signal(),
-            Source::Api => self.environment.server.accept(&self.environment.poller),
+            Source::Api => {
+                let accepted = self.environment.server.accept(&self.environment.poller);
+                self.accepted(accepted);
+            }
             Source::Client(client) => self.request(client),
             Source::Keyboard => self.keyboard(event),
             Source::SerialListener => self.connection(SERIAL),
@@ -252,6 +343,9 @@ impl<'a> EventLoop<'a> {
             Source::Exit(index) => self.exited(index.into()),
             Source::Log(index) => self.log_line(index.into()),
             Source::Violation(index, listener) => self.violation(index.into(), listener.into(), event),
+            Source::StandbyControl(index) => self.standby_control(index.into()),
+            Source::StandbyExit(index) => self.standby_exited(index.into()),
+            Source::StandbyLog(index) => self.standby_log(index.into()),
         }
     }
 
@@ -317,6 +411,7 @@ impl<'a> EventLoop<'a> {
                 continue;
             }
             let number = u8::try_from(number).unwrap_or_default();
+            self.ends_because(&format!("signal {number} came"));
             self.interrupt(End::Signal(number));
         }
     }
@@ -365,6 +460,7 @@ impl<'a> EventLoop<'a> {
 
     fn force(&mut self, why: &str) {
         self.say(LogLevel::Info, why);
+        self.ends_because(why);
         self.interrupt(End::Forced);
     }
 
@@ -376,11 +472,20 @@ impl<'a> EventLoop<'a> {
         self.kill_all();
     }
 
+    /// What accepting a connection came to. Without a descriptor for it nobody listens for a while.
+    fn accepted<T>(&mut self, result: Result<T, Errno>) -> Option<T> {
+        if matches!(result, Err(Errno::EMFILE | Errno::ENFILE)) {
+            self.environment.mute(self.resources);
+        }
+        result.ok()
+    }
+
     /// A connection to the Unix socket of the serial port or console goes to the device as it is.
     fn connection(&mut self, device: &'static str) {
         let stream = if device == SERIAL { &self.resources.serial } else { &self.resources.console };
         let listener = stream.as_ref().and_then(|stream| stream.listener.as_ref());
-        if let Some(connection) = listener.and_then(Listener::accept) {
+        let accepted = listener.map_or(Err(Errno::EAGAIN), Listener::accept);
+        if let Some(connection) = self.accepted(accepted) {
             self.environment.server.detach(device, &self.environment.poller);
             self.peers.retain(|(id, _)| *id != device);
             let handed = self.hand_over(device, connection.as_fd());

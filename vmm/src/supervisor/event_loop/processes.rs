@@ -6,10 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, MachineEnd, ToDevice};
-use bulkhead_ipc::jail::{Exit, PolicyName, Violation, ViolationListener};
+use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice};
+use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
+use crate::supervisor::api::EventKind;
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::heap;
@@ -17,7 +18,7 @@ use crate::supervisor::launch::advice;
 use crate::supervisor::logs::lines::escape;
 use crate::supervisor::notify::Notifier;
 use crate::supervisor::poller::{Event, Source};
-use crate::supervisor::process::{Process, Role, State, describe};
+use crate::supervisor::process::{Process, Role, State};
 
 /// Messages handled in one go, so that a process that floods its channel does not starve the rest.
 const MESSAGES_AT_ONCE: usize = 16;
@@ -25,16 +26,18 @@ const MESSAGES_AT_ONCE: usize = 16;
 const MAX_TEXT: usize = 500;
 
 /// What arrived on a control channel, of either kind of process.
-enum Message {
+#[derive(Debug)]
+pub(super) enum Message {
     Ready(Vec<PolicyName>, Vec<OwnedFd>),
     Ended(MachineEnd),
     DeviceFailed { id: String, reason: String },
     DeviceReplaced { id: String },
-    Alive,
+    Alive(Progress),
     Failed(String),
+    Left(Left),
 }
 
-fn receive(process: &Process) -> Result<Message, ChannelError> {
+pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
     let now = Some(Duration::ZERO);
     Ok(if process.role == Role::Core {
         match process.channel.recv::<FromCore>(now)? {
@@ -42,12 +45,14 @@ fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromCore::Ended(end), _) => Message::Ended(end),
             (FromCore::DeviceFailed { id, reason }, _) => Message::DeviceFailed { id, reason },
             (FromCore::DeviceReplaced { id }, _) => Message::DeviceReplaced { id },
+            (FromCore::Alive, _) => Message::Alive(Progress::Fine),
         }
     } else {
         match process.channel.recv::<FromDevice>(now)? {
             (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
-            (FromDevice::Alive, _) => Message::Alive,
-            (FromDevice::Failed(reason), _) => Message::Failed(reason),
+            (FromDevice::Alive(progress), _) => Message::Alive(progress),
+            (FromDevice::Left(left), _) => Message::Left(left),
+            (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
 }
@@ -69,6 +74,17 @@ impl EventLoop<'_> {
         poller.add(&process.log, Source::Log(number))
     }
 
+    /// Watches what the policies of a process forbid.
+    pub(super) fn watch_listeners(&self, index: usize) -> io::Result<()> {
+        let (Some(process), Ok(number)) = (self.processes.get(index), u16::try_from(index)) else {
+            return Ok(());
+        };
+        let mut listeners = process.listeners.iter().zip(0..);
+        listeners.try_for_each(|(listener, position)| {
+            self.environment.poller.add(listener, Source::Violation(number, position))
+        })
+    }
+
     /// Reads what a process says on its control channel.
     pub(super) fn control(&mut self, index: usize, hang_up: bool) {
         for _ in 0..MESSAGES_AT_ONCE {
@@ -83,7 +99,7 @@ impl EventLoop<'_> {
                 }
                 Err(error) => {
                     let text = format!("{} sent nonsense on its control channel: {error}", process.id);
-                    self.condemn(index, &text);
+                    self.condemn(index, EventKind::Failure, &text);
                     return;
                 }
             }
@@ -104,6 +120,10 @@ impl EventLoop<'_> {
             }
             Message::Ended(MachineEnd::Failed(reason)) => {
                 self.explained(index);
+                // A device that died is why, not that the core noticed it.
+                (0..self.processes.len())
+                    .filter(|other| *other != index)
+                    .for_each(|other| self.reap(other, false));
                 self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
             }
             Message::Ended(end) => self.ended(&end),
@@ -111,15 +131,15 @@ impl EventLoop<'_> {
                 self.device_failed(&harmless(&device), &harmless(&reason));
             }
             Message::DeviceReplaced { id } => self.acknowledged(&id),
-            Message::Alive => self.alive(index),
-            Message::Failed(reason) => {
-                let text = format!("device {id} failed: {}", harmless(&reason));
-                if self.replaceable(index) {
-                    self.condemn(index, &text);
-                } else {
-                    self.explained(index);
-                    self.fail(ExitCode::Process, &text);
+            Message::Left(left) => {
+                if let Some(recovery) = self.recoveries.get_mut(index) {
+                    recovery.inherit(left);
                 }
+            }
+            Message::Alive(progress) => self.alive(index, progress),
+            Message::Failed(reason) => {
+                let text = format!("device {id} failed: {reason}");
+                self.condemn(index, EventKind::Failure, &text);
             }
         }
     }
@@ -145,38 +165,29 @@ impl EventLoop<'_> {
     }
 
     fn ready(&mut self, index: usize, id: &str, policies: &[PolicyName], listeners: Vec<OwnedFd>) {
-        let (Some(process), Ok(number)) = (self.processes.get_mut(index), u16::try_from(index)) else {
-            return;
-        };
+        let Some(process) = self.processes.get_mut(index) else { return };
         if process.state == State::Ended {
             return;
         }
         if process.state != State::Starting || policies.len() != listeners.len() {
             let text = format!("{id} sent a READY that makes no sense");
-            self.condemn(index, &text);
+            self.condemn(index, EventKind::Failure, &text);
             return;
         }
-        process.state = State::Ready;
-        // It runs, so its jail is complete; asking closes the descriptor on which it would have reported.
-        let _none = process.jail_error();
-        let pairs = policies.iter().zip(listeners);
-        process.listeners =
-            pairs.map(|(policy, listener)| ViolationListener::new(*policy, listener)).collect();
-        let mut unwatched = None;
-        for (listener, position) in process.listeners.iter().zip(0..) {
-            let added = self.environment.poller.add(listener, Source::Violation(number, position));
-            unwatched = unwatched.or(added.err());
-        }
-        if let Some(error) = unwatched {
+        process.ready(policies, listeners);
+        if let Err(error) = self.watch_listeners(index) {
             // A descriptor that is no listener: the process must not run without its policies being watched.
-            self.condemn(index, &format!("{id} sent a seccomp listener that cannot be watched: {error}"));
+            let text = format!("{id} sent a seccomp listener that cannot be watched: {error}");
+            self.condemn(index, EventKind::Failure, &text);
             return;
         }
+        self.note(EventKind::Ready, Some(index), |_| ());
         let text = self.timing(&format!("{id} is ready"));
         self.say(LogLevel::Debug, &text);
         if matches!(self.phase, Phase::Starting(_)) && self.processes.iter().all(|p| p.state == State::Ready)
         {
             self.phase = Phase::Running;
+            self.note(EventKind::Running, None, |_| ());
             self.notify(Notifier::ready);
             let text = self.timing(&format!("all {} processes are ready", self.processes.len()));
             self.say(LogLevel::Info, &text);
@@ -201,12 +212,14 @@ impl EventLoop<'_> {
         }
         self.end = Some(end);
         self.say(level, &text);
+        self.ends_because(&text);
         self.stop_devices();
     }
 
     /// Lets the devices finish what is in flight. The core has nothing left to do.
     fn stop_devices(&mut self) {
         self.notify_end();
+        self.drop_standbys();
         self.phase = Phase::Stopping(Instant::now() + STOP_DEADLINE);
         for process in self.processes.iter().filter(|process| process.state != State::Ended) {
             if process.role == Role::Core {
@@ -220,6 +233,7 @@ impl EventLoop<'_> {
     /// Reports a failure and ends the machine at once.
     pub(super) fn fail(&mut self, code: ExitCode, text: &str) {
         self.say(LogLevel::Error, text);
+        self.ends_because(text);
         if self.end.is_none() {
             self.end = Some(End::Failed(code));
         }
@@ -233,6 +247,7 @@ impl EventLoop<'_> {
         }
         self.phase = Phase::Killing(Instant::now() + KILL_DEADLINE);
         self.notify_end();
+        self.drop_standbys();
         for index in 0..self.processes.len() {
             self.reap(index, false);
             if let Some(Err(text)) = self.processes.get(index).map(Process::kill) {
@@ -251,7 +266,8 @@ impl EventLoop<'_> {
     /// Reaps a process if it has ended and says of what, unless that was our doing.
     fn reap(&mut self, index: usize, killed_by_us: bool) {
         let Some(process) = self.processes.get_mut(index) else { return };
-        if process.state == State::Ended {
+        // One that builds its jail would give up when it is asked for an error.
+        if process.state == State::Ended || !process.has_ended() {
             return;
         }
         // Before it is reaped: afterwards nobody knows whether its program ever ran.
@@ -276,6 +292,7 @@ impl EventLoop<'_> {
         poller.remove(&process.jailed);
         poller.remove(&process.log);
         process.listeners.iter().for_each(|listener| poller.remove(listener));
+        self.note_death(index, exit, jail_error.as_ref());
         if self.replaceable(index) {
             self.lost(index, exit, jail_error);
             return;
@@ -307,8 +324,25 @@ impl EventLoop<'_> {
                 let code = if error.missing_layer().is_some() { ExitCode::Host } else { ExitCode::Internal };
                 self.fail(code, &format!("cannot start {id}: {error}{}", advice(&error)));
             }
-            None => self.fail(ExitCode::Process, &format!("{id} (process {pid}) {}", describe(exit))),
+            None => {
+                let how = self.resources.confinement.describe(&id, pid, exit);
+                self.fail(ExitCode::Process, &format!("{id} (process {pid}) {how}"));
+            }
         }
+    }
+
+    fn note_death(&mut self, index: usize, exit: Exit, jail_error: Option<&JailError>) {
+        let Some(process) = self.processes.get(index) else { return };
+        let (id, pid) = (&process.id, process.jailed.pid());
+        let how = || self.resources.confinement.describe(id, pid, exit);
+        let why = jail_error.map_or_else(how, ToString::to_string);
+        self.note(EventKind::Death, Some(index), |entry| {
+            entry.reason = Some(why);
+            match exit {
+                Exit::Code(code) => entry.exit_code = Some(code),
+                Exit::Signal(number) => entry.signal = Some(number),
+            }
+        });
     }
 
     /// Reads from the log pipe of a process.
@@ -329,13 +363,11 @@ impl EventLoop<'_> {
             self.environment.poller.remove(listener);
         }
         let Ok(Some(violation)) = seen else { return };
+        // While the thread has a name.
+        let text = describe_violation(&process.id, &violation);
         // Not later: nothing the process does from here on is wanted.
         let _gone = process.kill();
-        let text = describe_violation(&process.id, &violation);
-        if !self.replaceable(index) {
-            self.explained(index);
-        }
-        self.condemn(index, &text);
+        self.condemn(index, EventKind::Violation, &text);
     }
 
     /// Hands a new peer of a console or serial port to its device.
@@ -356,7 +388,8 @@ impl EventLoop<'_> {
     }
 }
 
-fn describe_violation(id: &str, violation: &Violation) -> String {
+/// With the name of the thread, while it is there.
+pub(super) fn describe_violation(id: &str, violation: &Violation) -> String {
     let comm = fs::read(format!("/proc/{}/comm", violation.thread)).unwrap_or_default();
     let comm = harmless(String::from_utf8_lossy(&comm).trim_end());
     format!("{id} was killed: {violation} (the thread's name: {comm})")

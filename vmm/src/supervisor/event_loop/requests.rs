@@ -1,16 +1,20 @@
 //! What API clients ask.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 
-use bulkhead_ipc::channel::message::{ToCore, ToDevice};
+use bulkhead_ipc::channel::message::{self, ToCore, ToDevice};
 
 use super::{EventLoop, Phase};
 use crate::supervisor::api::packet::is_stream_socket;
 use crate::supervisor::api::server::Attachment;
-use crate::supervisor::api::{MachineEntry, ProcessEntry, Request, Response};
+use crate::supervisor::api::{
+    DeviceEntry, DeviceState, MachineEntry, ProcessEntry, ProgramInfo, Request, Response,
+};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{CONSOLE, SERIAL, SUPERVISOR};
 use crate::supervisor::process::{Role, State};
+use crate::supervisor::programs::DeviceProgram;
 
 impl EventLoop<'_> {
     /// Answers a client.
@@ -19,17 +23,73 @@ impl EventLoop<'_> {
             return;
         };
         let answer = match request {
-            Request::Ps => Ok(Response::Machine(self.entry())),
-            Request::Stop => self.press_power_button(),
+            Request::Ps => Ok(Some(Response::Machine(self.entry()))),
+            Request::Stop => self.press_power_button().map(Some),
             Request::Kill => {
                 self.force("ended by `bulkhead stop --force`");
-                Ok(Response::Done)
+                Ok(Some(Response::Done))
             }
-            Request::Attach { device, size } => self.attach(client, device, size, fds),
-            Request::Resize { columns, rows } => self.resize(client, columns, rows),
+            Request::Attach { device, size } => self.attach(client, device, size, fds).map(Some),
+            Request::Resize { columns, rows } => self.resize(client, columns, rows).map(Some),
+            Request::Devices => {
+                Ok(Some(Response::Devices { devices: self.devices(), protocol: message::PROTOCOL }))
+            }
+            // Answered when they are carried out.
+            Request::DeviceRestart { device } => self.order(client, Some(&device), None).map(|()| None),
+            Request::DeviceUpgrade { device, program } => {
+                self.upgrade(client, device.as_deref(), program, fds).map(|()| None)
+            }
+            Request::Events { follow } => {
+                self.environment.server.tell_all(
+                    client,
+                    &self.environment.history,
+                    follow,
+                    &self.environment.poller,
+                );
+                Ok(None)
+            }
         };
-        let response = answer.unwrap_or_else(|message| Response::Error { message });
-        self.environment.server.respond(client, &response, &self.environment.poller);
+        if let Some(response) = answer.unwrap_or_else(|message| Some(Response::Error { message })) {
+            self.environment.server.respond(client, &response, &self.environment.poller);
+        }
+    }
+
+    fn devices(&self) -> Vec<DeviceEntry> {
+        let devices = self.processes.iter().zip(&self.recoveries);
+        let devices = devices.filter(|(process, _)| process.role != Role::Core);
+        devices
+            .map(|(process, recovery)| DeviceEntry {
+                id: process.id.clone(),
+                role: process.role,
+                state: match recovery.state() {
+                    DeviceState::Serving if process.state == State::Starting => DeviceState::Starting,
+                    state => state,
+                },
+                pid: (process.state != State::Ended).then(|| process.jailed.pid()),
+                policy: recovery.policy().to_string(),
+                restarts: recovery.restarts,
+                last_end: recovery.last_end.clone(),
+                version: self.environment.programs.version_of(&process.id).to_owned(),
+            })
+            .collect()
+    }
+
+    fn upgrade(
+        &mut self,
+        client: u16,
+        device: Option<&str>,
+        program: ProgramInfo,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), String> {
+        let ProgramInfo { version, protocol } = program;
+        if protocol != message::PROTOCOL {
+            return Err(format!(
+                "the program speaks control protocol {protocol}, this machine speaks {}",
+                message::PROTOCOL
+            ));
+        }
+        let [file]: [OwnedFd; 1] = fds.try_into().map_err(|_| "exactly one descriptor is needed")?;
+        self.order(client, device, Some(Rc::new(DeviceProgram { file, version })))
     }
 
     fn entry(&self) -> MachineEntry {

@@ -3,7 +3,7 @@
 pub mod limit;
 pub mod lines;
 mod stderr;
-mod time;
+pub mod time;
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::{OpenptyResult, openpty};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
@@ -162,10 +163,15 @@ impl Listener {
     }
 
     /// Accepts one connection if there is one.
-    pub fn accept(&self) -> Option<UnixStream> {
-        let (stream, _) = self.socket.accept().ok()?;
-        stream.set_nonblocking(false).ok()?;
-        Some(stream)
+    ///
+    /// # Errors
+    /// There is none, or no descriptor for it.
+    pub fn accept(&self) -> Result<UnixStream, Errno> {
+        let accepted = self.socket.accept().and_then(|(stream, _)| {
+            stream.set_nonblocking(false)?;
+            Ok(stream)
+        });
+        accepted.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))
     }
 }
 

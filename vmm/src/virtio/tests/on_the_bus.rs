@@ -1,7 +1,7 @@
 //! The function in a machine: reached through configuration mechanism #1 and the memory map, interrupting through the PIIX3.
 
 use crate::machine::pci::DoorbellId;
-use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, PowerEvent, Space};
+use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, MemorySlot, PowerEvent, Space};
 
 use super::*;
 
@@ -25,6 +25,10 @@ impl Host for Recorder {
     fn topology_changed(&self, doorbells: &[MappedDoorbell]) {
         *self.doorbells.lock().unwrap() = doorbells.to_vec();
     }
+
+    fn memory_changed(&self, _: &[MemorySlot]) {}
+
+    fn set_timer(&self, _: Option<Duration>) {}
 
     fn monotonic(&self) -> Duration {
         Duration::ZERO
@@ -56,7 +60,7 @@ fn config_write(machine: &Machine, offset: u16, data: &[u8]) {
 fn the_guest_reaches_it_through_the_chipset() {
     let (scaffold, peer) = scaffold();
     let host = Arc::new(Recorder::default());
-    let config = MachineConfig { cpus: 1, address_bits: 40 };
+    let config = MachineConfig { cpus: 1, address_bits: 40, firmware: Vec::new() };
     let machine = Machine::new(config, scaffold.ram.clone(), Arc::clone(&host) as Arc<dyn Host>).unwrap();
     let pin = machine.attach_pci(SLOT, Arc::clone(&scaffold.device) as _).unwrap();
     scaffold.device.connect_pin(Arc::new(pin));

@@ -86,6 +86,32 @@ fn giving_up_tells_the_guest() {
 }
 
 #[test]
+fn what_was_given_up_is_brought_back_with_its_requests_or_after_a_reset() {
+    for resets in [false, true] {
+        let (scaffold, mut peer) = held();
+        scaffold.driver.start();
+        let memory = inode(&peer);
+        peer.die();
+        wait_until(&scaffold.device, || scaffold.failures.count() == 1);
+        scaffold.device.give_up();
+        if resets {
+            scaffold.driver.set_status(0);
+        }
+        let (stream, successor) = Peer::start(Script::default());
+        scaffold.device.replace_backend(stream).unwrap();
+        if resets {
+            scaffold.driver.start();
+        }
+        assert_eq!(scaffold.driver.status(), 15);
+        assert_eq!(inode(&successor) == memory, !resets, "a reset forgets what was in flight");
+        wait_until(&scaffold.device, || scaffold.pin.asserted());
+        scaffold.driver.get::<1>(scaffold.driver.isr, 0);
+        successor.call(0);
+        wait_until(&scaffold.device, || scaffold.pin.asserted());
+    }
+}
+
+#[test]
 fn a_working_back_end_is_stopped_before_it_is_replaced() {
     let (scaffold, peer) = held();
     scaffold.driver.start();

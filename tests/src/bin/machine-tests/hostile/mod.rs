@@ -71,6 +71,8 @@ fn start(
         null: null.as_fd(),
         limits,
         identity: Identity::default(),
+        subordinate: None,
+        cgroup: None,
     };
     let mut process = jail::spawn(spec).map_err(text)?;
     drop(log_end);
@@ -226,7 +228,7 @@ impl Heard {
                         reasons.push(kind);
                     }
                 }
-                Ok((FromCore::DeviceReplaced { .. }, _)) => {}
+                Ok((FromCore::DeviceReplaced { .. } | FromCore::Alive, _)) => {}
                 Ok((FromCore::Ended(end), _)) => return self.end(format!("{end:?}")),
                 Err(error) => return self.end(error.to_string()),
             }

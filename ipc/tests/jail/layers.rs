@@ -1,0 +1,169 @@
+//! Layers that a host may lack: Landlock, cgroups, users. What cannot be tried here is named.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+
+use bulkhead_ipc::jail::cgroup::{CgroupError, Controller, GroupLimits, MachineGroup, Parent};
+use bulkhead_ipc::jail::uids::{UidBlock, UidError};
+use bulkhead_ipc::jail::{Exit, Identity, Layer, Limits, landlock_version};
+
+use crate::inside::{Answer, Ask};
+use crate::{Case, DEADLINE, Jailed, Place};
+
+pub const CASES: &[Case] = &[
+    ("cannot use a folder that was handed in, nor TCP, with seccomp out of the way", landlock),
+    ("has users of its own, and groups where root starts it", users),
+    ("is born in its cgroup, which goes with the machine", born_in_cgroup),
+    ("cannot outgrow its cgroup in threads", forks),
+    ("cannot outgrow its cgroup in memory", memory),
+    ("says that its cgroup is gone", no_cgroup),
+];
+
+fn ask(jailed: &Jailed, ask: &Ask) -> Answer {
+    jailed.channel.send(ask, &[]).unwrap();
+    jailed.channel.recv(Some(DEADLINE)).unwrap().0
+}
+
+fn landlock() {
+    let Ok(version) = landlock_version() else {
+        println!("    not tried: this kernel has no Landlock");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "text").unwrap();
+    for name in [folder.path().to_owned(), folder.path().join("file")] {
+        let mode = if name.is_dir() { 0o777 } else { 0o666 };
+        fs::set_permissions(&name, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let jailed = Jailed::start("serve");
+    let descriptor = File::open(folder.path()).unwrap();
+    jailed.channel.send(&Ask::LandlockedCalls, &[descriptor.as_fd()]).unwrap();
+    let (answer, _) = jailed.channel.recv(Some(DEADLINE)).unwrap();
+    let Answer::Errors(errors) = answer else { panic!("{answer:?}") };
+    // The fourth version brought TCP; before it the empty namespace stands alone.
+    let tcp = if version >= 4 { libc::EACCES } else { 0 };
+    assert_eq!(errors, [libc::EACCES, libc::EACCES, libc::EACCES, tcp]);
+}
+
+fn users() {
+    let block = match UidBlock::claim(None, 2) {
+        Ok(block) => block,
+        Err(UidError::NoSubordinates(_) | UidError::NoHelper | UidError::NoRuntimeFolder) => {
+            println!("    not tried: this user has no subordinate users, or no newuidmap");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let mut seen = Vec::new();
+    for number in 0..2 {
+        let uid = block.uid(number).unwrap();
+        let place = Place {
+            identity: Identity { uid, gid: uid },
+            subordinate: block.is_subordinate().then_some(uid),
+            cgroup: None,
+        };
+        let jailed = Jailed::start_at("serve", Limits::default(), &place);
+        let pid = jailed.process.pid();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains(&format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}\n")), "{status}");
+        if !block.is_subordinate() {
+            assert!(status.contains(&format!("Gid:\t{uid}\t{uid}\t{uid}\t{uid}\n")), "{status}");
+        }
+        let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap();
+        let numbers: Vec<u32> = map.split_whitespace().map(|word| word.parse().unwrap()).collect();
+        assert_eq!(numbers, [uid, uid, 1]);
+        seen.push((uid, jailed));
+    }
+    assert_ne!(seen[0].0, seen[1].0);
+    // Whoever started it can end it, whatever user it is.
+    for (_, mut jailed) in seen {
+        jailed.process.kill().unwrap();
+        assert_eq!(jailed.process.wait().unwrap(), Exit::Signal(libc::SIGKILL));
+    }
+}
+
+/// A machine's group with these controllers, or the reason why there is none.
+fn group(machine: &str, wanted: &[Controller]) -> Option<MachineGroup> {
+    let parent = match Parent::find(wanted) {
+        Ok(parent) if parent.controllers == wanted => parent,
+        Ok(parent) => {
+            println!("    not tried: {} has only {:?}", parent.folder().display(), parent.controllers);
+            return None;
+        }
+        Err(
+            error @ (CgroupError::NotMounted
+            | CgroupError::NoControllers { .. }
+            | CgroupError::NotDelegated { .. }),
+        ) => {
+            println!("    not tried: {error}");
+            return None;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let group = MachineGroup::create(&parent, machine).unwrap();
+    assert_eq!(group.controllers(), wanted);
+    Some(group)
+}
+
+fn start_in(group: &MachineGroup, limits: &GroupLimits) -> Jailed {
+    let leaf = group.leaf("device", limits).unwrap();
+    let place = Place { cgroup: Some(leaf), ..Place::default() };
+    // More than the group allows, so that the group is what is tried.
+    let limits = Limits { threads: 4096, data: None, ..Limits::default() };
+    Jailed::start_at("serve", limits, &place)
+}
+
+/// Needs no controllers, so it is tried wherever groups can be made at all.
+fn born_in_cgroup() {
+    let Some(group) = any_group("born") else { return };
+    let jailed = start_in(&group, &GroupLimits::default());
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", jailed.process.pid())).unwrap();
+    let path = text.lines().find_map(|line| line.strip_prefix("0::")).unwrap().to_owned();
+    assert!(path.ends_with("/bulkhead-born/device"), "{text}");
+    let folder = group.folder().to_owned();
+    assert!(fs::read_to_string(folder.join("device/cgroup.procs")).unwrap().trim() != "");
+    drop(jailed);
+    drop(group);
+    assert!(!folder.exists());
+}
+
+fn any_group(machine: &str) -> Option<MachineGroup> {
+    match Parent::any() {
+        Ok(parent) => Some(MachineGroup::create(&parent, machine).unwrap()),
+        Err(error) => {
+            println!("    not tried: {error}");
+            None
+        }
+    }
+}
+
+fn forks() {
+    let Some(group) = group("forks", &[Controller::Pids]) else { return };
+    let jailed = start_in(&group, &GroupLimits { pids: Some(7), ..GroupLimits::default() });
+    let answer = ask(&jailed, &Ask::Forks);
+    assert!(matches!(answer, Answer::Returned(6)), "{answer:?}");
+}
+
+fn memory() {
+    const LIMIT: usize = 16 << 20;
+    let Some(group) = group("memory", &[Controller::Memory]) else { return };
+    let limits = GroupLimits { memory: Some(LIMIT as u64), ..GroupLimits::default() };
+    let mut jailed = start_in(&group, &limits);
+    assert!(matches!(ask(&jailed, &Ask::Memory(LIMIT / 4)), Answer::Returned(0)));
+    assert_eq!(group.killed_for_memory("device"), 0);
+    jailed.channel.send(&Ask::Memory(LIMIT * 3), &[]).unwrap();
+    assert_eq!(jailed.process.wait().unwrap(), Exit::Signal(libc::SIGKILL));
+    assert_eq!(group.killed_for_memory("device"), 1);
+}
+
+fn no_cgroup() {
+    let Some(group) = any_group("gone") else { return };
+    let leaf = group.leaf("device", &GroupLimits::default()).unwrap();
+    drop(group);
+    let program = File::open(std::env::current_exe().unwrap()).unwrap();
+    let place = Place { cgroup: Some(leaf), ..Place::default() };
+    let Err(error) = Jailed::try_start_at("serve", program, Limits::default(), &place) else {
+        panic!("started")
+    };
+    assert_eq!(error.missing_layer(), Some(Layer::Cgroup), "{error}");
+}

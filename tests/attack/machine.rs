@@ -1,0 +1,86 @@
+//! Machines whose every process but the supervisor is this program, and one real machine.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+/// Seconds after which a machine that does not end is killed.
+const DEADLINE: &str = "40";
+
+/// A folder with `bulkhead` and its hostile companions.
+pub struct Bench {
+    folder: TempDir,
+}
+
+/// How a machine ended.
+pub struct Run {
+    pub code: i32,
+    /// What the supervisor wrote to standard error.
+    pub messages: String,
+}
+
+impl Run {
+    pub fn expect_exit(&self, code: i32) -> Result<(), String> {
+        if self.code == code { Ok(()) } else { Err(format!("exit code {}\n{}", self.code, self.messages)) }
+    }
+}
+
+/// `bulkhead`, built with the same profile: beside this program, or one folder up from a test's program.
+fn supervisor() -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let mut folders = this.ancestors().skip(1).take(2);
+    let found = folders.find_map(|folder| Some(folder.join("bulkhead")).filter(|program| program.exists()));
+    found.unwrap_or_else(|| {
+        panic!("no program bulkhead beside {}: build it first (cargo build)", this.display())
+    })
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        let folder = tempfile::Builder::new().prefix("bulkhead-attack-").tempdir().unwrap();
+        let this = std::env::current_exe().unwrap();
+        for (from, to) in [(&supervisor(), "bulkhead"), (&this, "bulkhead-vmm"), (&this, "bulkhead-device")] {
+            let to = folder.path().join(to);
+            fs::copy(from, &to).unwrap();
+            fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        fs::write(folder.path().join("kernel"), crate::sizes::halting_kernel()).unwrap();
+        fs::File::create(folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
+        // A device that ends is given up at once: each process ends once.
+        fs::write(folder.path().join("machine.toml"), "restart = { max = 0, window = 10, backoff = 0 }\n")
+            .unwrap();
+        Self { folder }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Runs a machine with every kind of device to its end. Its name says what they do; the last part is this process.
+    pub fn run(&self, what: &str) -> Run {
+        let mut command = Command::new("timeout");
+        command.args(["-sKILL", DEADLINE]).arg(self.folder().join("bulkhead"));
+        let output = self.machine(command, what).output().unwrap();
+        Run {
+            code: output.status.code().unwrap_or(-1),
+            messages: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// The same machine with the real programs.
+    pub fn real_machine(&self) -> Command {
+        self.machine(Command::new(supervisor()), "real")
+    }
+
+    fn machine(&self, mut command: Command, name: &str) -> Command {
+        command.arg("run");
+        command.args("--config machine.toml --kernel kernel --memory 16M --cpus 1".split(' '));
+        command.args("--disk path=disk,id=disk0 --rng --console".split(' '));
+        command.arg("--name").arg(format!("{name}-{}", std::process::id()));
+        command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+}

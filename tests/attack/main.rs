@@ -1,0 +1,195 @@
+//! The attack suite: processes of a machine that turn hostile after start, under the real supervisor and in the real jail.
+//!
+//! ```text
+//! attack [--write | --mishaps]
+//! ```
+//!
+//! This program plays the core and the devices behind the real `bulkhead`, which it finds beside itself: a folder gets a copy of
+//! `bulkhead`, and copies of this program as `bulkhead-vmm` and `bulkhead-device`. Started as these it behaves until it has
+//! its descriptors and policies, and then tries everything in `attempts/` (see `hostile.rs`).
+//!
+//! Three things are shown, as root and as an ordinary user:
+//! - under its policies, no thread of any kind gets anything: each attempt is stopped by the policy, at the call that was meant,
+//!   or by a wall behind it, with the errno that was meant;
+//! - without policies, the other walls hold by themselves, except where an attempt says that the policy is the only one;
+//! - a forbidden call ends the process and is reported by process, thread, call, arguments and file, before READY too; panics,
+//!   faults and the allocator's every path do not end in one.
+//!
+//! The policies are those of `PolicyName::ALL`: one that nobody attacked fails the suite. The outcomes are compared with the table
+//! in docs/security.md; `--write` writes it instead. `--mishaps` tries no attack: it is part of the workload of `unused-rules`.
+//!
+//! Contains unsafe code: this is the attacker, and it becomes another user.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod attempts;
+mod hostile;
+mod machine;
+mod mishaps;
+mod sizes;
+mod table;
+mod watch;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use bulkhead_ipc::jail::PolicyName;
+use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
+
+use crate::hostile::{CORE, DEVICES};
+use crate::machine::{Bench, Run};
+use crate::table::Outcomes;
+
+/// The only step that honest programs make too.
+const MISHAPS: &str = "mishaps end as they are meant to";
+/// Who the ordinary user is.
+const ORDINARY_USER: u32 = 12345;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.first() {
+        Some(title) if title.starts_with("bulkhead-vmm[") => {
+            hostile::core();
+            return ExitCode::SUCCESS;
+        }
+        Some(title) if title.starts_with("bulkhead-device[") => {
+            hostile::device();
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
+    }
+    let has = |word: &str| arguments.iter().any(|argument| argument == word);
+    let bench = Bench::new();
+    let who = if geteuid().is_root() { "root" } else { "an ordinary user" };
+    let step = |name: &str, case: &dyn Fn(&Bench) -> Result<(), String>| {
+        let start = Instant::now();
+        let outcome = case(&bench);
+        let seconds = start.elapsed().as_secs_f64();
+        match &outcome {
+            Ok(()) => println!("started by {who}: {name} ... ok ({seconds:.1} s)"),
+            Err(text) => println!("started by {who}: {name} ... FAILED ({seconds:.1} s)\n{text}"),
+        }
+        outcome.is_ok()
+    };
+    if has("--mishaps") {
+        return if step(MISHAPS, &mishaps_end_well) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let mut good = step("every attempt fails", &|bench| every_attempt_fails(bench, has("--write")));
+    good &= step("a forbidden call ends the process and is reported", &violations);
+    good &= step("a forbidden call before READY is reported", &early_violations);
+    good &= step(MISHAPS, &mishaps_end_well);
+    if geteuid().is_root() && !has("--write") {
+        good &= as_ordinary_user(&bench);
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn every_attempt_fails(bench: &Bench, write: bool) -> Result<(), String> {
+    let mut outcomes = Outcomes::default();
+    for mode in ["sealed", "open"] {
+        let run = bench.run(mode);
+        run.expect_exit(0)?;
+        outcomes.read(&run.messages)?;
+    }
+    outcomes.check()?;
+    if geteuid().is_root() { outcomes.compare_with_docs(bench, write) } else { Ok(()) }
+}
+
+/// Each thread of the hostile program: its policy, its name, and the word for it in a machine's name. The same number on
+/// several devices is one word: they all do it in one machine.
+fn threads() -> Vec<(PolicyName, &'static str, String)> {
+    let mut threads = Vec::new();
+    for kind in DEVICES.iter().chain([&CORE]) {
+        let group = if kind.name == CORE.name { "core" } else { "devices" };
+        threads.push((kind.main, "bulkhead", format!("{group}_0")));
+        for ((policy, name), number) in kind.others.iter().zip(1..) {
+            threads.push((*policy, name, format!("{group}_{number}")));
+        }
+    }
+    threads
+}
+
+/// All words once.
+fn words() -> BTreeSet<String> {
+    threads().into_iter().map(|(_, _, word)| word).collect()
+}
+
+fn violations(bench: &Bench) -> Result<(), String> {
+    for word in words() {
+        let run = bench.run(&format!("violate-{word}"));
+        for (policy, thread, _) in threads().into_iter().filter(|(_, _, of)| *of == word) {
+            expect_report(&run, policy, thread)?;
+        }
+    }
+    Ok(())
+}
+
+/// One line with process, thread, call, arguments and file.
+fn expect_report(run: &Run, policy: PolicyName, thread: &str) -> Result<(), String> {
+    let process = if policy.file().contains("core") { "core" } else { "was killed" };
+    let wanted = ["sethostname (system call 170)", "0x1234 0x7", policy.file(), process, thread];
+    let found = run.messages.lines().any(|line| wanted.iter().all(|word| line.contains(word)));
+    if found { Ok(()) } else { Err(format!("no line with {wanted:?} in\n{}", run.messages)) }
+}
+
+/// The machine ends with the first of them, long before the deadline for READY.
+fn early_violations(bench: &Bench) -> Result<(), String> {
+    for word in words() {
+        let start = Instant::now();
+        let run = bench.run(&format!("violate-early_{word}"));
+        let of_word = threads().into_iter().filter(|(_, _, of)| *of == word);
+        let found =
+            of_word.map(|(policy, thread, _)| expect_report(&run, policy, thread)).any(|it| it.is_ok());
+        if !found || run.code != 4 || start.elapsed().as_secs() > 10 {
+            return Err(format!(
+                "{word}: exit code {} after {:?}\n{}",
+                run.code,
+                start.elapsed(),
+                run.messages
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
+    for (mishap, end, says) in mishaps::ENDS {
+        for word in words() {
+            let run = bench.run(&format!("mishap-{mishap}_{word}"));
+            let failed = |what: &str| Err(format!("{mishap} on {word}: {what} in\n{}", run.messages));
+            let devices = ["disk0", "rng", "console", "serial"];
+            let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
+            for process in processes {
+                let ended = |line: &str| line.contains(&format!("{process} (process ")) && line.contains(end);
+                if !run.messages.lines().any(ended) {
+                    return failed(&format!("no \"{process} … {end}\""));
+                }
+            }
+            if run.messages.matches(says).count() < processes.len() || run.messages.contains("does not allow")
+            {
+                return failed(&format!("not {says:?} for each, or a forbidden call"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs the suite again without root, from the folder that holds copies of the programs.
+fn as_ordinary_user(bench: &Bench) -> bool {
+    fs::set_permissions(bench.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    let kvm = Gid::from_raw(fs::metadata("/dev/kvm").unwrap().gid());
+    let mut command = Command::new(bench.folder().join("bulkhead-vmm"));
+    command.arg("--ordinary-user").current_dir("/");
+    // SAFETY: this program has one thread, so its child may do whatever it could do.
+    unsafe {
+        command.pre_exec(move || {
+            setgroups(&[kvm])?;
+            setgid(Gid::from_raw(ORDINARY_USER))?;
+            Ok(setuid(Uid::from_raw(ORDINARY_USER))?)
+        })
+    };
+    command.status().unwrap().success()
+}

@@ -1,0 +1,102 @@
+//! How much each policy allows and each process of a real machine holds, for docs/security.md.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader};
+
+use bulkhead_ipc::jail::policies;
+use bulkhead_tests::processes::descendants;
+use serde_json::Value;
+
+use crate::machine::Bench;
+
+/// An ELF kernel for PVH that halts: its segment is the file itself, at 1 MiB.
+pub fn halting_kernel() -> Vec<u8> {
+    const BASE: u64 = 1 << 20;
+    let mut image = vec![0_u8; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| {
+        for (to, from) in image.iter_mut().skip(at).zip(bytes) {
+            *to = *from;
+        }
+    };
+    // ELF header: 64 bits, executable, x86-64, two program headers at 64.
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[2, 0, 62, 0]);
+    put(32, &[64]);
+    put(54, &[56, 0, 2]);
+    // PT_LOAD of everything; PT_NOTE of 20 bytes at 0x200.
+    let headers = [(64, 1_u8, 0_u64, 0x1000_u64), (120, 4, 0x200, 20)];
+    for (at, kind, offset, size) in headers {
+        put(at, &[kind]);
+        put(at + 8, &offset.to_le_bytes());
+        put(at + 24, &(BASE + offset).to_le_bytes());
+        put(at + 32, &size.to_le_bytes());
+        put(at + 40, &size.to_le_bytes());
+        put(at + 48, &[4]);
+    }
+    // XEN_ELFNOTE_PHYS32_ENTRY (18): 4 bytes of name, 4 bytes of address.
+    put(0x200, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(0x20C, b"Xen\0");
+    put(0x210, &u32::try_from(BASE + 0x300).unwrap_or_default().to_le_bytes());
+    // hlt; jmp to it
+    put(0x300, &[0xF4, 0xEB, 0xFD]);
+    image
+}
+
+/// Both tables.
+pub fn tables(bench: &Bench) -> Result<String, String> {
+    let mut text = String::from(
+        "| policy | system calls | of them with limited arguments | BPF instructions |\n| --- | --- | --- | --- |\n",
+    );
+    for policy in policies() {
+        let limited = limited(policy.file)?;
+        let (allowed, instructions) = (policy.allowed, policy.instructions);
+        let _ = writeln!(text, "| `{}` | {allowed} | {limited} | {instructions} |", policy.file);
+    }
+    text.push_str("\n| process | descriptors | most it may have |\n| --- | --- | --- |\n");
+    for (process, open, most) in descriptors(bench)? {
+        let _ = writeln!(text, "| {process} | {open} | {most} |");
+    }
+    Ok(text)
+}
+
+/// Number of calls that the file and the common one allow with limited arguments alone.
+fn limited(file: &str) -> Result<usize, String> {
+    let mut calls = BTreeMap::new();
+    for file in [file, "seccomp-policies/common.json"] {
+        let path = format!("{}/../{file}", env!("CARGO_MANIFEST_DIR"));
+        let text = fs::read_to_string(path).map_err(|error| format!("{file}: {error}"))?;
+        let json: Value = serde_json::from_str(&text).map_err(|error| format!("{file}: {error}"))?;
+        let entry = json.as_object().and_then(|map| map.values().next()).cloned().unwrap_or_default();
+        for rule in entry["filter"].as_array().into_iter().flatten() {
+            calls.insert(rule["syscall"].to_string(), rule.get("args").is_some());
+        }
+    }
+    Ok(calls.values().filter(|limited| **limited).count())
+}
+
+/// Process, its open descriptors, and how many it may have.
+type Row = (String, usize, String);
+
+/// Open descriptors and `RLIMIT_NOFILE` of each process, once all are ready.
+fn descriptors(bench: &Bench) -> Result<Vec<Row>, String> {
+    let mut child = bench.real_machine().spawn().map_err(|error| error.to_string())?;
+    let messages = child.stderr.take().ok_or("no messages")?;
+    let mut lines = BufReader::new(messages).lines();
+    let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("processes are ready"));
+    let mut found = Vec::new();
+    for process in descendants(child.id()).into_iter().filter(|_| ready) {
+        let title = process.title();
+        let Some((_, name)) = title.split_once('[') else { continue };
+        let name = name.split(']').next().unwrap_or_default();
+        let name = name.split_once('/').map_or("core", |(_, device)| device).to_owned();
+        let limits = fs::read_to_string(process.file("limits")).unwrap_or_default();
+        let most = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+        let most = most.and_then(|rest| rest.split_whitespace().next()).unwrap_or("?").to_owned();
+        found.push((name, process.descriptors()?.len(), most));
+    }
+    let _gone = child.kill();
+    let _reaped = child.wait();
+    if found.len() == 5 { Ok(found) } else { Err(format!("{} processes: {found:?}", found.len())) }
+}

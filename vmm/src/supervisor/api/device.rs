@@ -1,0 +1,127 @@
+//! Devices and events as the API shows them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::supervisor::process::Role;
+
+/// A device program, as it describes itself (`bulkhead-device --version`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramInfo {
+    /// Its version.
+    pub version: String,
+    /// The control protocol that it speaks ([`bulkhead_ipc::channel::message::PROTOCOL`]).
+    pub protocol: u32,
+}
+
+/// A device of a machine that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceEntry {
+    /// Its id.
+    pub id: String,
+    /// Its type.
+    pub role: Role,
+    /// What it does now.
+    pub state: DeviceState,
+    /// The process that serves it, if one does.
+    pub pid: Option<i32>,
+    /// What follows the death of its process, as `--restart` says it.
+    pub policy: String,
+    /// How often its process was replaced.
+    pub restarts: u64,
+    /// How its last process ended.
+    pub last_end: Option<String>,
+    /// The version of its program.
+    pub version: String,
+}
+
+/// What a device does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// Its first process is not ready yet.
+    Starting,
+    /// Its process serves.
+    Serving,
+    /// Its process has ended or is about to, and a successor is on the way.
+    Restarting,
+    /// It was given up: the guest finds a device that needs a reset.
+    Failed,
+}
+
+impl DeviceState {
+    /// The word for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Serving => "serving",
+            Self::Restarting => "restarting",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What happened to a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// A process was started.
+    Start,
+    /// It is sealed and serves.
+    Ready,
+    /// It did not answer in time, and was killed.
+    Hang,
+    /// It made a system call that its policy forbids, and was killed.
+    Violation,
+    /// It said that it cannot go on, sent nonsense, or the core gave its connection up.
+    Failure,
+    /// A queue has made no progress for long because the host is slow. Nothing is done about it.
+    Waits,
+    /// It ended.
+    Death,
+    /// A successor is to be started, after `pause_ms`.
+    Restart,
+    /// The successor serves the guest; `took_us` since the predecessor stopped.
+    Replaced,
+    /// A user asked for a restart or upgrade of the device.
+    Asked,
+    /// What a user asked for was not possible; the device goes on as before.
+    Refused,
+    /// No process will serve the device unless a user asks for it.
+    GivenUp,
+    /// Every process of the machine is ready.
+    Running,
+    /// The machine ends.
+    End,
+}
+
+/// Something that happened: one line of `bulkhead events`. Fields that say nothing are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventEntry {
+    /// Counts from 1; a gap says that older events were dropped.
+    pub sequence: u64,
+    /// UTC, RFC 3339, with milliseconds.
+    pub time: String,
+    /// What it was.
+    pub event: EventKind,
+    /// The process: `core` or the id of a device; none for the machine as a whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+    /// Its process id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// A sentence for a person.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The exit code of a process that ended by itself, or of the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// Milliseconds before the restart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<u64>,
+    /// Microseconds without a process that serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub took_us: Option<u64>,
+}

@@ -1,0 +1,76 @@
+//! `bulkhead device …` and `bulkhead events`: the devices of a machine that runs, and what happened to them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// Options of `bulkhead device`.
+#[derive(Debug, Args)]
+pub struct DeviceArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: DeviceCommand,
+}
+
+/// What can be done to the devices of a machine that runs.
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// List the devices of a machine: process, state, restarts, and how the last process ended
+    List(DeviceListArgs),
+    /// Replace the process of a device, losing nothing; one that was given up is brought back
+    Restart(DeviceRestartArgs),
+    /// Let a device, or all of them, go on with another bulkhead-device program while the guest runs
+    #[command(after_help = UPGRADE_HELP)]
+    Upgrade(DeviceUpgradeArgs),
+}
+
+const UPGRADE_HELP: &str = "\
+The new program must speak the control protocol of the machine that runs. Each process of it is
+started and sealed before the old one is told to stop: when it does not become ready, the old one
+goes on. What a disk had in flight is finished by the old process or carried out by the new one.
+Processes that die later are replaced with the new program, too.";
+
+/// Options of `bulkhead device list`.
+#[derive(Debug, Args)]
+pub struct DeviceListArgs {
+    /// The machine
+    pub name: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `bulkhead device restart`.
+#[derive(Debug, Args)]
+pub struct DeviceRestartArgs {
+    /// The machine
+    pub name: String,
+    /// The device, as `bulkhead device list` names it
+    pub device: String,
+}
+
+/// Options of `bulkhead device upgrade`.
+#[derive(Debug, Args)]
+pub struct DeviceUpgradeArgs {
+    /// The machine
+    pub name: String,
+    /// The device, as `bulkhead device list` names it
+    #[arg(required_unless_present = "all")]
+    pub device: Option<String>,
+    /// All devices, one after the other
+    #[arg(long, conflicts_with = "device")]
+    pub all: bool,
+    /// The new program [default: bulkhead-device beside this bulkhead]
+    #[arg(long, value_name = "PATH")]
+    pub program: Option<PathBuf>,
+}
+
+/// Options of `bulkhead events`.
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// The machine
+    pub name: String,
+    /// Go on with what happens, until the machine has ended
+    #[arg(long, short)]
+    pub follow: bool,
+}

@@ -1,0 +1,82 @@
+//! Devices of the configuration file that are a word, or a table with more than that word.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+use super::restart::RestartPolicy;
+use super::stream::StreamTarget;
+
+/// `rng = true`, or `rng = { restart = … }`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RngSpec {
+    /// Whether the device exists.
+    pub on: bool,
+    /// What follows the death of its process; default: as for all devices.
+    pub restart: Option<RestartPolicy>,
+}
+
+/// `serial = "attach"`, or `serial = { target = "attach", restart = … }`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamSpec {
+    /// The host side.
+    pub target: StreamTarget,
+    /// What follows the death of its process; default: as for all devices.
+    pub restart: Option<RestartPolicy>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RngTable {
+    restart: Option<RestartPolicy>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StreamTable {
+    target: StreamTarget,
+    restart: Option<RestartPolicy>,
+}
+
+impl<'de> Deserialize<'de> for RngSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SwitchOrTable;
+        impl<'de> Visitor<'de> for SwitchOrTable {
+            type Value = RngSpec;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false or { restart = \"always\" }")
+            }
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<RngSpec, E> {
+                Ok(RngSpec { on, restart: None })
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RngSpec, A::Error> {
+                let table = RngTable::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(RngSpec { on: true, restart: table.restart })
+            }
+        }
+        deserializer.deserialize_any(SwitchOrTable)
+    }
+}
+
+impl<'de> Deserialize<'de> for StreamSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TargetOrTable;
+        impl<'de> Visitor<'de> for TargetOrTable {
+            type Value = StreamSpec;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a target such as \"attach\" or { target = \"attach\", restart = \"always\" }")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<StreamSpec, E> {
+                Ok(StreamSpec { target: text.parse().map_err(E::custom)?, restart: None })
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<StreamSpec, A::Error> {
+                let StreamTable { target, restart } =
+                    StreamTable::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(StreamSpec { target, restart })
+            }
+        }
+        deserializer.deserialize_any(TargetOrTable)
+    }
+}

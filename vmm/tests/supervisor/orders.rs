@@ -1,0 +1,167 @@
+//! `bulkhead device`: processes that are replaced because a user asked for it.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::message::PROTOCOL;
+use bulkhead_vmm::supervisor::api::client::Connection;
+use bulkhead_vmm::supervisor::api::{ProgramInfo, Request};
+use nix::sys::signal::Signal;
+
+use crate::harness::{Bench, Run, finish, signal, wait_for};
+use crate::restart::{count, murder};
+
+pub const CASES: &[(&str, fn())] = &[
+    ("a_device_is_restarted_in_order", in_order),
+    ("a_device_that_was_given_up_is_brought_back", brought_back),
+    ("a_stubborn_device_is_replaced_all_the_same", stubborn),
+    ("an_upgrade_is_for_successors_and_restarts_too", upgrade),
+    ("a_program_that_does_not_serve_leaves_the_old_one_at_work", bad_program),
+    ("a_program_of_another_protocol_is_refused", other_protocol),
+    ("what_cannot_be_replaced_is_refused_by_name", refusals),
+];
+
+const ALL: [&str; 4] = ["disk0", "rng", "console", "serial"];
+
+fn list(bench: &Bench) -> serde_json::Value {
+    serde_json::from_str(&bench.ask("device list NAME --json").out).unwrap()
+}
+
+fn device(bench: &Bench, id: &str) -> serde_json::Value {
+    let list = list(bench);
+    list.as_array().unwrap().iter().find(|device| device["id"] == id).unwrap().clone()
+}
+
+fn done(run: &Run) {
+    assert_eq!((run.code, run.err.as_str(), run.out.as_str()), (0, "", ""));
+}
+
+fn in_order() {
+    let bench = Bench::new();
+    // Not even the policy stands in the way.
+    let options = "--disk path=a.img --rng --console --restart rng=never --restart 0/60 --log-file log";
+    let child = bench.start(options, "");
+    for round in 1..=5 {
+        for id in ALL {
+            let before = bench.pid(id);
+            done(&bench.ask(&format!("device restart NAME {id}")));
+            assert_ne!(bench.pid(id), before);
+            assert_eq!(count(&bench, &format!("{id} was replaced within")), round);
+            // Each leaves something to the next.
+            wait_for("what was left", || count(&bench, &format!("process {} of {id}", round + 1)) == 1);
+            assert_eq!(device(&bench, id)["restarts"], round);
+        }
+    }
+    assert_eq!(count(&bench, "error: ") + count(&bench, "warn: "), 0);
+    assert_eq!(bench.left().len(), 5);
+    let text = bench.ask("device list NAME").out;
+    assert!(text.contains("serving") && text.contains("never") && text.contains("0/60"), "{text}");
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn brought_back() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --rng --restart 0/60 --log-file log", "");
+    murder(&bench, "disk0");
+    wait_for("the end of all attempts", || count(&bench, "disk0 has no process") == 1);
+    let failed = device(&bench, "disk0");
+    assert_eq!((&failed["state"], &failed["pid"]), (&"failed".into(), &serde_json::Value::Null));
+    assert!(failed["last_end"].as_str().unwrap().contains("SIGKILL"), "{failed}");
+    done(&bench.ask("device restart NAME disk0"));
+    assert_eq!(device(&bench, "disk0")["state"], "serving");
+    // The deaths before do not count any more, and those after do.
+    murder(&bench, "disk0");
+    wait_for("the end of all attempts", || count(&bench, "disk0 has no process") == 2);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn stubborn() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img,id=stubborn --log-file log", "");
+    done(&bench.ask("device restart NAME stubborn"));
+    assert_eq!(count(&bench, "stubborn does not finish its work in time: it is killed"), 1);
+    assert_eq!(count(&bench, "stubborn was replaced within"), 1);
+    signal(&child, Signal::SIGTERM);
+    finish(child);
+}
+
+fn upgrade() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --rng --console --log-file log", "");
+    let before = ALL.map(|id| bench.pid(id));
+    fs::copy(bench.path("bulkhead-device"), bench.path("new-device")).unwrap();
+    done(&bench.ask("device upgrade NAME rng --program new-device"));
+    assert_eq!(device(&bench, "rng")["version"], "9.9.9");
+    assert_ne!(device(&bench, "disk0")["version"], "9.9.9");
+    // The one beside the program, for all.
+    done(&bench.ask("device upgrade NAME --all"));
+    for (id, before) in ALL.into_iter().zip(before) {
+        assert_ne!(bench.pid(id), before);
+        assert_eq!(device(&bench, id)["version"], "9.9.9");
+        murder(&bench, id);
+        wait_for("the successor", || count(&bench, &format!("{id} was replaced within")) >= 2);
+        assert_eq!(device(&bench, id)["version"], "9.9.9");
+    }
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn bad_program() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --rng --log-file log", "");
+    let before = bench.pid("disk0");
+    let start = Instant::now();
+    let mut command = bench.bulkhead(&format!("device upgrade {} disk0 --program bulkhead", bench.name));
+    let run: Run = command.output().unwrap().into();
+    assert_eq!(run.code, 2, "{}", run.err);
+    assert!(run.err.contains("is no bulkhead-device"), "{}", run.err);
+    let run = bench.ask("device upgrade NAME disk0 --program nothing");
+    assert_eq!(run.code, 2, "{}", run.err);
+    assert!(run.err.contains("'nothing': No such file"), "{}", run.err);
+    // What says that it is one, and does not serve: it wants libraries, or ends at once.
+    let connection = Connection::to_name(&bench.name).unwrap();
+    for program in [PathBuf::from("/bin/true"), bench.path("bulkhead")] {
+        let file = fs::File::open(&program).unwrap();
+        let info = ProgramInfo { version: "lies".to_owned(), protocol: PROTOCOL };
+        let request = Request::DeviceUpgrade { device: None, program: info };
+        let answer = connection.ask_within(&request, Some(file.as_fd()), Duration::from_secs(10));
+        let refused = answer.unwrap_err().to_string();
+        for id in ["disk0", "rng", "serial"] {
+            assert!(refused.contains(&format!("{id}: the new process")), "{}: {refused}", program.display());
+        }
+        assert_eq!(refused.matches("the old process goes on").count(), 3, "{refused}");
+    }
+    assert_eq!((bench.pid("disk0"), count(&bench, "was replaced within")), (before, 0));
+    assert!(start.elapsed().as_secs() < 5);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn other_protocol() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --log-file log", "");
+    let run = bench.ask_with("device upgrade NAME --all", "bulkhead-device 7.0.0 (control protocol 700)");
+    assert_eq!(run.code, 2, "{}", run.err);
+    assert!(run.err.contains("version 7.0.0 and speaks control protocol 700"), "{}", run.err);
+    assert_eq!(count(&bench, "asked"), 0);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn refusals() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --rng", "");
+    let run = bench.ask("device restart NAME disk1");
+    assert_eq!(run.code, 7);
+    assert!(run.err.contains("no device 'disk1': did you mean 'disk0'?"), "{}", run.err);
+    let run = bench.ask("device restart NAME core");
+    assert!(run.err.contains("no device 'core'"), "{}", run.err);
+    assert_eq!(bench.ask("device restart nobody rng").code, 7);
+    assert_eq!(bench.ask("device upgrade NAME").code, 2);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
