@@ -104,10 +104,14 @@ fn what_was_given_up_is_brought_back_with_its_requests_or_after_a_reset() {
         }
         assert_eq!(scaffold.driver.status(), 15);
         assert_eq!(inode(&successor) == memory, !resets, "a reset forgets what was in flight");
-        wait_until(&scaffold.device, || scaffold.pin.asserted());
-        scaffold.driver.get::<1>(scaffold.driver.isr, 0);
+        let queue_interrupts = || scaffold.driver.get::<1>(scaffold.driver.isr, 0)[0] & 1 != 0;
+        if resets {
+            assert!(!scaffold.pin.asserted(), "nobody owes an interrupt after a reset");
+        } else {
+            wait_until(&scaffold.device, queue_interrupts);
+        }
         successor.call(0);
-        wait_until(&scaffold.device, || scaffold.pin.asserted());
+        wait_until(&scaffold.device, queue_interrupts);
     }
 }
 
