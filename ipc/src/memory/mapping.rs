@@ -39,9 +39,7 @@ impl Mapping {
         let block = usize::try_from(HUGE_PAGE_SIZE).map_err(|_| invalid())?;
         let room = length.checked_add(block).ok_or_else(invalid)?;
         // SAFETY: a mapping at an address of the kernel's choice takes nothing that is in use.
-        let reserved = unsafe {
-            mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
-        }?;
+        let reserved = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }?;
         let reserved = Self { start: reserved, length: room };
         let wanted = usize::try_from(guest_address & (HUGE_PAGE_SIZE - 1)).map_err(|_| invalid())?;
         let head = wanted.wrapping_sub(reserved.start.as_ptr().addr()) & (block - 1);
