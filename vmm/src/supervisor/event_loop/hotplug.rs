@@ -16,7 +16,8 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR,
+    check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -120,7 +121,7 @@ impl EventLoop<'_> {
             }
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
-        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart, addr: disk.addr })
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
@@ -139,6 +140,14 @@ impl EventLoop<'_> {
                 "'{}' is no device that can be removed: `bulkhead device list {}` names them",
                 id.escape_debug(),
                 self.config.name
+            ));
+        }
+        let slot = self.resources.slots.of(id).map(|place| PciAddress::from_place(place).slot);
+        let others = slot.map_or(Vec::new(), |slot| self.resources.slots.others(slot, id));
+        if !others.is_empty() {
+            return Err(format!(
+                "device {id} shares its PCI slot with {}: guests let go of whole slots alone",
+                others.join(", ")
             ));
         }
         let until = Instant::now() + limit;

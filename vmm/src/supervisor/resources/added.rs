@@ -1,6 +1,6 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk};
+use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk, take_place};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget};
 
@@ -35,8 +35,17 @@ impl Resources {
         limits: ProcessLimits,
     ) -> Result<(), ResourceError> {
         let id = device.id();
-        if self.slots.take(id).is_none() {
-            return Err(ResourceError::NoSlot(id.to_owned()));
+        match device {
+            NewDevice::Disk(DiskConfig { addr: Some(address), .. }) => {
+                // The guest would not look for another function of a slot that it knows.
+                if address.function != 0 || !self.slots.others(address.slot, id).is_empty() {
+                    return Err(ResourceError::WholeSlot { id: id.to_owned(), address: *address });
+                }
+                take_place(&mut self.slots, id, *address)?;
+            }
+            _ => {
+                self.slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            }
         }
         if let Err(error) = self.open_added(device) {
             self.slots.release(id);
