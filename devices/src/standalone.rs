@@ -25,6 +25,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::channel::message::DeviceConfig;
 use bulkhead_ipc::jail::JailError;
+use bulkhead_ipc::log::LogLevel;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -153,7 +154,8 @@ impl Service {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| StandaloneError::System("a socket pair", error))?;
         drop(ours);
-        self.serve(theirs).map(drop)
+        // A front end that leaves at once is no news here.
+        self.serve_at(theirs, self.recipe.log().min(LogLevel::Warn)).map(drop)
     }
 
     fn listen(&self, listener: &UnixListener) -> Result<(), StandaloneError> {
@@ -201,7 +203,11 @@ impl Service {
 
     /// Serves one front end until it has gone.
     fn serve(&self, stream: UnixStream) -> Result<Served, StandaloneError> {
-        let process = self.recipe.start(&OwnedFd::from(stream))?;
+        self.serve_at(stream, self.recipe.log())
+    }
+
+    fn serve_at(&self, stream: UnixStream, log: LogLevel) -> Result<Served, StandaloneError> {
+        let process = self.recipe.start(&OwnedFd::from(stream), log)?;
         let End { served, problem } = process.wait(&self.signals)?;
         match problem {
             Some(problem) => Err(problem),

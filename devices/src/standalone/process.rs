@@ -95,13 +95,18 @@ impl Recipe {
         })
     }
 
-    /// Starts a process for a front end.
-    pub(super) fn start(&self, front_end: &OwnedFd) -> Result<Process, StandaloneError> {
+    /// Least severe level that is logged.
+    pub(super) fn log(&self) -> LogLevel {
+        self.log
+    }
+
+    /// Starts a process for a front end; it logs from `log` upwards.
+    pub(super) fn start(&self, front_end: &OwnedFd, log: LogLevel) -> Result<Process, StandaloneError> {
         let (channel, theirs) = Channel::pair()?;
         let start = ToDevice::Start(DeviceStart {
             id: self.kind.to_owned(),
             machine: MACHINE.to_owned(),
-            log: self.log,
+            log,
             enforcement: Enforcement::Supervised,
             socket: FdIndex(0),
             config: self.config.clone(),

@@ -1,4 +1,6 @@
 //! The programs as services ("Backend program conventions" of the vhost-user protocol): sockets, ends, the jail.
+//!
+//! Contains unsafe code: a socket is put in its place between fork and exec.
 
 use std::fs;
 use std::io::{Read, Write};
