@@ -18,5 +18,6 @@ mod malformed;
 mod messages;
 mod qemu;
 mod rng;
+mod services;
 mod storm;
 mod supervised;
