@@ -20,6 +20,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "SeaBIOS shows its boot menu and boots the disk that is chosen", 90, boot_menu),
         Case::new("bare", "SeaBIOS boots disks in the order that is given", 90, boot_order),
+        Case::new("bare", "SeaBIOS boots from function 7 of a slot", 90, functions),
         Case::new(
             "bare",
             "a multiboot kernel finds its command line and ends by the debug exit port",
@@ -93,6 +94,20 @@ fn boot_menu(context: &Context) -> Outcome {
 fn boot_order(context: &Context) -> Outcome {
     let mut running = two_disks(context, &["--boot-order", "b,a", "--serial", "off"])?.start()?;
     running.expect_exit(0x11 * 2 + 1)
+}
+
+fn functions(context: &Context) -> Outcome {
+    let disk = |letter: u8, value, address| -> Outcome<String> {
+        Ok(format!(
+            "path={},id={},addr={address}",
+            disk(context, letter, value)?.display(),
+            char::from(letter)
+        ))
+    };
+    let (first, second) = (disk(b'a', 0x10, "1f")?, disk(b'b', 0x11, "1f.7")?);
+    let machine = Machine::firmware(context, "seabios")?.arguments(&["--debug-exit", "--serial", "off"]);
+    let machine = machine.arguments(&["--disk", &first, "--disk", &second, "--boot-order", "b"]);
+    machine.start()?.expect_exit(0x11 * 2 + 1)
 }
 
 fn multiboot(context: &Context) -> Outcome {

@@ -291,7 +291,9 @@ fn refused(context: &Context) -> Outcome {
     ] {
         refuse(context, &["add", name, "--rng", "--limit", limit], words)?;
     }
-    succeed(context, &["add", name, "--disk", &spec])?;
+    refuse(context, &["add", name, "--disk", &format!("{spec},addr=1e.1")], "choose function 0")?;
+    refuse(context, &["add", name, "--disk", &format!("{spec},addr=02")], "a slot of its own")?;
+    succeed(context, &["add", name, "--disk", &format!("{spec},addr=1e")])?;
     refuse(context, &["add", name, "--disk", &spec], "already belongs")?;
     let again = format!("path={},id=again", path.display());
     refuse(context, &["add", name, "--disk", &again], "already the image of disk hot")?;

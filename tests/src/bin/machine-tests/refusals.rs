@@ -61,6 +61,18 @@ const REFUSALS: &[Refusal] = &[
         exit::USAGE,
         &["initrd"],
     ),
+    refusal(
+        "two disks in one place",
+        &["--kernel", "%", "--disk", "path=@/disk,addr=5", "--disk", "path=@/disk,id=b,addr=05.0"],
+        exit::USAGE,
+        &["addr=05.0", "both disk0 and b"],
+    ),
+    refusal(
+        "a slot without function 0",
+        &["--kernel", "%", "--disk", "path=@/disk,addr=5.1"],
+        exit::USAGE,
+        &["addr=05.1 of disk0", "function 0"],
+    ),
     refusal("memory 0", &["--kernel", "%", "--memory", "0"], exit::USAGE, &["memory"]),
     refusal("memory 1 KiB", &["--kernel", "%", "--memory", "1K"], exit::USAGE, &["memory"]),
     refusal("memory not a number", &["--kernel", "%", "--memory", "much"], exit::USAGE, &["memory", "much"]),
