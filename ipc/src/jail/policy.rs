@@ -34,11 +34,13 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// Keyboard: its only thread.
+    KeyboardMain,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -51,6 +53,7 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::KeyboardMain,
     ];
 
     /// The policy's file in the source tree.
@@ -88,6 +91,7 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::KeyboardMain => KEYBOARD_MAIN,
         }
     }
 }

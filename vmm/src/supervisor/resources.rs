@@ -18,16 +18,22 @@ pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
-use super::confinement::{Confinement, Required};
+use super::config::{
+    CONSOLE, DiskConfig, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget,
+};
+use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
+/// The most that the keyboard's process keeps for its successor, in bytes.
+pub const KEYBOARD_STATE: u64 = 4096;
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
 /// Firmware consists of pages, in bytes.
@@ -150,6 +156,9 @@ pub enum ResourceError {
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
+    /// The same of a device that is added.
+    #[error(transparent)]
+    Added(#[from] AddError),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {
@@ -161,6 +170,26 @@ pub enum ResourceError {
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
+    /// A place that is taken.
+    #[error("device {id}: addr={address} is the place of {other}")]
+    PlaceTaken {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+        /// Who is there.
+        other: String,
+    },
+    /// A place that a device which is added cannot have.
+    #[error(
+        "device {id}: addr={address}: what is added to a machine that runs gets a slot of its own: choose function 0 of an empty one"
+    )]
+    WholeSlot {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+    },
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
@@ -212,6 +241,8 @@ pub struct Resources {
     pub processors: Processors,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
+    /// What the keyboard's process leaves to its successor, when there is one.
+    pub keyboard: Option<OwnedFd>,
     /// The host's side of the serial port.
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
@@ -250,8 +281,14 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
+        for (id, address) in chosen {
+            take_place(&mut slots, id, address)?;
+        }
         for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
-            slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            if slots.of(id).is_none() {
+                slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            }
         }
         let kvm = kvm::open()?;
         let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
@@ -268,6 +305,7 @@ impl Resources {
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            keyboard: config.keyboard.then(keyboard_state).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
@@ -277,6 +315,25 @@ impl Resources {
             console: Stream::open(CONSOLE, &config.console)?,
         })
     }
+
+    /// Forgets what the devices of a machine that is started anew were about.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn reset(&self) -> io::Result<()> {
+        self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
+    }
+}
+
+fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {
+    let taken = |other| ResourceError::PlaceTaken { id: id.to_owned(), address, other };
+    slots.take_at(id, address).map_err(taken)
+}
+
+/// Memory for the keyboard's state.
+fn keyboard_state() -> Result<OwnedFd, ResourceError> {
+    let memory = memfd_create(c"keyboard", MFdFlags::MFD_CLOEXEC);
+    memory.map_err(|errno| ResourceError::Host { what: KEYBOARD.to_owned(), reason: errno.into() })
 }
 
 /// Memory of the host in bytes; no limit where it cannot be read.

@@ -14,6 +14,7 @@ mod firmware;
 mod hostile;
 mod hotplug;
 mod jail;
+mod keyboard;
 mod lifecycle;
 mod limits;
 mod refusals;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        keyboard::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

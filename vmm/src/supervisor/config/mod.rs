@@ -8,6 +8,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+pub mod pci;
 pub mod restart;
 pub mod size;
 pub mod smbios;
@@ -24,6 +25,7 @@ pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -55,6 +57,8 @@ pub const CONSOLE: &str = "console";
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
 pub const FLASH: &str = "firmware-vars";
+/// Name of the keyboard among the devices.
+pub const KEYBOARD: &str = "keyboard";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -99,6 +103,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// Whether there is a keyboard.
+    pub keyboard: bool,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -126,6 +132,8 @@ pub struct DiskConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Where messages go and which of them.
@@ -213,6 +221,9 @@ pub enum ConfigError {
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
+    /// Places on the bus that do not fit together.
+    #[error(transparent)]
+    Places(#[from] pci::PlacesError),
     /// Both ports on one terminal.
     #[error(
         "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
@@ -294,28 +305,28 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
-    if virtio > MAX_VIRTIO_DEVICES {
-        return Err(ConfigError::TooManyDevices(virtio));
-    }
+    check_count(disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off))?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
+    let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
         FLASH => !flash,
+        KEYBOARD => !keyboard,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
     rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others =
+        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -344,6 +355,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
+        keyboard,
         restart,
         restarts,
         liveness,
@@ -354,6 +366,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     check_limits(&config)?;
     Ok(config)
+}
+
+fn check_count(virtio: usize) -> Result<(), ConfigError> {
+    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
 /// The four options about the jail.
@@ -496,7 +512,8 @@ fn apply(
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> =
+        [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {
@@ -508,8 +525,9 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
     }
+    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 
