@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::assembly::Core;
+use super::devices::Line;
 use super::reports::Ejected;
 use super::{CoreError, SEND_DEADLINE};
 
@@ -110,8 +111,8 @@ impl EventLoop {
                 core.flash(&id).inspect(|flash| flash.give_up());
             }
             Ok((ToCore::DeviceAdd(link), descriptors)) => {
-                let stream = Descriptors::from(descriptors).take(link.socket)?.into();
-                let added = core.add_device(&link, stream).and_then(|slot| {
+                let line = Line::take(&link, &mut Descriptors::from(descriptors))?;
+                let added = core.add_device(line).and_then(|slot| {
                     let device = core.virtio.get(&slot);
                     let watched = device.map_or(Ok(()), |device| self.add(device.as_fd(), token(slot)));
                     watched.inspect_err(|_| drop(core.pull_out(slot)))

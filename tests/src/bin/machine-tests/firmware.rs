@@ -19,7 +19,12 @@ const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "SeaBIOS shows its boot menu and boots the disk that is chosen", 90, boot_menu),
-        Case::new("bare", "SeaBIOS boots disks in the order that is given", 90, boot_order),
+        Case::new(
+            "bare",
+            "SeaBIOS boots disks in the order that is given, after option ROMs",
+            90,
+            boot_order,
+        ),
         Case::new(
             "bare",
             "a multiboot kernel finds its command line and ends by the debug exit port",
@@ -91,8 +96,32 @@ fn boot_menu(context: &Context) -> Outcome {
 }
 
 fn boot_order(context: &Context) -> Outcome {
-    let mut running = two_disks(context, &["--boot-order", "b,a", "--serial", "off"])?.start()?;
-    running.expect_exit(0x11 * 2 + 1)
+    let log = context.folder.join("firmware.log");
+    let (rom, debug) = (option_rom(context)?.display().to_string(), log.display().to_string());
+    let of_device = format!("rng={rom}");
+    let roms = ["--rng", "--option-rom", &rom, "--option-rom", &of_device, "--debug-port", &debug];
+    let machine = two_disks(context, &["--boot-order", "b,a", "--serial", "off"])?.arguments(&roms);
+    machine.start()?.expect_exit(0x11 * 2 + 1)?;
+    let said = fs::read_to_string(&log).map_err(|error| error.to_string())?;
+    // In slot 4, after the disks; and one that belongs to no device.
+    for device in ["20", "0"] {
+        let line = format!("option ROM of the device at {device:0>4}");
+        ensure!(said.contains(&line), "the debug port does not say '{line}'");
+    }
+    Ok(())
+}
+
+/// The option ROM of the payloads with its checksum.
+fn option_rom(context: &Context) -> Outcome<PathBuf> {
+    let source = context.places.payloads.join("option_rom.bin");
+    let mut rom = fs::read(&source).map_err(|error| format!("{}: {error}", source.display()))?;
+    let sum = rom.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+    if let Some(last) = rom.last_mut() {
+        *last = sum.wrapping_neg();
+    }
+    let path = context.folder.join("option.rom");
+    fs::write(&path, rom).map_err(|error| error.to_string())?;
+    Ok(path)
 }
 
 fn multiboot(context: &Context) -> Outcome {
@@ -156,7 +185,7 @@ fn ovmf(context: &Context) -> Outcome {
 /// Kills the process of the variables.
 fn kill_flash(running: &Running) -> Outcome {
     let processes = running.processes();
-    let flash = processes.iter().find(|process| process.title().contains("firmware-vars"));
+    let flash = processes.iter().find(|process| process.title().contains("/firmware-vars]"));
     let pid = flash.ok_or("there is no process for firmware's variables")?.pid;
     let pid = i32::try_from(pid).map_err(|error| error.to_string())?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| error.to_string())?;

@@ -9,6 +9,7 @@ pub mod firmware;
 pub mod liveness;
 pub mod nearest;
 pub mod restart;
+pub mod rom;
 pub mod size;
 pub mod smbios;
 pub mod stream;
@@ -25,6 +26,7 @@ pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
@@ -75,6 +77,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// Option ROMs, each of a device that exists or of none.
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is.
     pub smbios: SmbiosSpec,
     /// A file for what the guest writes to the debug port.
@@ -180,6 +184,17 @@ pub enum ConfigError {
     /// A disk twice.
     #[error("boot-order: '{0}' is named twice")]
     BootOrderTwice(String),
+    /// An option ROM for a device that there is not.
+    #[error("option-rom: this machine has no PCI device '{name}': {hint}")]
+    RomDevice {
+        /// What was named.
+        name: String,
+        /// The nearest name, or all.
+        hint: String,
+    },
+    /// A device has one expansion ROM.
+    #[error("option-rom: the device '{0}' has two; a device has one")]
+    RomTwice(String),
     /// A text for SMBIOS.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosSpecError),
@@ -304,6 +319,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let mut disks = name_disks(disks, restart)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
+    let roms = take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms });
+    let on_bus = disks.iter().map(|disk| disk.id.as_str()).chain(rng.then_some(RNG));
+    let on_bus: Vec<&str> = on_bus.chain((console != StreamTarget::Off).then_some(CONSOLE)).collect();
+    let roms = rom::resolve(roms, &on_bus, firmware.is_some())?;
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
@@ -332,6 +351,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         initrd,
         cmdline,
         cmdline_added,
+        roms,
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
