@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod console;
 pub mod flash;
+pub mod keyboard;
 pub mod rng;
 pub mod serve;
 pub mod standalone;

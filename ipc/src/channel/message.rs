@@ -181,6 +181,8 @@ pub enum LinkKind {
     Flash,
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
+    /// vfio-user; the keyboard controller at 60 and 64, IRQ 1.
+    Keyboard,
 }
 
 /// From the core to the supervisor.
@@ -286,6 +288,17 @@ pub enum ToDevice {
     Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
+    /// Keys are pressed and released on a keyboard, in this order.
+    Keys(Vec<Key>),
+}
+
+/// A key of a keyboard, going down or up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// Its code in scan code set 2, E0xx with that prefix.
+    pub code: u16,
+    /// It goes down.
+    pub pressed: bool,
 }
 
 /// What a device process needs to serve.
@@ -318,6 +331,8 @@ pub enum DeviceConfig {
     Uart(UartConfig),
     /// Flash with firmware's variables.
     Flash(FlashConfig),
+    /// A keyboard and its controller.
+    Keyboard(KeyboardConfig),
 }
 
 /// A disk.
@@ -371,6 +386,13 @@ pub struct FlashConfig {
     pub memory: FdIndex,
     /// Size of both in bytes, a multiple of 4 KiB.
     pub size: u64,
+}
+
+/// A keyboard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyboardConfig {
+    /// A file of 4 KiB that keeps the state for a successor; zeros at the start.
+    pub state: FdIndex,
 }
 
 /// From a device process to the supervisor.

@@ -17,11 +17,11 @@ use super::CoreError;
 use super::devices::{self, Attached, Greeted, Line};
 use super::flash::Flash;
 use super::platform::Platform;
-use super::register_device::RegisterDevice;
+use super::register_device::RemoteDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_firmware, load_kernel};
 use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
-use crate::machine::{IsaDevice, Machine, MemoryChip};
+use crate::machine::{Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
@@ -38,7 +38,7 @@ pub(super) struct Core {
     pub vcpus: VcpuThreads,
     /// By slot.
     pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
-    pub registers: Vec<Arc<RegisterDevice>>,
+    pub registers: Vec<Arc<dyn RemoteDevice>>,
     pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
@@ -108,7 +108,7 @@ impl Core {
     }
 
     /// The register device of this name.
-    pub(super) fn registers(&self, id: &str) -> Option<&RegisterDevice> {
+    pub(super) fn registers(&self, id: &str) -> Option<&dyn RemoteDevice> {
         self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
     }
 }

@@ -17,8 +17,9 @@ use nix::sys::stat::fstat;
 
 use super::CoreError;
 use super::assembly::Core;
+use super::keyboard::{self, Keyboard};
 use super::platform::Platform;
-use super::register_device::{RegisterDevice, RegisterDeviceConfig};
+use super::register_device::{RegisterDevice, RegisterDeviceConfig, RemoteDevice};
 use super::reports::Reports;
 use crate::kvm::FunctionMessages;
 use crate::virtio::{Backend, DeviceType, Settings, VirtioPci};
@@ -33,7 +34,7 @@ pub(super) enum Greeted {
     /// Which is spoken to when it has its place.
     Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
-    Registers(RegisterDevice, u8, OwnedFd),
+    Registers(Arc<dyn RemoteDevice>, u8, OwnedFd),
 }
 
 /// What leads to a device process, descriptors in place of their indices.
@@ -72,7 +73,7 @@ fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Res
     let Line { link, stream, rom } = line;
     let (virtio_id, slot) = match link.kind {
         LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
-        LinkKind::Registers => return greet_registers(&link.id, stream, reports),
+        LinkKind::Registers | LinkKind::Keyboard => return greet_registers(&link, stream, reports),
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
     let kind = DeviceType::from_id(virtio_id);
@@ -86,18 +87,27 @@ fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Res
     }
 }
 
-fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Result<Greeted, CoreError> {
-    let config = RegisterDeviceConfig::com1(id);
-    let irq = config.irq;
+fn greet_registers(
+    link: &DeviceLink,
+    stream: UnixStream,
+    reports: &Arc<Reports>,
+) -> Result<Greeted, CoreError> {
+    let id = link.id.as_str();
     let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
     let interrupt = EventFd::from_flags(flags).map_err(CoreError::system("eventfd2"))?;
     let duplicate = interrupt.as_fd().try_clone_to_owned().map_err(CoreError::system("dup"))?;
+    let failed = |source| CoreError::Register { id: id.to_owned(), source };
+    if link.kind == LinkKind::Keyboard {
+        let device = Keyboard::connect(id, stream.into(), interrupt.into(), reports.clone());
+        return Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), keyboard::IRQ, duplicate));
+    }
+    let config = RegisterDeviceConfig::com1(id);
+    let irq = config.irq;
     let (reports, device_id) = (reports.clone(), id.to_owned());
     let on_failure =
         Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
-    let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure)
-        .map_err(|source| CoreError::Register { id: id.to_owned(), source })?;
-    Ok(Greeted::Registers(device, irq, duplicate))
+    let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure);
+    Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), irq, duplicate))
 }
 
 /// The devices in their places.
@@ -105,7 +115,7 @@ fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Resu
 pub(super) struct Attached {
     /// By slot.
     pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
-    pub registers: Vec<Arc<RegisterDevice>>,
+    pub registers: Vec<Arc<dyn RemoteDevice>>,
     pub flash: Option<UnixStream>,
 }
 
@@ -126,7 +136,6 @@ pub(super) fn attach(
             Greeted::Registers(device, irq, interrupt) => {
                 // What the device signalled before is in the eventfd, and KVM looks at it now.
                 platform.interrupts.connect_line(interrupt.as_fd(), irq)?;
-                let device = Arc::new(device);
                 platform.machine.attach_isa(device.clone())?;
                 attached.registers.push(device);
             }

@@ -439,10 +439,9 @@ fn attach_isa_devices(
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let devices: [Arc<dyn IsaDevice>; 7] = [
+    let devices: [Arc<dyn IsaDevice>; 6] = [
         rtc,
         Arc::new(Dma::default()),
-        Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         fw_cfg,
         Arc::new(DebugPort::new()),
@@ -450,6 +449,9 @@ fn attach_isa_devices(
     ];
     for device in devices {
         isa.attach(device)?;
+    }
+    if !config.keyboard {
+        isa.attach(Arc::new(I8042::new(host.clone())))?;
     }
     if config.debug_exit {
         isa.attach(Arc::new(DebugExit(host.clone())))?;

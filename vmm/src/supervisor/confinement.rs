@@ -13,7 +13,7 @@ use bulkhead_ipc::jail::{Exit, Identity, Layer, Limits, landlock_version};
 use thiserror::Error;
 
 use super::config::confinement::{CgroupChoice, ProcessLimits, UidChoice};
-use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, MachineConfig, RNG, SERIAL, Size};
+use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size};
 use super::process::{Role, describe};
 use super::resources::Disk;
 
@@ -80,6 +80,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend((config.serial != Off).then_some(SERIAL));
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));
+    names.extend(config.keyboard.then_some(KEYBOARD));
     names
 }
 
@@ -199,10 +200,10 @@ impl Confinement {
             _ => OTHER_MEMORY,
         });
         // Every page of guest RAM is charged to the process that touches it first, and that may be any that maps it. A limit
-        // without room for all of it would let the guest have a device killed. The UART and the flash
-        // chip map none.
+        // without room for all of it would let the guest have a device killed. The UART, the flash
+        // chip and the keyboard map none.
         let ram = match role {
-            Role::Uart | Role::Flash => 0,
+            Role::Uart | Role::Flash | Role::Keyboard => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);

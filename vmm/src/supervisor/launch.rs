@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    RngConfig, ToCore, ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig,
+    KeyboardConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -23,12 +23,12 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::resources::{Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -103,6 +103,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Keyboard(&'a OwnedFd),
 }
 
 impl<'a> Plan<'a> {
@@ -113,6 +114,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans
     }
 
@@ -123,6 +125,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Keyboard(_) => KEYBOARD,
         }
     }
 
@@ -133,6 +136,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Keyboard(_) => Role::Keyboard,
         }
     }
 
@@ -144,6 +148,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Keyboard(_) => LinkKind::Keyboard,
         }
     }
 
@@ -156,6 +161,7 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Keyboard(_) => Some(KEYBOARD_STATE),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -183,6 +189,7 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
@@ -208,6 +215,7 @@ pub fn launch(
     resources: &Resources,
     programs: &Programs,
 ) -> Result<Vec<Process>, LaunchError> {
+    resources.reset().map_err(|source| LaunchError::Io { id: KEYBOARD.to_owned(), source })?;
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };

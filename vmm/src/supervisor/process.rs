@@ -27,6 +27,8 @@ pub enum Role {
     Uart,
     /// The chip with firmware's variables.
     Flash,
+    /// The keyboard and its controller.
+    Keyboard,
     /// The process that started the others.
     Supervisor,
 }
@@ -41,6 +43,7 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Flash => "flash",
+            Self::Keyboard => "keyboard",
             Self::Supervisor => "supervisor",
         }
     }
@@ -60,6 +63,7 @@ impl Role {
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
+            (Self::Keyboard, _) => PolicyName::KeyboardMain,
         }
     }
 }

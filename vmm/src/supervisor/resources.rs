@@ -20,17 +20,21 @@ use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 use roms::Rom;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
+use super::config::{CONSOLE, DiskConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
+/// The most that the keyboard's process keeps for its successor, in bytes.
+pub const KEYBOARD_STATE: u64 = 4096;
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
 /// Firmware consists of pages, in bytes.
@@ -225,6 +229,8 @@ pub struct Resources {
     pub processors: Processors,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
+    /// What the keyboard's process leaves to its successor, when there is one.
+    pub keyboard: Option<OwnedFd>,
     /// The host's side of the serial port.
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
@@ -282,6 +288,7 @@ impl Resources {
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            keyboard: config.keyboard.then(keyboard_state).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
@@ -291,6 +298,20 @@ impl Resources {
             console: Stream::open(CONSOLE, &config.console)?,
         })
     }
+
+    /// Forgets what the devices of a machine that is started anew were about.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn reset(&self) -> io::Result<()> {
+        self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
+    }
+}
+
+/// Memory for the keyboard's state.
+fn keyboard_state() -> Result<OwnedFd, ResourceError> {
+    let memory = memfd_create(c"keyboard", MFdFlags::MFD_CLOEXEC);
+    memory.map_err(|errno| ResourceError::Host { what: KEYBOARD.to_owned(), reason: errno.into() })
 }
 
 /// Memory of the host in bytes; no limit where it cannot be read.

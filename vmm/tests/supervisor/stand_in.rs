@@ -172,6 +172,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Keyboard(keyboard) => {
+            kept.push(fds.take(keyboard.state).unwrap());
+            PolicyName::KeyboardMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {
@@ -226,6 +230,7 @@ fn serve(control: &Control, id: &str) {
                 }
             }
             (ToDevice::Start(_), _) => panic!("twice"),
+            (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }
 }

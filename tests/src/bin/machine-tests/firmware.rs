@@ -60,7 +60,7 @@ fn disk(context: &Context, letter: u8, value: u8) -> Outcome<PathBuf> {
     Ok(path)
 }
 
-fn two_disks<'a>(context: &'a Context, arguments: &[&str]) -> Outcome<Machine<'a>> {
+pub fn two_disks<'a>(context: &'a Context, arguments: &[&str]) -> Outcome<Machine<'a>> {
     let mut machine =
         Machine::firmware(context, "seabios")?.arguments(&["--debug-exit"]).arguments(arguments);
     for (letter, value) in [(b'a', 0x10), (b'b', 0x11)] {

@@ -13,6 +13,7 @@ mod disk;
 mod firmware;
 mod hotplug;
 mod jail;
+mod keyboard;
 mod lifecycle;
 mod limits;
 mod refusals;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        keyboard::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

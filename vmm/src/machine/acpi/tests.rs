@@ -15,7 +15,15 @@ fn tables(cpus: u8) -> AcpiTables {
 }
 
 fn platform(cpus: u8, apic_ids: &[u8], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
-    dsdt::Platform { cpus, apic_ids, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
+    dsdt::Platform {
+        cpus,
+        apic_ids,
+        pm_block: 0x600,
+        low_window: 0xC000_0000,
+        high_window,
+        serial: true,
+        keyboard: false,
+    }
 }
 
 fn at(tables: &AcpiTables, address: u64) -> &[u8] {

@@ -18,6 +18,7 @@ const DMA_LOW: u16 = 0x518;
 mod key {
     pub(super) const SIGNATURE: u16 = 0x00;
     pub(super) const ID: u16 = 0x01;
+    pub(super) const RAM_SIZE: u16 = 0x03;
     pub(super) const NO_GRAPHIC: u16 = 0x04;
     pub(super) const NB_CPUS: u16 = 0x05;
     pub(super) const BOOT_MENU: u16 = 0x0E;
@@ -140,6 +141,8 @@ impl FwCfg {
         let mut state = State::default();
         state.set_item(key::SIGNATURE, b"QEMU".to_vec());
         state.set_item(key::ID, ID.to_le_bytes().to_vec());
+        let size = memory.iter().fold(0_u64, |sum, range| sum.saturating_add(range.length));
+        state.set_item(key::RAM_SIZE, size.to_le_bytes().to_vec());
         state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
         state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());

@@ -77,6 +77,11 @@ pub enum Request {
         /// What the program says of itself.
         program: ProgramInfo,
     },
+    /// Strike keys on the machine's keyboard.
+    Sendkey {
+        /// One after the other; those joined by `-` are held together.
+        keys: Vec<String>,
+    },
     /// What happened so far, and, with `follow`, what happens from here on.
     Events {
         /// Go on until the machine has ended.

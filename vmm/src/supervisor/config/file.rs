@@ -21,7 +21,7 @@ use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
-use super::{CONSOLE, RNG, SERIAL};
+use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -75,6 +75,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
+    keyboard: Option<RngSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -128,6 +129,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
         of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
         of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
+        of(Some(KEYBOARD), file.keyboard.as_ref().and_then(|keyboard| keyboard.restart)),
     ];
     Ok(RunArgs {
         kernel: file.kernel.map(at),
@@ -149,6 +151,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
+        keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),
@@ -205,6 +208,7 @@ mod tests {
             rng = { restart = "always" }
             console = { target = "attach", restart = "never" }
             serial = "file=out.log"
+            keyboard = true
             name = "web"
             firmware = "ovmf"
             firmware-vars = "vars"
@@ -245,7 +249,7 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();

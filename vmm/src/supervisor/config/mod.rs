@@ -57,6 +57,8 @@ pub const CONSOLE: &str = "console";
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
 pub const FLASH: &str = "firmware-vars";
+/// Name of the keyboard among the devices.
+pub const KEYBOARD: &str = "keyboard";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -103,6 +105,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// Whether there is a keyboard.
+    pub keyboard: bool,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -323,11 +327,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let on_bus = disks.iter().map(|disk| disk.id.as_str()).chain(rng.then_some(RNG));
     let on_bus: Vec<&str> = on_bus.chain((console != StreamTarget::Off).then_some(CONSOLE)).collect();
     let roms = rom::resolve(roms, &on_bus, firmware.is_some())?;
+    let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
         FLASH => !flash,
+        KEYBOARD => !keyboard,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
@@ -335,6 +341,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others = others.chain(keyboard.then_some(KEYBOARD));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -364,6 +371,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
+        keyboard,
         restart,
         restarts,
         liveness,
@@ -516,7 +524,8 @@ fn apply(
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> =
+        [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {

@@ -15,7 +15,7 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -94,7 +94,7 @@ impl EventLoop<'_> {
     }
 
     fn is_taken(&self, id: &str) -> bool {
-        [SERIAL, FLASH, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
+        [SERIAL, FLASH, KEYBOARD, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
     }
 
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
