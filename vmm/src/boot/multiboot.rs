@@ -4,7 +4,7 @@
 use super::image::Image;
 use super::initrd::Initrd;
 use super::map::MapEntry;
-use super::protected::{Facts, Protocol, address};
+use super::protected::{Facts, Parts, Protocol, address};
 use super::{BootError, elf};
 
 const KIND: &str = "multiboot kernel";
@@ -70,7 +70,7 @@ fn map_entry(entry: &MapEntry) -> Vec<u8> {
     [&20_u32.to_le_bytes()[..], &address.to_le_bytes(), &size.to_le_bytes(), &kind.to_le_bytes()].concat()
 }
 
-fn parts(facts: &Facts) -> Vec<(usize, Vec<u8>)> {
+fn parts(facts: &Facts) -> Parts {
     let mut info = [0_u64; 22];
     // By the structure's offsets: 0 flags, 4 and 8 memory, 16 command line, 20 and 24 modules, 44 and 48 map, 64 name.
     let fields = [

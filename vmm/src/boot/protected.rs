@@ -27,8 +27,11 @@ pub(super) struct Protocol {
     /// An entry of the memory map; all have the same size.
     pub map_entry: fn(&MapEntry) -> Vec<u8>,
     /// What else is in the page, by offset.
-    pub parts: fn(&Facts) -> Vec<(usize, Vec<u8>)>,
+    pub parts: fn(&Facts) -> Parts,
 }
+
+/// What is in the page, each with its offset.
+pub(super) type Parts = Vec<(usize, Vec<u8>)>;
 
 /// What a kernel is told, as guest addresses and bytes.
 pub(super) struct Facts {

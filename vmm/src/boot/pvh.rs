@@ -8,7 +8,7 @@ use vm_memory::ByteValued;
 use super::elf;
 use super::initrd::Initrd;
 use super::map::MapEntry;
-use super::protected::{Facts, Protocol, address};
+use super::protected::{Facts, Parts, Protocol, address};
 
 /// Offsets in the page.
 const MODULES: usize = 0x40;
@@ -30,7 +30,7 @@ fn map_entry(entry: &MapEntry) -> Vec<u8> {
     entry.as_slice().to_vec()
 }
 
-fn parts(facts: &Facts) -> Vec<(usize, Vec<u8>)> {
+fn parts(facts: &Facts) -> Parts {
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: 1,

@@ -299,11 +299,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    };
+    let log = log(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -323,10 +319,6 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let mut disks = name_disks(disks, restart)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
-    let roms = take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms });
-    let on_bus = disks.iter().map(|disk| disk.id.as_str()).chain(rng.then_some(RNG));
-    let on_bus: Vec<&str> = on_bus.chain((console != StreamTarget::Off).then_some(CONSOLE)).collect();
-    let roms = rom::resolve(roms, &on_bus, firmware.is_some())?;
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
@@ -358,7 +350,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         initrd,
         cmdline,
         cmdline_added,
-        roms,
+        roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
@@ -381,7 +373,24 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         log,
     };
     check_limits(&config)?;
-    Ok(config)
+    find_roms(config)
+}
+
+fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
+}
+
+/// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
+fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
+    let roms = take(&mut config.roms);
+    let on_bus = config.disks.iter().map(|disk| disk.id.as_str()).chain(config.rng.then_some(RNG));
+    let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
+    let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
+    Ok(MachineConfig { roms, ..config })
 }
 
 /// The four options about the jail.
