@@ -174,7 +174,7 @@ pub enum LinkKind {
     VirtioVhostUser {
         /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
         virtio_id: u16,
-        /// Its slot on PCI bus 0, 2–31.
+        /// Its place on PCI bus 0: the slot, 2–31, in bits 4:0, the function in bits 7:5.
         slot: u8,
     },
     /// vfio-user; the chip with firmware's variables.

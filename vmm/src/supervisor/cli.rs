@@ -198,7 +198,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; repeat for more disks"
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom

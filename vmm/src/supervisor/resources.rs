@@ -28,8 +28,10 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size, StreamTarget};
-use super::confinement::{Confinement, Required};
+use super::config::{
+    CONSOLE, DiskConfig, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget,
+};
+use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
@@ -165,6 +167,9 @@ pub enum ResourceError {
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
+    /// The same of a device that is added.
+    #[error(transparent)]
+    Added(#[from] AddError),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {
@@ -176,6 +181,26 @@ pub enum ResourceError {
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
+    /// A place that is taken.
+    #[error("device {id}: addr={address} is the place of {other}")]
+    PlaceTaken {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+        /// Who is there.
+        other: String,
+    },
+    /// A place that a device which is added cannot have.
+    #[error(
+        "device {id}: addr={address}: what is added to a machine that runs gets a slot of its own: choose function 0 of an empty one"
+    )]
+    WholeSlot {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+    },
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
@@ -269,8 +294,14 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
+        for (id, address) in chosen {
+            take_place(&mut slots, id, address)?;
+        }
         for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
-            slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            if slots.of(id).is_none() {
+                slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            }
         }
         let kvm = kvm::open()?;
         let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
@@ -306,6 +337,11 @@ impl Resources {
     pub fn reset(&self) -> io::Result<()> {
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
+}
+
+fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {
+    let taken = |other| ResourceError::PlaceTaken { id: id.to_owned(), address, other };
+    slots.take_at(id, address).map_err(taken)
 }
 
 /// Memory for the keyboard's state.

@@ -17,11 +17,11 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new(
             "bare",
-            "SeaBIOS's boot menu takes keys, though the keyboard's process is killed",
+            "keyboard: the boot menu of SeaBIOS takes keys while the process is killed",
             90,
             menu,
         ),
-        Case::new("stock", "a guest hears keys, though the keyboard's process is killed", 120, guest),
+        Case::new("stock", "keyboard: a guest hears keys while the process is killed", 120, guest),
     ]
 }
 

@@ -47,6 +47,9 @@ pub enum Request {
     DeviceAdd {
         /// Which.
         device: AddRequest,
+        /// Limits of its process, as after `--limit`.
+        #[serde(default)]
+        limits: Option<String>,
     },
     /// Remove a virtio device. The answer comes when nothing is left of it.
     DeviceRemove {

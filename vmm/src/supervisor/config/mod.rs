@@ -8,6 +8,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+pub mod pci;
 pub mod restart;
 pub mod rom;
 pub mod size;
@@ -25,6 +26,7 @@ pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
 pub use rom::RomSpec;
 pub use size::Size;
@@ -134,6 +136,8 @@ pub struct DiskConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Where messages go and which of them.
@@ -232,6 +236,9 @@ pub enum ConfigError {
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
+    /// Places on the bus that do not fit together.
+    #[error(transparent)]
+    Places(#[from] pci::PlacesError),
     /// Both ports on one terminal.
     #[error(
         "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
@@ -317,6 +324,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    pci::check(disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -546,7 +554,7 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
     }
     Ok(named)
 }

@@ -54,7 +54,9 @@ impl EventLoop<'_> {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
             Request::Sendkey { keys } => self.strike(&keys).map(Some),
-            Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
+            Request::DeviceAdd { device, limits } => {
+                self.add_device(client, &device, limits.as_deref()).map(|()| None)
+            }
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)
