@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
             90,
             boot_order,
         ),
+        Case::new("bare", "SeaBIOS starts iPXE from an option ROM that is found by its name", 60, ipxe),
         Case::new(
             "bare",
             "a multiboot kernel finds its command line and ends by the debug exit port",
@@ -109,6 +110,15 @@ fn boot_order(context: &Context) -> Outcome {
         let line = format!("option ROM of the device at {device:0>4}");
         ensure!(said.contains(&line), "the debug port does not say '{line}'");
     }
+    Ok(())
+}
+
+fn ipxe(context: &Context) -> Outcome {
+    let machine = Machine::firmware(context, "seabios")?.arguments(&["--option-rom", "pxe-virtio.rom"]);
+    let mut running = machine.start()?;
+    running.wait_for("iPXE (http://ipxe.org)", 1)?;
+    let banner = running.serial().into_iter().find(|line| line.contains("ipxe.org")).unwrap_or_default();
+    ensure!(banner.contains("PnP PMM"), "iPXE does not know this firmware: '{banner}'");
     Ok(())
 }
 
