@@ -30,7 +30,7 @@ const HOT_PLUG_LIMIT: Duration = Duration::from_secs(1);
 /// A device whose process has answered.
 pub(super) enum Greeted {
     /// With its slot.
-    Virtio(u8, Box<Settings>, Backend),
+    Virtio(u8, Settings, Box<Backend>),
     /// Which is spoken to when it has its place.
     Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
@@ -87,7 +87,7 @@ fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Res
     settings.start_limit = limit.unwrap_or(settings.start_limit);
     settings.rom = rom;
     match Backend::open(&settings, stream) {
-        Ok(backend) => Ok(Greeted::Virtio(slot, Box::new(settings), backend)),
+        Ok(backend) => Ok(Greeted::Virtio(slot, settings, Box::new(backend))),
         Err(source) => Err(CoreError::Virtio { id: link.id, source }),
     }
 }
@@ -135,7 +135,7 @@ pub(super) fn attach(
     for device in devices {
         match device {
             Greeted::Virtio(slot, settings, backend) => {
-                let device = attach_virtio(slot, *settings, backend, platform, ram, reports)?;
+                let device = attach_virtio(slot, settings, *backend, platform, ram, reports)?;
                 attached.virtio.insert(slot, device);
             }
             Greeted::Registers(device, irq, interrupt) => {
@@ -183,7 +183,7 @@ impl Core {
         let (reports, id) = (self.reports.clone(), line.id().to_owned());
         match greet_one(line, Some(HOT_PLUG_LIMIT), &reports)? {
             Greeted::Virtio(slot, settings, backend) => {
-                let device = attach_virtio(slot, *settings, backend, &self.platform, &self.ram, &reports)?;
+                let device = attach_virtio(slot, settings, *backend, &self.platform, &self.ram, &reports)?;
                 self.virtio().insert(slot, device.clone());
                 self.platform.machine.announce_pci(slot);
                 Ok((slot, device))

@@ -316,15 +316,11 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
-    if virtio > MAX_VIRTIO_DEVICES {
-        return Err(ConfigError::TooManyDevices(virtio));
-    }
+    check_count(disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off))?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
-    pci::check(disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -340,8 +336,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
-    let others = others.chain(keyboard.then_some(KEYBOARD));
+    let others =
+        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -399,6 +395,10 @@ fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
     let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
     let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
     Ok(MachineConfig { roms, ..config })
+}
+
+fn check_count(virtio: usize) -> Result<(), ConfigError> {
+    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
 /// The four options about the jail.
@@ -556,6 +556,7 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         let restart = disk.restart.unwrap_or(restart);
         named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
     }
+    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 
