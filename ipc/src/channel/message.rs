@@ -112,6 +112,8 @@ pub enum Boot {
         menu: bool,
         /// What the guest reads of its variables, which lie just below the image; a device of kind [`LinkKind::Flash`] has them.
         variables: Option<FdIndex>,
+        /// Option ROMs that belong to no device, as files with these names; memfds as in [`DeviceLink::rom`].
+        roms: Vec<(String, FdIndex)>,
     },
 }
 
@@ -161,6 +163,8 @@ pub struct DeviceLink {
     pub kind: LinkKind,
     /// The stream.
     pub socket: FdIndex,
+    /// The expansion ROM of a PCI function: a memfd that cannot shrink, whose size is a power of two from 4 KiB to 16 MiB.
+    pub rom: Option<FdIndex>,
 }
 
 /// What is spoken between the core and a device process.

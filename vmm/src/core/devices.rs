@@ -9,10 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{DeviceLink, LinkKind};
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::channel::message::{Descriptors, DeviceLink, LinkKind};
+use bulkhead_ipc::memory::{GuestRam, SharedRegion};
 use bulkhead_ipc::vfio_user::ClientError;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::stat::fstat;
 
 use super::CoreError;
 use super::assembly::Core;
@@ -36,33 +37,58 @@ pub(super) enum Greeted {
     Registers(Arc<dyn RemoteDevice>, u8, OwnedFd),
 }
 
+/// What leads to a device process, descriptors in place of their indices.
+pub(super) struct Line {
+    link: DeviceLink,
+    stream: UnixStream,
+    /// What its function has as expansion ROM.
+    rom: Option<GuestRam>,
+}
+
+impl Line {
+    /// The name of the device.
+    pub(super) fn id(&self) -> &str {
+        &self.link.id
+    }
+
+    /// Takes what `link` names.
+    ///
+    /// # Errors
+    /// A descriptor is missing, or a ROM is none.
+    pub(super) fn take(link: &DeviceLink, descriptors: &mut Descriptors) -> Result<Self, CoreError> {
+        let stream = descriptors.take(link.socket)?.into();
+        let rom = link.rom.map(|rom| map_rom(descriptors.take(rom)?)).transpose()?;
+        Ok(Self { link: link.clone(), stream, rom })
+    }
+}
+
+/// Maps what the supervisor has read from a ROM's file.
+pub(super) fn map_rom(fd: OwnedFd) -> Result<GuestRam, CoreError> {
+    let size = u64::try_from(fstat(&fd).map_err(CoreError::system("fstat"))?.st_size).unwrap_or(0);
+    Ok(GuestRam::attach(vec![SharedRegion { guest_address: 0, size, offset: 0, fd }])?)
+}
+
 /// Opens the sessions with all device processes, one after the other: the last one has been starting meanwhile.
-pub(super) fn greet(
-    links: Vec<(DeviceLink, UnixStream)>,
-    reports: &Arc<Reports>,
-) -> Result<Vec<Greeted>, CoreError> {
-    links.into_iter().map(|(link, stream)| greet_one(&link, stream, None, reports)).collect()
+pub(super) fn greet(lines: Vec<Line>, reports: &Arc<Reports>) -> Result<Vec<Greeted>, CoreError> {
+    lines.into_iter().map(|line| greet_one(line, None, reports)).collect()
 }
 
 /// Opens the session with a device process, for which a virtio device has the usual time or that of `limit`.
-fn greet_one(
-    link: &DeviceLink,
-    stream: UnixStream,
-    limit: Option<Duration>,
-    reports: &Arc<Reports>,
-) -> Result<Greeted, CoreError> {
+fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Result<Greeted, CoreError> {
+    let Line { link, stream, rom } = line;
     let (virtio_id, slot) = match link.kind {
         LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
-        LinkKind::Registers | LinkKind::Keyboard => return greet_registers(link, stream, reports),
+        LinkKind::Registers | LinkKind::Keyboard => return greet_registers(&link, stream, reports),
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
     let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
     let mut settings = Settings { hold_on_failure: true, ..Settings::new(&link.id, kind) };
     settings.start_limit = limit.unwrap_or(settings.start_limit);
+    settings.rom = rom;
     match Backend::open(&settings, stream) {
         Ok(backend) => Ok(Greeted::Virtio(slot, settings, Box::new(backend))),
-        Err(source) => Err(CoreError::Virtio { id: link.id.clone(), source }),
+        Err(source) => Err(CoreError::Virtio { id: link.id, source }),
     }
 }
 
@@ -153,20 +179,16 @@ impl Core {
     ///
     /// # Errors
     /// The process does not answer as it must, the slot is taken, or KVM or the kernel refused something: then nothing is left of it.
-    pub(super) fn add_device(
-        &self,
-        link: &DeviceLink,
-        stream: UnixStream,
-    ) -> Result<(u8, Arc<VirtioPci>), CoreError> {
-        let reports = self.reports.clone();
-        match greet_one(link, stream, Some(HOT_PLUG_LIMIT), &reports)? {
+    pub(super) fn add_device(&self, line: Line) -> Result<(u8, Arc<VirtioPci>), CoreError> {
+        let (reports, id) = (self.reports.clone(), line.id().to_owned());
+        match greet_one(line, Some(HOT_PLUG_LIMIT), &reports)? {
             Greeted::Virtio(slot, settings, backend) => {
                 let device = attach_virtio(slot, settings, *backend, &self.platform, &self.ram, &reports)?;
                 self.virtio().insert(slot, device.clone());
                 self.platform.machine.announce_pci(slot);
                 Ok((slot, device))
             }
-            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(link.id.clone())),
+            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(id)),
         }
     }
 

@@ -14,6 +14,7 @@ mod address;
 mod config;
 mod dma;
 mod flat_view;
+mod generation;
 mod host;
 mod i440fx;
 mod irq;
@@ -40,6 +41,7 @@ use address::{CycleKind, next_cycle};
 pub use config::{AcpiTables, AttachError, BuildError, MachineConfig};
 pub use dma::{DmaView, NotBusMaster};
 use flat_view::FlatView;
+use generation::Generation;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
@@ -69,6 +71,7 @@ pub struct Machine {
     host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
     fw_cfg: Arc<FwCfg>,
+    generation: Generation,
     rtc: Arc<Rtc>,
     timers: Arc<Timers>,
     router: Arc<InterruptRouter>,
@@ -120,6 +123,7 @@ impl Machine {
         });
         let root = I440Fx::new(dram.collect(), host_bridge.clone(), bus);
         let machine = Arc::new(Self {
+            generation: Generation::new(config.generation),
             config,
             host,
             ram,

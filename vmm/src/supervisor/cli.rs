@@ -14,7 +14,7 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -170,6 +170,9 @@ pub struct RunArgs {
     /// Have firmware offer its boot menu
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub boot_menu: Option<Switch>,
+    /// Option ROM for firmware to run: a file, or a name among Debian's (pxe-virtio.rom); DEVICE= puts it into that device's expansion ROM
+    #[arg(long = "option-rom", value_name = "[DEVICE=]FILE")]
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is: uuid, serial, manufacturer, product, version, sku, family
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub smbios: Option<SmbiosSpec>,

@@ -311,6 +311,11 @@ fn start_core(
                 id: plan.id().to_owned(),
                 kind: plan.link(resources),
                 socket: fds.add(socket),
+                rom: resources
+                    .roms
+                    .iter()
+                    .find(|rom| rom.device.as_deref() == Some(plan.id()))
+                    .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
     });
@@ -339,7 +344,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
             let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
             let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
             let files = firmware::files(config, firmware, &disks);
-            Boot::Firmware { image, files, menu: firmware.menu, variables }
+            let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
+            let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
+            Boot::Firmware { image, files, menu: firmware.menu, variables, roms }
         }
         None => Boot::Kernel {
             kernel: image,

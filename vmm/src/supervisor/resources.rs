@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod roms;
 mod slots;
 mod stream;
 mod variables;
@@ -16,10 +17,12 @@ use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::memory::GuestRam;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
+use roms::Rom;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
@@ -115,6 +118,14 @@ pub enum ResourceError {
     /// A file of variables that somebody else uses.
     #[error("firmware-vars: '{0}' is locked by another machine or program: stop that first")]
     VariablesLocked(PathBuf),
+    /// A file that is no option ROM.
+    #[error("option-rom: '{path}' has {size} bytes; an option ROM begins with 55 AA and has at most 16 MiB: is it the right file?", path = path.display())]
+    Rom {
+        /// The file.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
     /// A disk without a sector.
     #[error("disk {id}: '{path}' is empty (truncate -s 1G '{path}' makes it 1 GiB long)", path = path.display())]
     DiskEmpty {
@@ -233,6 +244,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// Firmware's variables.
     pub variables: Option<Variables>,
+    /// Option ROMs.
+    pub roms: Vec<Rom>,
     /// The disks.
     pub disks: Vec<Disk>,
     /// The PCI slots of the virtio devices.
@@ -301,6 +314,7 @@ impl Resources {
             image,
             initrd,
             variables,
+            roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
             disks,
             slots,
             processors,
@@ -406,6 +420,14 @@ fn open_firmware(path: &Path) -> Result<File, ResourceError> {
         return Err(ResourceError::FirmwareSize { path: path.to_owned(), size });
     }
     Ok(file)
+}
+
+/// Memory of this size that can neither grow nor shrink.
+fn memory(what: &str, size: u64) -> Result<OwnedFd, ResourceError> {
+    let host = |reason| ResourceError::Host { what: what.to_owned(), reason };
+    let memory = GuestRam::create_at(0, size).map_err(|error| host(io::Error::other(error)))?;
+    let region = memory.regions().next().ok_or_else(|| host(io::ErrorKind::InvalidInput.into()))?;
+    region.fd.try_clone_to_owned().map_err(host)
 }
 
 fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {

@@ -93,7 +93,8 @@ impl Machine {
     #[must_use]
     pub fn acpi_tables(&self) -> AcpiTables {
         let mut placed = self.place_tables(ADDRESS);
-        placed.set(GENERATION_ID, &self.config.generation);
+        placed.set(GENERATION_ID, &self.generation.id());
+        self.generation.placed_at(u64::from(ADDRESS).saturating_add(GENERATION_ID as u64));
         AcpiTables { address: ADDRESS.into(), rsdp: ADDRESS.into(), blob: placed.blob }
     }
 

@@ -282,6 +282,25 @@ mod firmware {
     }
 
     #[test]
+    fn another_generation_id_goes_where_firmware_has_placed_the_first() {
+        let firmware = Firmware::new();
+        firmware.0.renew_generation([8; 16]).unwrap();
+        let (_, page) = link(&firmware).0["etc/vmgenid_guid"].clone();
+        assert!(page.windows(16).any(|id| id == [8; 16]), "firmware had not asked yet");
+        let key = firmware.directory()["etc/vmgenid_addr"].0;
+        firmware.dma(key, WRITE, &0x3000_u64.to_le_bytes());
+        firmware.0.renew_generation([9; 16]).unwrap();
+        let mut id = [0; 16];
+        firmware.1.view(0x3000, 16, Direction::Read).unwrap().read_bytes(0, &mut id).unwrap();
+        assert_eq!(id, [9; 16]);
+        let mut status = [0];
+        firmware.0.read(Space::Port, 0xAFE0, &mut status);
+        assert_eq!(status, [0x20]);
+        firmware.dma(key, WRITE, &u64::MAX.to_le_bytes());
+        firmware.0.renew_generation([10; 16]).unwrap_err();
+    }
+
+    #[test]
     fn tables_describe_the_machine_when_they_are_selected() {
         let firmware = Firmware::new();
         let pm_block = |firmware: &Firmware| {

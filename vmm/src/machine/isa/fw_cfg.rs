@@ -175,6 +175,15 @@ impl FwCfg {
         let _ = self.tables.set(tables);
     }
 
+    /// Where firmware has placed the generation id, once it has.
+    pub(in super::super) fn generation_address(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        let (_, file, _) = state.file(GENERATION_ADDRESS)?;
+        let (_, bytes) = state.items.iter().find(|(key, _)| key == file)?;
+        let address = u64::from_le_bytes(bytes.as_slice().try_into().ok()?);
+        (address != 0).then_some(address)
+    }
+
     /// Tells firmware to offer its boot menu.
     pub(in super::super) fn offer_boot_menu(&self) {
         lock(&self.state).set_item(key::BOOT_MENU, 1_u16.to_le_bytes().to_vec());

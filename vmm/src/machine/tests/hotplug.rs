@@ -261,3 +261,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn another_generation_id_is_in_memory_before_the_sci_tells() {
+    let (host, machine) = machine(1);
+    listening(&machine);
+    machine.renew_generation([3; 16]).unwrap();
+    assert!(!sci(&host), "nobody has been told of the first one");
+    let tables = machine.acpi_tables();
+    let at = usize::try_from(tables.rsdp - tables.address).unwrap() + 64;
+    assert_eq!(tables.blob[at..at + 16], [3; 16]);
+    outb(&machine, GPE0_EN, 0x26);
+    machine.renew_generation([4; 16]).unwrap();
+    assert!(sci(&host));
+    assert_eq!(inb(&machine, GPE0_STS), 0x20);
+    let mut id = [0; 16];
+    let place = machine.ram.view(tables.address + 64, 16, Direction::Read).unwrap();
+    place.read_bytes(0, &mut id).unwrap();
+    assert_eq!(id, [4; 16]);
+    outb(&machine, GPE0_STS, 0x20);
+    assert!(!sci(&host));
+}

@@ -16,6 +16,7 @@ use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
+use super::rom::RomSpec;
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
@@ -91,6 +92,7 @@ struct File {
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
+    option_rom: Vec<RomSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -164,6 +166,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
+        roms: file.option_rom.into_iter().map(|rom| rom.at(base)).collect(),
     })
 }
 

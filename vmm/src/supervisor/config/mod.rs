@@ -10,6 +10,7 @@ pub mod liveness;
 pub mod nearest;
 pub mod pci;
 pub mod restart;
+pub mod rom;
 pub mod size;
 pub mod smbios;
 pub mod stream;
@@ -27,6 +28,7 @@ pub use liveness::Liveness;
 use nearest::hint;
 pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
@@ -79,6 +81,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// Option ROMs, each of a device that exists or of none.
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is.
     pub smbios: SmbiosSpec,
     /// A file for what the guest writes to the debug port.
@@ -188,6 +192,17 @@ pub enum ConfigError {
     /// A disk twice.
     #[error("boot-order: '{0}' is named twice")]
     BootOrderTwice(String),
+    /// An option ROM for a device that there is not.
+    #[error("option-rom: this machine has no PCI device '{name}': {hint}")]
+    RomDevice {
+        /// What was named.
+        name: String,
+        /// The nearest name, or all.
+        hint: String,
+    },
+    /// A device has one expansion ROM.
+    #[error("option-rom: the device '{0}' has two; a device has one")]
+    RomTwice(String),
     /// A text for SMBIOS.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosSpecError),
@@ -291,11 +306,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    };
+    let log = log(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -343,6 +354,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         initrd,
         cmdline,
         cmdline_added,
+        roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
@@ -365,7 +377,24 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         log,
     };
     check_limits(&config)?;
-    Ok(config)
+    find_roms(config)
+}
+
+fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
+}
+
+/// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
+fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
+    let roms = take(&mut config.roms);
+    let on_bus = config.disks.iter().map(|disk| disk.id.as_str()).chain(config.rng.then_some(RNG));
+    let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
+    let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
+    Ok(MachineConfig { roms, ..config })
 }
 
 fn check_count(virtio: usize) -> Result<(), ConfigError> {

@@ -178,7 +178,7 @@ impl EventLoop<'_> {
         if let Stage::Starting(stream, _) = std::mem::replace(&mut change.stage, Stage::Adding)
             && let Some(kind) = link_of(self.resources, id)
         {
-            let link = DeviceLink { id: id.to_owned(), kind, socket: FdIndex(0) };
+            let link = DeviceLink { id: id.to_owned(), kind, socket: FdIndex(0), rom: None };
             self.tell_core(&ToCore::DeviceAdd(link), Some(stream));
         }
         true

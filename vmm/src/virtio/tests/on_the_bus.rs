@@ -1,5 +1,7 @@
 //! The function in a machine: reached through configuration mechanism #1 and the memory map, interrupting through the PIIX3.
 
+use bulkhead_ipc::memory::Direction;
+
 use crate::machine::pci::DoorbellId;
 use crate::machine::{Host, Machine, MachineConfig, MappedDoorbell, MemorySlot, PowerEvent, Space};
 
@@ -101,6 +103,34 @@ fn the_guest_reaches_it_through_the_chipset() {
     assert!(!level());
     machine.reset();
     assert_eq!(scaffold.driver.status(), 0);
+}
+
+#[test]
+fn the_guest_reads_its_expansion_rom_through_the_chipset() {
+    let rom = GuestRam::create_at(0, 0x2000).unwrap();
+    rom.view(0, 2, Direction::Write).unwrap().write_bytes(0, &[0x55, 0xAA]).unwrap();
+    rom.view(0x1FFF, 1, Direction::Write).unwrap().write(0, 7_u8).unwrap();
+    let (stream, _peer) = Peer::start(Script::default());
+    let scaffold = scaffold_with(Settings { rom: Some(rom), ..settings() }, stream);
+    let host = Arc::new(Recorder::default());
+    let machine = Machine::new(MachineConfig::new(1, 40), scaffold.ram.clone(), host).unwrap();
+    machine.attach_pci(SLOT, Arc::clone(&scaffold.device) as _).unwrap();
+    let read = |address: u64, length: usize| {
+        let mut data = vec![0; length];
+        machine.read(Space::Memory, address, &mut data);
+        data
+    };
+
+    config_write(&machine, 0x30, &[0xFE, 0xFF, 0xFF, 0xFF]);
+    assert_eq!(config_read(&machine, 0x30), 0xFFFF_E000, "8 KiB, not enabled");
+    config_write(&machine, 0x30, &0xFE00_0001_u32.to_le_bytes());
+    assert_eq!(read(0xFE00_0000, 2), [0xFF, 0xFF], "the function decodes no memory yet");
+    config_write(&machine, 4, &[2]);
+    assert_eq!((read(0xFE00_0000, 4), read(0xFE00_1FFF, 1)), (vec![0x55, 0xAA, 0, 0], vec![7]));
+    machine.write(Space::Memory, 0xFE00_0000, &[1, 2, 3, 4]);
+    assert_eq!(read(0xFE00_0000, 4), [0x55, 0xAA, 0, 0], "a ROM is not written");
+    config_write(&machine, 0x30, &0xFE00_0000_u32.to_le_bytes());
+    assert_eq!(read(0xFE00_0000, 2), [0xFF, 0xFF]);
 }
 
 /// Where a guest puts a BAR, sense or not: a window, RAM, what lies below the firmware, the APICs, the end of the 32-bit space.

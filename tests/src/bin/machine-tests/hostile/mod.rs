@@ -165,11 +165,12 @@ impl Rig {
             id: "console".into(),
             kind: LinkKind::VirtioVhostUser { virtio_id: 3, slot: 2 },
             socket: FdIndex(2),
+            rom: None,
         }];
         let mut streams = Vec::new();
         for (index, (id, kind)) in (3..).zip(HOSTILE) {
             let (ours, theirs) = UnixStream::pair().map_err(text)?;
-            devices.push(DeviceLink { id: id.into(), kind, socket: FdIndex(index) });
+            devices.push(DeviceLink { id: id.into(), kind, socket: FdIndex(index), rom: None });
             streams.push(ours);
             fds.push(theirs.into());
         }
