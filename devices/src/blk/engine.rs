@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam, LentVector};
 use io_uring::register::Restriction;
@@ -32,6 +33,8 @@ const FIRST_WATCH: u64 = 1 << 32;
 const IGNORED: u64 = u64::MAX;
 /// The disk's index in the registered files.
 const DISK: Fixed = Fixed(0);
+/// IORING_ENTER_GETEVENTS.
+const GETEVENTS: u32 = 1;
 /// IOSQE_FIXED_FILE.
 const FIXED_FILE: u8 = 1;
 
@@ -63,10 +66,12 @@ fn build() -> io::Result<IoUring> {
         builder.dontfork().setup_clamp().setup_cqsize(COMPLETIONS).setup_r_disabled();
         builder
     };
-    // Completions run in this thread when it asks for them (Linux 6.1); without that a wait is interrupted for each.
+    // Completions run in this thread when it asks for them, and a flag says that there are some (Linux 6.1); without that a wait is
+    // interrupted for each.
     plain()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .build(SUBMISSIONS)
         .or_else(|_| plain().build(SUBMISSIONS))
 }
@@ -218,9 +223,41 @@ impl Engine {
         self.submit(usize::from(wait))
     }
 
+    /// As [`Self::enter`] with waiting, for `longest` at most.
+    pub fn enter_for(&mut self, longest: Duration) -> io::Result<()> {
+        let longest = types::Timespec::from(longest);
+        let arguments = types::SubmitArgs::new().timespec(&longest);
+        Self::entered(self.uring.submitter().submit_with_args(1, &arguments))
+    }
+
+    /// Submits what was started, and lets the kernel put what has come where it can be seen; no system call without either.
+    pub fn advance(&mut self) -> io::Result<()> {
+        let submissions = self.uring.submission();
+        let (count, news) = (submissions.len(), submissions.taskrun());
+        drop(submissions);
+        if count == 0 && !(news && self.busy > 0) {
+            return Ok(());
+        }
+        let count = u32::try_from(count).unwrap_or(SUBMISSIONS);
+        // SAFETY: submissions that were pushed are valid (`push`), and no argument is passed.
+        let entered = unsafe { self.uring.submitter().enter::<libc::sigset_t>(count, 0, GETEVENTS, None) };
+        Self::entered(entered)
+    }
+
+    /// Whether an operation may have come to its end.
+    pub fn has_news(&mut self) -> bool {
+        self.busy > 0 && (self.uring.submission().taskrun() || !self.uring.completion().is_empty())
+    }
+
     fn submit(&mut self, want: usize) -> io::Result<()> {
-        match self.uring.submit_and_wait(want) {
+        let entered = self.uring.submit_and_wait(want);
+        Self::entered(entered)
+    }
+
+    fn entered(entered: io::Result<usize>) -> io::Result<()> {
+        match entered {
             Ok(_) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
             // Interrupted, or completions must be reaped first: the caller does that and comes back.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 Ok(())

@@ -3,12 +3,16 @@
 //! - `config`: features and configuration space;
 //! - `request`: what a request says;
 //! - `queue`: a queue on its thread, driven by io_uring;
+//! - `direct`: what the queue's thread moves without io_uring;
+//! - `idle`: what a queue does before it sleeps;
 //! - `engine`: io_uring, restricted to a disk's operations;
 //! - `errors`: what the log hears of failed requests.
 
 mod config;
+mod direct;
 mod engine;
 mod errors;
+mod idle;
 mod queue;
 mod request;
 

@@ -6,17 +6,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bulkhead_ipc::memory::{Direction, MemoryError};
-use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Segment, Vring, VringError};
+use bulkhead_ipc::vhost_user::backend::{Chain, HostCall, QueueWorker, Segment, Vring, VringError};
 use tracing::warn;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Shared;
-use super::engine::{Engine, Event};
+use super::direct::{Direct, Moved};
+use super::engine::{Engine, Event, MAX_SLOTS};
 use super::errors::ErrorLog;
+use super::idle::Idle;
 use super::request::{self, HEADER, Header, Operation, Range, Status};
 
 /// Watch number of the wake-up; the ring's kicks have higher ones, another for each start.
 const WAKE: u32 = 0;
+
+/// Most requests that are taken in one turn. After it the driver is told of those that are done.
+const TURN: u32 = 32;
 
 /// What a slot's operation under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +76,8 @@ enum Begun {
     Ranges,
     /// It is done.
     Finished(Status),
+    /// The host refused it.
+    Failed(i32),
 }
 
 /// A request queue.
@@ -89,8 +96,9 @@ pub struct BlkQueue {
     no_punch: bool,
     /// The disk's file system cannot zero ranges.
     no_zero_range: bool,
-    /// Requests may be waiting that nobody will kick for.
-    more: bool,
+    direct: Direct,
+    idle: Option<Idle>,
+    call: HostCall,
 }
 
 impl BlkQueue {
@@ -108,41 +116,37 @@ impl BlkQueue {
             errors: ErrorLog::default(),
             no_punch: false,
             no_zero_range: false,
-            more: false,
+            direct: Direct::never(),
+            idle: None,
+            call: HostCall::default(),
         }
     }
 
-    /// Takes requests until the ring is empty, all slots are in use, or a ring's worth was taken.
-    fn take_requests(&mut self) -> io::Result<()> {
-        let Some(mut ring) = self.ring.take() else { return Ok(()) };
+    /// Takes requests until the ring is empty, all slots are in use, or enough were taken for one turn. True: there were some.
+    fn take_requests(&mut self) -> io::Result<bool> {
+        let Some(mut ring) = self.ring.take() else { return Ok(false) };
         let taken = self.take_from(&mut ring);
         self.ring = Some(ring);
         taken
     }
 
-    fn take_from(&mut self, ring: &mut Vring) -> io::Result<()> {
-        self.more = false;
-        ring.disable_kicks();
-        let mut budget = ring.size();
-        loop {
-            while let Some(slot) = self.free_slot(ring) {
-                if budget == 0 || !ring.next(&mut self.chain) {
-                    self.free.push(slot);
-                    break;
-                }
-                budget = budget.saturating_sub(1);
-                self.begin(slot, ring)?;
+    fn take_from(&mut self, ring: &mut Vring) -> io::Result<bool> {
+        let mut any = false;
+        for _ in 0..TURN {
+            let Some(slot) = self.free_slot(ring) else { break };
+            if !ring.next(&mut self.chain) {
+                self.free.push(slot);
+                break;
             }
-            // Without a free slot the next completion brings us back here; out of budget the next turn does.
-            if budget == 0 {
-                self.more = true;
-                return Ok(());
-            }
-            if self.free.is_empty() || !ring.enable_kicks() {
-                return Ok(());
-            }
-            ring.disable_kicks();
+            any = true;
+            self.begin(slot, ring)?;
         }
+        Ok(any)
+    }
+
+    /// Whether another request could be begun.
+    fn has_room(&self) -> bool {
+        !self.free.is_empty() || self.requests.len() < MAX_SLOTS
     }
 
     fn free_slot(&mut self, ring: &Vring) -> Option<usize> {
@@ -175,8 +179,8 @@ impl BlkQueue {
         request.status_address = status_address;
         request.written = self.chain.writable_bytes();
         request.operation = header.operation;
-        let mut beginning =
-            Beginning { shared: &self.shared, chain: &self.chain, ring, engine, request, slot };
+        let (shared, chain, direct) = (&self.shared, &self.chain, &mut self.direct);
+        let mut beginning = Beginning { shared, chain, ring, engine, direct, request, slot };
         match beginning.begin(header) {
             Ok(Begun::Started) => Ok(()),
             Ok(Begun::Finished(status)) => {
@@ -184,6 +188,10 @@ impl BlkQueue {
                 Ok(())
             }
             Ok(Begun::Ranges) => self.next_range(slot, ring),
+            Ok(Begun::Failed(errno)) => {
+                self.failed(slot, errno, ring);
+                Ok(())
+            }
             Err(BeginError::Memory(error)) => self.malformed(slot, ring, &error.into()),
             Err(BeginError::Engine(error)) => Err(error),
         }
@@ -350,18 +358,15 @@ impl BlkQueue {
         self.finish(slot, Status::IoError, ring);
     }
 
-    /// Handles the events that have come. True if there were any that may bring requests.
+    /// Handles the events that have come. True if there were any.
     fn events(&mut self) -> io::Result<bool> {
         let mut any = false;
         while let Some(event) = self.engine.as_mut().and_then(Engine::next_event) {
+            any = true;
             match event {
-                Event::Done { slot, result } => {
-                    any = true;
-                    self.done(slot, result)?;
-                }
+                Event::Done { slot, result } => self.done(slot, result)?,
+                // A kick, or the control thread wakes a queue whose kick may have been lost.
                 Event::Ready { watch, ended } => {
-                    // The control thread wakes a queue whose notification may have been lost.
-                    any |= watch == self.kick || watch == WAKE;
                     if ended {
                         self.renew(watch)?;
                     }
@@ -385,6 +390,21 @@ impl BlkQueue {
         if let Some(ring) = &mut self.ring {
             ring.signal();
         }
+    }
+
+    /// Waits for something to do.
+    fn rest(&mut self) -> io::Result<()> {
+        let has_room = self.has_room();
+        let Some(engine) = self.engine.as_mut() else { return Err(io::ErrorKind::NotConnected.into()) };
+        let Some(ring) = self.ring.as_mut().filter(|_| has_room) else { return engine.enter(true) };
+        if let Some(idle) = &mut self.idle
+            && idle.look(|| ring.has_requests() || engine.has_news())
+        {
+            return Ok(());
+        }
+        let slept = if ring.enable_kicks() { Ok(()) } else { engine.enter(true) };
+        ring.disable_kicks();
+        slept
     }
 
     /// Waits until nothing taken from the ring is under way.
@@ -423,6 +443,7 @@ struct Beginning<'a> {
     chain: &'a Chain,
     ring: &'a Vring,
     engine: &'a mut Engine,
+    direct: &'a mut Direct,
     request: &'a mut Request,
     slot: usize,
 }
@@ -484,10 +505,25 @@ impl Beginning<'_> {
             buffers.push(segment.address, u64::from(segment.len))?;
         }
         (self.request.step, self.request.offset) = (step, offset);
+        let durable = !self.shared.writeback.load(Ordering::Relaxed);
+        let moved = match step {
+            Step::Read => self.direct.read(&self.shared.disk, buffers, offset),
+            _ if durable => Moved::Not,
+            _ => self.direct.write(&self.shared.disk, buffers, offset),
+        };
+        let moved = match moved {
+            Moved::Bytes(0) => return Ok(Begun::Failed(libc::EIO)),
+            Moved::Bytes(_) if buffers.is_empty() => return Ok(Begun::Finished(Status::Ok)),
+            Moved::Bytes(count) => count,
+            Moved::Failed(errno) => return Ok(Begun::Failed(errno)),
+            Moved::Not => 0,
+        };
+        let offset = offset.saturating_add(moved as u64);
+        self.request.offset = offset;
         if step == Step::Read {
             self.engine.read(self.slot, offset)?;
         } else {
-            self.engine.write(self.slot, offset, !self.shared.writeback.load(Ordering::Relaxed))?;
+            self.engine.write(self.slot, offset, durable)?;
         }
         Ok(Begun::Started)
     }
@@ -502,6 +538,8 @@ impl QueueWorker for BlkQueue {
         let descriptors = vec![engine.descriptor(), std::os::fd::AsRawFd::as_raw_fd(&wake)];
         self.engine = Some(engine);
         self.wake = Some(wake);
+        self.direct = Direct::new(&self.shared.disk, self.call.clone());
+        self.idle = Some(Idle::new());
         Ok(descriptors)
     }
 
@@ -511,7 +549,6 @@ impl QueueWorker for BlkQueue {
         self.kick = self.kick.wrapping_add(1).max(WAKE.saturating_add(1));
         engine.watch(ring.kick(), self.kick)?;
         self.ring = Some(ring);
-        self.more = true;
         Ok(())
     }
 
@@ -533,16 +570,17 @@ impl QueueWorker for BlkQueue {
         self.engine.as_ref().is_some_and(|engine| engine.busy() > 0)
     }
 
+    fn set_host_call(&mut self, call: HostCall) {
+        self.call = call;
+    }
+
     fn turn(&mut self) -> io::Result<()> {
-        let wait = !self.more;
+        let taken = self.take_requests()?;
         if let Some(engine) = self.engine.as_mut() {
-            engine.enter(wait)?;
+            engine.advance()?;
         }
         let any = self.events()?;
-        if any || self.more {
-            self.take_requests()?;
-        }
         self.signal();
-        Ok(())
+        if taken || any { Ok(()) } else { self.rest() }
     }
 }

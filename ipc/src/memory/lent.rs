@@ -300,6 +300,23 @@ impl LentVector {
         Ok(count)
     }
 
+    /// As [`LentVector::read_at`], but only what is there without waiting (RWF_NOWAIT): EAGAIN otherwise.
+    ///
+    /// # Errors
+    /// As [`LentVector::read_at`]; EOPNOTSUPP where the file system cannot say.
+    pub fn read_at_once(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        if !self.direction.writes() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let (count, offset) = limits(self.iovecs(), Some(offset))?;
+        let (fd, iovecs) = (file.as_raw_fd(), self.iovecs().as_ptr());
+        // SAFETY: as in `read_at`.
+        let read = unsafe { libc::preadv2(fd, iovecs, count, offset.unwrap_or_default(), libc::RWF_NOWAIT) };
+        let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+        self.advance(read);
+        Ok(read)
+    }
+
     /// Reads from a stream (`readv`), and advances. 0 is the end of the stream.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 
 use super::vring::Vring;
+use super::worker::HostCall;
 
 /// A virtio device, seen by the daemon's message loop. Methods run on the control thread only; what the device shares with its
 /// workers it shares by its own means.
@@ -84,4 +85,7 @@ pub trait QueueWorker: Send {
     fn waits_for_host(&self) -> bool {
         false
     }
+
+    /// Called once, before [`Self::prepare`]: with this the worker makes system calls that the host may keep it in.
+    fn set_host_call(&mut self, _call: HostCall) {}
 }

@@ -1,13 +1,17 @@
 //! A running split ring: requests out, completions in, notifications both ways. Owned by the worker that serves it.
 //!
-//! `virtio_queue::Queue` keeps the indices and the notification rules; chains are walked by [`Chain::walk`], which tells a
+//! `virtio_queue::Queue` keeps the indices and reads the available ring; chains are walked by [`Chain::walk`], which tells a
 //! malformed chain from a short one. A ring that the guest has broken is left alone until the front end sets it up anew.
+//!
+//! The used ring is written here: entries as requests finish, its index, which the driver may be looking at all the time, once for
+//! several of them ([`Vring::publish`]).
 //! Follows virtio 1.2, 2.7, and vhost-user, "Ring states".
 
 use std::collections::VecDeque;
+use std::num::Wrapping;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use arc_swap::ArcSwapOption;
 use nix::unistd::write;
@@ -15,7 +19,7 @@ use thiserror::Error;
 use tracing::warn;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::{Chain, ChainError};
 use super::inflight::InflightQueue;
@@ -38,6 +42,9 @@ pub enum VringError {
     /// The used ring cannot be written.
     #[error("the used ring is broken: {0}")]
     Used(virtio_queue::Error),
+    /// A ring is no longer memory.
+    #[error("a ring cannot be reached: {0}")]
+    Ring(GuestMemoryError),
     /// A malformed chain.
     #[error("descriptor chain {head}: {source}")]
     Chain {
@@ -53,6 +60,9 @@ pub enum VringError {
     #[error("{0}")]
     Request(&'static str),
 }
+
+/// Most entries of the used ring that the driver is shown at once: it can work on some while others are finished.
+const BATCH: usize = 8;
 
 /// Largest split ring there can be, entries (virtio 1.2, 2.7).
 const MAX_SIZE: u16 = 32768;
@@ -98,8 +108,14 @@ pub struct Vring {
     resubmit: VecDeque<u16>,
     /// Requests taken and not yet in the used ring.
     taken: u32,
-    /// The used ring has entries of which the driver was not told.
-    unsignalled: bool,
+    /// Index of the next entry of the used ring to write.
+    next_used: Wrapping<u16>,
+    /// The used ring's index as the driver sees it.
+    published: Wrapping<u16>,
+    /// The used ring's index when it was last decided whether to interrupt.
+    signalled: Wrapping<u16>,
+    /// Heads of the entries that are written and not published.
+    unpublished: Vec<u16>,
     broken: bool,
 }
 
@@ -138,7 +154,6 @@ impl Vring {
             .used_idx(ram.memory(), Ordering::Acquire)
             .map_err(|_| bad("the used ring cannot be read"))?
             .0;
-        queue.set_next_used(used_idx);
         let resubmit: VecDeque<u16> =
             inflight.as_mut().map(|inflight| inflight.recover(used_idx).into()).unwrap_or_default();
         let next = match (&inflight, u16::try_from(resubmit.len())) {
@@ -146,10 +161,22 @@ impl Vring {
             _ => setup.next_available,
         };
         queue.set_next_avail(next);
+        let used = Wrapping(used_idx);
+        let ring = Self {
+            setup,
+            ram,
+            queue,
+            inflight,
+            resubmit,
+            taken: 0,
+            next_used: used,
+            published: used,
+            signalled: used,
+            unpublished: Vec::with_capacity(BATCH),
+            broken: false,
+        };
         // A predecessor may have died between the used ring and the interrupt.
-        let unsignalled = inflight.is_some();
-        let ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
-        if ring.unsignalled {
+        if ring.inflight.is_some() {
             ring.call();
         }
         Ok(ring)
@@ -240,42 +267,83 @@ impl Vring {
         if self.broken {
             return;
         }
-        if let Some(inflight) = &self.inflight {
-            inflight.about_to_finish(head);
+        // The offset is below that of the ring's end, which was checked to be memory.
+        let slot = u64::from(self.next_used.0 & self.setup.size.wrapping_sub(1));
+        let entry = GuestAddress(self.setup.used.saturating_add(4).saturating_add(slot.saturating_mul(8)));
+        let element = u64::from(head) | u64::from(written) << 32;
+        if let Err(error) = self.ram.memory().write_obj(element.to_le(), entry) {
+            return self.fail(&VringError::Ring(error));
         }
-        match self.queue.add_used(self.ram.memory(), head, written) {
-            Ok(()) => self.unsignalled = true,
-            Err(error) => return self.fail(&VringError::Used(error)),
-        }
-        if let Some(inflight) = &self.inflight {
-            inflight.finished(head, self.queue.next_used());
+        self.next_used += 1;
+        self.unpublished.push(head);
+        if self.unpublished.len() >= BATCH {
+            self.publish();
         }
     }
 
-    /// Interrupts the driver if it wants to hear of what was finished since the last time.
+    /// Shows the driver what was finished.
+    pub fn publish(&mut self) {
+        if let Err(error) = self.try_publish() {
+            self.fail(&VringError::Ring(error));
+        }
+    }
+
+    fn try_publish(&mut self) -> Result<(), GuestMemoryError> {
+        if self.next_used == self.published || self.broken {
+            return Ok(());
+        }
+        if let Some(inflight) = &self.inflight {
+            self.unpublished.iter().for_each(|&head| inflight.about_to_finish(head));
+        }
+        let index = GuestAddress(self.setup.used.saturating_add(2));
+        self.ram.memory().store(self.next_used.0.to_le(), index, Ordering::Release)?;
+        self.published = self.next_used;
+        if let Some(inflight) = &self.inflight {
+            inflight.finished(&self.unpublished, self.next_used.0);
+        }
+        self.unpublished.clear();
+        Ok(())
+    }
+
+    /// Publishes, and interrupts the driver if it wants to hear of what was finished since the last time.
     pub fn signal(&mut self) {
-        if self.unsignalled && !self.broken {
-            self.unsignalled = false;
-            if self.wants_interrupt() {
-                self.call();
+        self.publish();
+        if self.signalled != self.published && !self.broken {
+            let wanted = self.wants_interrupt();
+            self.signalled = self.published;
+            match wanted {
+                Ok(true) => self.call(),
+                Ok(false) => {}
+                Err(error) => self.fail(&VringError::Ring(error)),
             }
         }
     }
 
-    fn wants_interrupt(&mut self) -> bool {
+    /// Virtio 1.2, 2.7.7.2 and 2.7.10.
+    fn wants_interrupt(&self) -> Result<bool, GuestMemoryError> {
         let memory = self.ram.memory();
-        match self.queue.needs_notification(memory) {
-            Ok(wanted) if self.setup.event_idx => wanted,
-            Ok(_) => {
-                let flags: u16 =
-                    memory.load(GuestAddress(self.setup.available), Ordering::Relaxed).unwrap_or(0);
-                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-            }
-            Err(error) => {
-                self.fail(&VringError::Available(error));
-                false
-            }
+        // The driver must see the used ring before its wish is read.
+        fence(Ordering::SeqCst);
+        let wish = if self.setup.event_idx {
+            u64::from(self.setup.size).saturating_mul(2).saturating_add(4)
+        } else {
+            0
+        };
+        let wish = GuestAddress(self.setup.available.saturating_add(wish));
+        let wish = u16::from_le(memory.load(wish, Ordering::Relaxed)?);
+        if self.setup.event_idx {
+            return Ok(self.published - Wrapping(wish) - Wrapping(1) < self.published - self.signalled);
         }
+        Ok(u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Whether there is something to be taken.
+    pub fn has_requests(&self) -> bool {
+        if self.broken {
+            return false;
+        }
+        let index = self.queue.avail_idx(self.ram.memory(), Ordering::Acquire);
+        !self.resubmit.is_empty() || index.is_ok_and(|index| index.0 != self.queue.next_avail())
     }
 
     fn call(&self) {
@@ -313,6 +381,8 @@ impl Vring {
         if self.broken {
             return;
         }
+        // What was finished before was finished.
+        let _ = self.try_publish();
         self.broken = true;
         warn!(queue = self.setup.index, %error, "the guest broke a ring; it stays stopped until it is set up anew");
         if let Some(descriptor) = self.setup.error.load().as_deref() {
