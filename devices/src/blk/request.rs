@@ -56,6 +56,15 @@ pub struct Range {
     pub unmap: bool,
 }
 
+/// Bytes that a read or write moves, for the rate limit.
+pub fn moved_bytes(chain: &Chain, operation: Operation) -> u64 {
+    match operation {
+        Operation::Read => u64::from(chain.writable_bytes().saturating_sub(1)),
+        Operation::Write => u64::from(chain.readable_bytes().saturating_sub(HEADER)),
+        _ => 0,
+    }
+}
+
 /// Why a request is refused, as its status says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {

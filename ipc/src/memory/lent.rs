@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Direction, GuestMemory, GuestRam, MemoryError};
 
@@ -248,6 +248,45 @@ impl LentVector {
     /// Whether nothing is left to move.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Writes `bytes` to the first that are left to move, which stay lent: [`LentVector::advance`] follows.
+    ///
+    /// # Errors
+    /// Guest memory cannot be written; part of it may have been.
+    pub fn store(&self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = bytes;
+        for (address, len) in self.ranges() {
+            let Some((part, tail)) = rest.split_at_checked(len.min(rest.len())) else { break };
+            self.memory
+                .write_slice(part, GuestAddress(address))
+                .map_err(|_| MemoryError::OutOfRange { address, len: part.len() as u64 })?;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes` from the first that are left to move, which stay lent: [`LentVector::advance`] follows.
+    ///
+    /// # Errors
+    /// Guest memory cannot be read.
+    pub fn load(&self, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = bytes;
+        for (address, len) in self.ranges() {
+            let len = len.min(rest.len());
+            let Some((part, tail)) = rest.split_at_mut_checked(len) else { break };
+            self.memory
+                .read_slice(part, GuestAddress(address))
+                .map_err(|_| MemoryError::OutOfRange { address, len: len as u64 })?;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Addresses and lengths of what is left to move.
+    fn ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        let addresses = self.addresses.get(self.moved..).unwrap_or_default();
+        addresses.iter().zip(self.iovecs()).map(|(address, iovec)| (*address, iovec.iov_len))
     }
 
     /// The kernel has moved the next `count` bytes; the rest stays lent, for a second try after a short one.

@@ -40,6 +40,14 @@ pub trait VirtioDevice: Send {
     /// The workers; called once, before the seal.
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>>;
 
+    /// Called once after the seal, before the supervisor is told READY: looks at what may be hostile.
+    ///
+    /// # Errors
+    /// A sentence for a person: the device cannot be served.
+    fn open(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Copies configuration space from `offset` to `data`; what lies beyond its end reads as zero.
     fn read_config(&self, offset: u32, data: &mut [u8]);
 
