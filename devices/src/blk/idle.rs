@@ -7,9 +7,10 @@
 //! driver cannot run meanwhile.
 
 use std::hint::spin_loop;
-use std::num::NonZero;
-use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
+
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 
 /// The longest look at a ring.
 pub const LONGEST: Duration = Duration::from_micros(32);
@@ -55,7 +56,9 @@ pub struct Idle {
 impl Idle {
     /// For a thread that may run on the CPUs that it may run on now.
     pub fn new() -> Self {
-        let alone = available_parallelism().map_or(1, NonZero::get) == 1;
+        let alone = sched_getaffinity(Pid::from_raw(0)).map_or(true, |cpus| {
+            (0..CpuSet::count()).filter(|cpu| cpus.is_set(*cpu) == Ok(true)).count() == 1
+        });
         Self { longest: if alone { Duration::ZERO } else { LONGEST }, backoff: Backoff::default() }
     }
 

@@ -14,12 +14,15 @@ use std::io;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use bulkhead_ipc::channel::message::ImageFormat;
-use imago::file::File;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::vmdk::Vmdk;
 use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+
+mod storage;
+
+use storage::Given;
 
 /// One image of a chain.
 #[derive(Debug)]
@@ -42,20 +45,20 @@ pub struct Files {
 /// An image that is open.
 #[derive(Debug)]
 pub struct Image {
-    access: RwLock<FormatAccess<File>>,
+    access: RwLock<FormatAccess<Given>>,
 }
 
 /// Hands out the files that the user listed.
 struct Listed(VecDeque<fs::File>);
 
-impl ImplicitOpenGate<File> for Listed {
-    fn open_format<F: FormatDriverBuilder<File>>(&mut self, _builder: F) -> io::Result<FormatAccess<File>> {
+impl ImplicitOpenGate<Given> for Listed {
+    fn open_format<F: FormatDriverBuilder<Given>>(&mut self, _builder: F) -> io::Result<FormatAccess<Given>> {
         Err(io::Error::other("it names a backing image that was not given"))
     }
 
-    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<File> {
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Given> {
         match self.0.pop_front() {
-            Some(file) => File::try_from(file),
+            Some(file) => Given::new(file),
             None => {
                 let name = options.get_filename().map(|name| name.display().to_string()).unwrap_or_default();
                 Err(io::Error::other(format!(
@@ -91,7 +94,7 @@ impl Image {
         Ok(Self { access: RwLock::new(access) })
     }
 
-    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<Given>> {
         self.access.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -152,21 +155,21 @@ impl Image {
 
 fn open_layer(
     layer: &Layer,
-    below: Option<FormatAccess<File>>,
+    below: Option<FormatAccess<Given>>,
     write: bool,
     gate: Listed,
-) -> io::Result<FormatAccess<File>> {
-    let file = File::try_from(layer.file.try_clone()?)?;
+) -> io::Result<FormatAccess<Given>> {
+    let file = Given::new(layer.file.try_clone()?)?;
     match layer.format {
         ImageFormat::Raw if below.is_some() => Err(io::Error::other("a raw image has no backing image")),
         ImageFormat::Raw => Ok(FormatAccess::new(Raw::builder(file).write(write).open(gate)?)),
         ImageFormat::Vmdk if below.is_some() => {
             Err(io::Error::other("backing images of VMDK images cannot be opened"))
         }
-        ImageFormat::Vmdk => Ok(FormatAccess::new(Vmdk::<File>::builder(file).write(write).open(gate)?)),
+        ImageFormat::Vmdk => Ok(FormatAccess::new(Vmdk::<Given>::builder(file).write(write).open(gate)?)),
         ImageFormat::Qcow2 => {
             let given = below.is_some();
-            let image = Qcow2::<File>::builder(file).write(write).backing(below).open(gate)?;
+            let image = Qcow2::<Given>::builder(file).write(write).backing(below).open(gate)?;
             match (image.implicit_backing_file(), given) {
                 (Some(name), false) => {
                     let format = image.implicit_backing_format().map_or("FORMAT", String::as_str);
@@ -182,7 +185,7 @@ fn open_layer(
 }
 
 /// The error without control characters, which an image may hold, and not too long.
-fn describe(error: &io::Error) -> String {
+pub fn describe(error: &io::Error) -> String {
     error.to_string().escape_debug().take(400).collect()
 }
 

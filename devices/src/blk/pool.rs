@@ -2,8 +2,10 @@
 //! between them. They are the only ones that look into an image. A queue gives them a request and learns of its end by an eventfd.
 
 use std::collections::VecDeque;
+use std::hash::RandomState;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::Builder;
@@ -12,13 +14,16 @@ use bulkhead_ipc::memory::LentVector;
 use bulkhead_ipc::vhost_user::backend::EnterThread;
 use nix::sys::eventfd::EventFd;
 use nix::unistd::write;
+use tracing::warn;
 
-use super::image::{Files, Image};
+use super::image::{Files, Image, describe};
 
 /// Threads of a disk.
 const THREADS: usize = 4;
 /// Stack of a thread, bytes. Only what is touched counts.
 const STACK: usize = 512 * 1024;
+/// Most sentences about an image.
+const MOST_EXPLAINED: u64 = 10;
 /// Most bytes moved in one operation; a longer one is a short one, and its rest another.
 const PIECE: usize = 1 << 20;
 
@@ -106,6 +111,7 @@ struct Shared {
     more: Condvar,
     files: Files,
     image: RwLock<Option<Image>>,
+    explained: AtomicU64,
 }
 
 /// The threads of a disk.
@@ -126,12 +132,14 @@ impl Pool {
     /// A thread could not be started or put under its filter.
     pub fn start(files: Files, enter: &EnterThread) -> io::Result<Self> {
         let (jobs, more, image) = (Mutex::default(), Condvar::new(), RwLock::default());
-        let shared = Arc::new(Shared { jobs, more, files, image });
+        let shared = Arc::new(Shared { jobs, more, files, image, explained: AtomicU64::new(0) });
         let pool = Self { shared };
         for index in 0..THREADS {
             let (shared, enter) = (Arc::clone(&pool.shared), enter.clone());
             let (ready, readiness) = sync_channel(1);
             let body = move || {
+                // The keys of this thread's hash maps are drawn with the first, which is a system call.
+                let _ = RandomState::new();
                 let entered = enter();
                 let failed = entered.is_err();
                 let _ = ready.send(entered);
@@ -218,6 +226,13 @@ impl Shared {
         Ok(image.insert(opened).size())
     }
 
+    /// What is wrong with an image has no number; the first few sentences about it are for the log.
+    fn explain(&self, error: &io::Error) {
+        if error.raw_os_error().is_none() && self.explained.fetch_add(1, Ordering::Relaxed) < MOST_EXPLAINED {
+            warn!(error = describe(error), "the image");
+        }
+    }
+
     fn run(&self, io: Io, bytes: &mut Vec<u8>) {
         let Io { slot, mut buffers, operation, offset, done } = io;
         let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
@@ -226,6 +241,9 @@ impl Shared {
             None => Err(io::Error::from_raw_os_error(libc::EIO)),
         };
         drop(image);
+        if let Err(error) = &result {
+            self.explain(error);
+        }
         done.lock().push((slot, buffers, result.map_err(|error| errno(&error))));
         let _ = write(done.wake.as_fd(), &1u64.to_ne_bytes());
     }

@@ -55,8 +55,10 @@ fn qcow2_over_a_backing_image_holds_what_was_written() {
     let backing = base.to_str().unwrap();
     qemu_img(&["rebase", "-u", "-b", backing, "-F", "raw", path.to_str().unwrap()]);
     let options = ["--format", "qcow2", "--backing", &format!("{backing}:raw"), "--num-queues", "2"];
-    let service = service(folder, &path, &options);
+    let mut service = service(folder, &path, &options);
     let expected = move_randomly(&service, 2, EVENT_IDX | INDIRECT_DESC, 10, 5);
+    service.child.kill().unwrap();
+    service.child.wait().unwrap();
     assert!(contents(&path) == expected);
     assert!(fs::read(&base).unwrap().iter().all(|byte| *byte == 5), "the backing image was written");
 }

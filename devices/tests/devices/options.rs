@@ -86,7 +86,7 @@ fn pace(service: &Service, len: u32, time: Duration) -> f64 {
 #[test]
 fn rate_limits_hold_within_five_percent() {
     for (option, limit, len, expected) in
-        [("--iops", "800,8", 512, 800.0), ("--bps", "4194304,65536", 16384, 256.0)]
+        [("--iops", "800,200", 512, 800.0), ("--bps", "4194304,1048576", 16384, 256.0)]
     {
         let service = Service::disk(1 << 20, &[option, limit]);
         let rate = pace(&service, len, Duration::from_millis(800));

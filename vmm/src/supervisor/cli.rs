@@ -46,6 +46,25 @@ Firmware:
   loader on the disks. seabios and ovmf stand for the files of Debian's packages. With a serial
   port and no --console, SeaBIOS talks on the serial port.
 
+Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
+  path=FILE                    image or block device; the only key that must be there
+  readonly=on, id=NAME, serial=TEXT, queues=N, restart=POLICY
+  format=raw|qcow2|vmdk        what is in the image; never guessed. VMDK can only be read
+  backing=FILE:FORMAT          what backs a qcow2 image; repeated, from the top down. An image that
+                               names a file gets it only if it is named here: images may lie
+  data=FILE                    a file that holds data for the image (VMDK extents); repeated
+  cache=writeback              the host's page cache; durable with the guest's flush (the default)
+        writethrough           durable when a write ends
+        none                   O_DIRECT
+        unsafe                 flushes are not passed on: for what may be lost
+  discard=off                  the guest cannot give space up
+  logical-block-size=512|4096, physical-block-size=N
+  bps=RATE[:BURST], iops=RATE[:BURST]      what the guest may move a second, and at once
+  read-error, write-error=report           the guest sees an I/O error (the default)
+        wait                   the request waits, and is tried again each second
+        wait-for-space         the same, but only while the host's disk is full
+        ignore                 (writes) the guest is told that all is well; never of a full disk
+
 Devices that die:
   A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
   at once the first time, then after 10 ms, 100 ms and 1 s. The guest sees a pause. A device that
@@ -181,7 +200,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; repeat for more disks"
+        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,format=qcow2][,…], see below; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom

@@ -53,6 +53,7 @@ impl Role {
             (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
             (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
             (Self::Blk, None) => PolicyName::BlkMain,
+            (Self::Blk, Some(name)) if name.starts_with("image-") => PolicyName::BlkImage,
             (Self::Blk, Some(_)) => PolicyName::BlkQueue,
             (Self::Rng, None) => PolicyName::RngMain,
             (Self::Rng, Some(_)) => PolicyName::RngQueue,

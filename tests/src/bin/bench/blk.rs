@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::harness::{Outcome, Places};
+use bulkhead_tests::processes::descendants;
 use tempfile::TempDir;
 
 use crate::blk_load::{Generator, Load};
@@ -41,7 +42,7 @@ impl Service {
         let disk = disk.display();
         let mut command = if name == "bulkhead" {
             let mut command = Command::new(places.programs.join("bulkhead-device"));
-            command.args(["blk", "--socket-path", &socket, "--blk-file", &disk.to_string()]);
+            command.args(["blk", "--persistent", "--socket-path", &socket, "--blk-file", &disk.to_string()]);
             if direct {
                 command.args(["--cache", "none"]);
             }
@@ -69,11 +70,10 @@ impl Service {
         Ok(service)
     }
 
-    /// CPU time of the process, kernel threads that work for it included, seconds.
+    /// CPU time of the process and the one that serves a front end for it, kernel threads that work for them included, seconds.
     fn cpu(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-        fields.skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap_or(0.0) / 100.0).sum()
+        let children = descendants(self.child.id()).into_iter().map(|process| process.pid);
+        [self.child.id()].into_iter().chain(children).map(cpu).sum()
     }
 
     /// Requests a second, and µs of CPU for each.
@@ -85,6 +85,13 @@ impl Service {
         let count = rate.requests.max(1) as f64;
         Ok((count / rate.time.as_secs_f64(), (self.cpu() - before) * 1e6 / count))
     }
+}
+
+/// CPU time of one process, seconds.
+fn cpu(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    fields.skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap_or(0.0) / 100.0).sum()
 }
 
 fn loads() -> Vec<Load> {

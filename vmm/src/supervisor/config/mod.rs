@@ -4,6 +4,7 @@
 pub mod confinement;
 pub mod cpus;
 pub mod disk;
+pub mod disk_options;
 pub mod file;
 pub mod firmware;
 pub mod liveness;
@@ -21,6 +22,7 @@ use std::process;
 pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
+pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
@@ -126,6 +128,8 @@ pub struct DiskConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Everything else.
+    pub options: DiskOptions,
 }
 
 /// Where messages go and which of them.
@@ -508,7 +512,8 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
+        let DiskSpec { path, readonly, options, .. } = disk;
+        named.push(DiskConfig { path, readonly, id, restart, options });
     }
     Ok(named)
 }

@@ -109,7 +109,8 @@ impl EventLoop<'_> {
             }
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
-        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+        let options = disk.options.below(folder);
+        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart, options })
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
