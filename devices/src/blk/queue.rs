@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::{Durability, ErrorAction};
-use bulkhead_ipc::memory::{Direction, MemoryError};
+use bulkhead_ipc::memory::{Direction, MemoryError, single};
 use bulkhead_ipc::vhost_user::backend::{Chain, HostCall, QueueWorker, Segment, Vring, VringError};
 use tracing::warn;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use super::Shared;
 use super::direct::{Direct, Moved};
@@ -246,9 +246,10 @@ impl BlkQueue {
 
     fn finish(&mut self, slot: usize, status: Status, ring: &mut Vring) {
         if let Some(request) = self.requests.get(slot) {
-            let written = ring.ram().memory().write_obj(status as u8, GuestAddress(request.status_address));
+            let place = single(ring.ram().memory(), request.status_address, 1);
+            let written = place.is_some_and(|place| place.write_obj(status as u8, 0).is_ok());
             let (head, len) = (request.head, request.written);
-            if written.is_err() {
+            if !written {
                 let error = MemoryError::OutOfRange { address: request.status_address, len: 1 };
                 ring.fail(&error.into());
             }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::{Direction, GuestMemory, GuestRam, MemoryError};
+use super::{Direction, GuestMemory, GuestRam, MemoryError, single};
 
 /// One contiguous piece of a lent range.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +31,12 @@ fn pieces(
 ) -> Result<(), MemoryError> {
     let out_of_range = || MemoryError::OutOfRange { address, len };
     let length = usize::try_from(len).map_err(|_| out_of_range())?;
+    if let Some(slice) = single(memory, address, length) {
+        #[expect(clippy::disallowed_methods, reason = "the guards below mark what the kernel writes")]
+        let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        each(Piece { address, iovec: libc::iovec { iov_base, iov_len: length } });
+        return Ok(());
+    }
     let mut next = address;
     for slice in memory.get_slices(GuestAddress(address), length) {
         let slice = slice.map_err(|_| out_of_range())?;
@@ -44,6 +50,9 @@ fn pieces(
 
 /// Marks `len` bytes at `address`, which lie in RAM.
 fn mark(memory: &GuestMemory, address: u64, len: usize) {
+    if let Some(slice) = single(memory, address, len) {
+        return slice.bitmap().mark_dirty(0, len);
+    }
     for slice in memory.get_slices(GuestAddress(address), len).flatten() {
         slice.bitmap().mark_dirty(0, slice.len());
     }
