@@ -66,6 +66,9 @@ pub enum BlkError {
     /// Errors of reads cannot be ignored: the guest would take anything for its data.
     #[error("errors of reads can be reported or waited for, and not ignored")]
     Ignored,
+    /// A format that cannot be written.
+    #[error("VMDK images can only be read: the disk must be read-only")]
+    Vmdk,
     /// The disk's size.
     #[error("the disk's size cannot be found: {0}")]
     Size(io::Error),
@@ -150,6 +153,9 @@ impl Blk {
         };
         if options.read_error == ErrorAction::Ignore {
             return Err(BlkError::Ignored);
+        }
+        if options.format == ImageFormat::Vmdk && !read_only {
+            return Err(BlkError::Vmdk);
         }
         let mut id = [0; SERIAL];
         id.get_mut(..serial.len())

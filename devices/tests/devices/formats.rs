@@ -90,7 +90,9 @@ fn a_vmdk_image_is_served_from_its_extent() {
     let made = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", path.to_str().unwrap(), "4M"];
     qemu_img(&made);
     let extent = folder.path().join("disk-flat.vmdk");
-    let options = ["--format", "vmdk", "--data", extent.to_str().unwrap()];
+    let options = ["--format", "vmdk", "--read-only", "--data", extent.to_str().unwrap()];
+    assert!(refusal(&path, &options[..2]).contains("the disk must be read-only"));
+    assert!(refusal(&path, &options[..3]).contains("disk-flat.vmdk"));
     File::options().write(true).open(&extent).unwrap().write_all_at(&[3; 512], 512).unwrap();
     let service = service(folder, &path, &options);
     let mut driver = Driver::new(service.connect(), 1);
@@ -148,7 +150,7 @@ fn images_that_are_broken_are_refused_or_fail_and_harm_nobody() {
     let raw = folder.path().join("raw");
     fs::write(&raw, [0; 4096]).unwrap();
     assert!(refusal(&raw, &["--format", "qcow2"]).contains("the image cannot be opened"));
-    assert!(refusal(&raw, &["--format", "vmdk"]).contains("the image cannot be opened"));
+    assert!(refusal(&raw, &["--format", "vmdk", "--read-only"]).contains("the image cannot be opened"));
     assert!(refusal(&raw, &["--format", "vhdx"]).contains("is none of raw, qcow2, vmdk"));
     let broken = folder.path().join("broken");
     for (at, bytes, kept) in [

@@ -51,7 +51,9 @@ impl Service {
             let mut command = Command::new("qemu-storage-daemon");
             let cache = if direct { "on" } else { "off" };
             command.args(["--object", "iothread,id=io", "--blockdev"]);
-            command.arg(format!("driver=file,node-name=d,filename={disk},aio=io_uring,locking=off,cache.direct={cache}"));
+            command.arg(format!(
+                "driver=file,node-name=d,filename={disk},aio=io_uring,locking=off,cache.direct={cache}"
+            ));
             let export = "type=vhost-user-blk,id=e,node-name=d,writable=on,iothread=io,num-queues=1";
             command.arg("--export").arg(format!("{export},addr.type=unix,addr.path={socket}"));
             command
