@@ -15,6 +15,7 @@ mod driver;
 mod formats;
 mod hostile;
 mod inflight;
+mod malformed;
 mod messages;
 mod options;
 mod power_cut;

@@ -32,7 +32,8 @@ Examples:
       A machine to connect to with `bulkhead console web`; see it with `bulkhead ps web`,
       shut it down with `bulkhead stop web`.";
 
-const RUN_HELP: &str = "\
+const RUN_HELP: &str = concat!(
+    "\
 Terminal:
   With --serial stdio (the default) or --console stdio on a terminal, all keys go to the guest,
   Ctrl-C included. Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H prints help.
@@ -56,8 +57,9 @@ Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
   cache=writeback              the host's page cache; durable with the guest's flush (the default)
         writethrough           durable when a write ends
         none                   O_DIRECT
-        unsafe                 flushes are not passed on: for what may be lost
-  discard=off                  the guest cannot give space up
+",
+    "        unsafe                 flushes are not passed on: for what may be lost\n",
+    "  discard=off                  the guest cannot give space up
   logical-block-size=512|4096, physical-block-size=N
   bps=RATE[:BURST], iops=RATE[:BURST]      what the guest may move a second, and at once
   read-error, write-error=report           the guest sees an I/O error (the default)
@@ -114,7 +116,8 @@ Examples:
   bulkhead run --kernel vmlinuz --initrd initrd.img
   bulkhead run --kernel vmlinux --cmdline 'root=/dev/vda ro' --cpus 4 --memory 2G \\
       --disk path=root.img --disk path=data.img,readonly=on,id=data --rng --console
-  bulkhead run --config web.toml --memory 4G --serial file=boot.log";
+  bulkhead run --config web.toml --memory 4G --serial file=boot.log"
+);
 
 /// What `bulkhead` was asked to do.
 #[derive(Debug, Parser)]

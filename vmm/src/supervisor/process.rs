@@ -51,6 +51,7 @@ impl Role {
     pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
         match (self, thread) {
             (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
+            (Self::Core | Self::Supervisor, Some("devices")) => PolicyName::CoreDevices,
             (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
             (Self::Blk, None) => PolicyName::BlkMain,
             (Self::Blk, Some(name)) if name.starts_with("image-") => PolicyName::BlkImage,

@@ -70,7 +70,7 @@ impl EventLoop<'_> {
             return Err("devices can be added while the machine runs, and it does not".to_owned());
         }
         let device = match request {
-            AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
+            AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
         };

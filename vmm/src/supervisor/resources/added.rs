@@ -7,7 +7,7 @@ use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget};
 #[derive(Debug)]
 pub enum NewDevice {
     /// A disk.
-    Disk(DiskConfig),
+    Disk(Box<DiskConfig>),
     /// The entropy device.
     Rng,
     /// The virtio console.
