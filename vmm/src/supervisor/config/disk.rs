@@ -250,7 +250,7 @@ mod tests {
         assert!(refusal("path=a,backing=b").contains("backing=FILE:FORMAT"));
         assert!(refusal("path=a,format=vmdk").contains("readonly=on"));
         assert!(refusal("path=a,format=qcow2,cache=none").contains("raw images"));
-        assert!(refusal("path=a,cache=some").contains("writeback, writethrough, none, unsafe"));
+        assert!(refusal("path=a,cache=0123456789").contains("writeback, writethrough, none, unsafe"));
         assert!(refusal("path=a,bps=fast").contains("100M:200M"));
         assert!(refusal("path=a,queues=x").contains("whole number"));
         assert!(refusal("path=a,read-error=ignore").contains("not ignored"));
