@@ -18,7 +18,7 @@ const FOLDERS: [&str; 3] = ["/usr/lib/ipxe/qemu", "/usr/share/seabios", "/usr/sh
 pub struct RomSpec {
     /// The PCI device that brings it; `None`: it belongs to no device.
     pub device: Option<String>,
-    /// Its file, or a name among [`FOLDERS`].
+    /// Its file, or the bare name of one of Debian's packages.
     pub path: PathBuf,
 }
 
