@@ -4,6 +4,7 @@ pub mod blk;
 pub mod console;
 pub mod flash;
 pub mod keyboard;
+pub mod rate_limit;
 pub mod rng;
 pub mod serve;
 pub mod standalone;

@@ -36,11 +36,13 @@ pub enum PolicyName {
     FlashMain,
     /// Keyboard: its only thread.
     KeyboardMain,
+    /// virtio-blk: a thread that reads and writes an image in a format.
+    BlkImage,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -54,6 +56,7 @@ impl PolicyName {
         Self::UartMain,
         Self::FlashMain,
         Self::KeyboardMain,
+        Self::BlkImage,
     ];
 
     /// The policy's file in the source tree.
@@ -92,6 +95,7 @@ impl PolicyName {
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
             Self::KeyboardMain => KEYBOARD_MAIN,
+            Self::BlkImage => BLK_IMAGE,
         }
     }
 }
