@@ -40,8 +40,10 @@ machine: build guest ## whole machines: bare payloads here, stock guests in the 
 	mkdir -p build/machine-tests
 	status=0; \
 	$(if $(CASES),,$(RELEASE)/attack || status=1;) \
-	$(RELEASE)/machine-tests --bare $(CASES) || status=1; \
-	tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
+	bare=$$($(RELEASE)/machine-tests --list --bare $(CASES)) stock=$$($(RELEASE)/machine-tests --list --stock $(CASES)); \
+	[[ -n $$bare$$stock ]] || { echo 'no case has one of these words in its name'; exit 2; }; \
+	[[ -z $$bare ]] || $(RELEASE)/machine-tests --bare $(CASES) || status=1; \
+	[[ -z $$stock ]] || tools/lab --auto --timeout 1500 --rw build/machine-tests -- $(RELEASE)/machine-tests --stock $(CASES) || status=1; \
 	exit $$status
 
 bench: build guest ## comparisons with other monitors, written to docs/benchmarks.md
