@@ -6,8 +6,10 @@ pub mod flash;
 pub mod rng;
 pub mod serve;
 pub mod standalone;
+pub mod segments;
 pub mod stream;
 pub mod uart;
+pub mod vsock;
 
 /// Copies configuration space from `offset` on; what lies beyond its end reads as zero.
 pub(crate) fn copy_config(space: &[u8], offset: u32, data: &mut [u8]) {

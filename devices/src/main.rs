@@ -19,11 +19,12 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// Exit code for a command line that makes no sense.
 const EXIT_USAGE: u8 = 2;
 
-const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart|flash
+const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart|flash|vsock
          under a supervisor, with the control channel on descriptor 3
        bulkhead-device blk --socket-path PATH --blk-file FILE [--read-only] [--serial TEXT] [--num-queues N] [--block-size 512|4096]
        bulkhead-device rng --socket-path PATH
        bulkhead-device console --socket-path PATH
+       bulkhead-device vsock --socket-path PATH --guest-cid CID --uds-path PATH
          as a service for any vhost-user front end
        bulkhead-device --version";
 

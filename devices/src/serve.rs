@@ -25,6 +25,7 @@ use crate::flash::{self, Flash, FlashError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
+use crate::vsock::Vsock;
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -114,6 +115,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Vsock(_) => "vsock",
     }
 }
 
@@ -211,6 +213,10 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Vsock(config) => {
+            let device = Box::new(Vsock::new(config.guest_cid, resources.take(config.connector)?));
+            Parts { device, main: PolicyName::VsockMain, queue: PolicyName::VsockQueue, console: None }
         }
     };
     let mut held = resources.finish(channel)?;

@@ -5,8 +5,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread::Builder;
 
+use bulkhead_ipc::connector::{Connector, MAX_PATH};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, VirtioDevice, WorkerError, no_jail};
 use bulkhead_ipc::vhost_user::connection::ConnectionError;
 use thiserror::Error;
@@ -17,6 +20,7 @@ use crate::console::Console;
 use crate::rng::Rng;
 use crate::serve::connection;
 use crate::stream::Ends;
+use crate::vsock::Vsock;
 
 /// Why the service ends.
 #[derive(Debug, Error)]
@@ -57,6 +61,8 @@ struct Options {
     serial: String,
     queues: u16,
     block_size: u32,
+    guest_cid: u32,
+    uds_path: Option<String>,
 }
 
 fn usage(message: impl Into<String>) -> StandaloneError {
@@ -72,6 +78,8 @@ impl Options {
             serial: String::new(),
             queues: 1,
             block_size: 512,
+            guest_cid: 3,
+            uds_path: None,
         };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
@@ -96,6 +104,8 @@ impl Options {
                         u16::try_from(number()?).map_err(|_| usage("--num-queues is too large"))?;
                 }
                 "--block-size" => options.block_size = number()?,
+                "--guest-cid" => options.guest_cid = number()?,
+                "--uds-path" => options.uds_path = Some(value),
                 _ => return Err(usage(format!("unknown option {name}"))),
             }
         }
@@ -145,7 +155,46 @@ fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, Standa
             })?;
             Ok(Box::new(Console::new(ends, None)))
         }
+        "vsock" => vsock(options),
         other => Err(usage(format!("unknown device type {other}"))),
+    }
+}
+
+/// A vsock, whose connector runs on a thread of its own.
+fn vsock(options: &Options) -> Result<Box<dyn VirtioDevice>, StandaloneError> {
+    let path = options.uds_path.as_deref().ok_or_else(|| usage("--uds-path is needed"))?;
+    if !(3..u32::MAX).contains(&options.guest_cid) {
+        return Err(usage("--guest-cid: 0, 1, 2 and 4294967295 have a meaning of their own; take 3 or more"));
+    }
+    if path.len() > MAX_PATH {
+        return Err(usage(format!("--uds-path: more than {MAX_PATH} bytes leave no room for _PORT")));
+    }
+    let failed = |error| StandaloneError::Open { what: "vsock", path: path.into(), error };
+    let listener = listen("vsock", path)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let (connector, theirs) = Connector::new(Path::new(path)).map_err(|error| failed(io::Error::other(error)))?;
+    let body = move || {
+        if let Err(error) = connector.run(&listener) {
+            warn!(%error, "no connection can be made any more");
+        }
+    };
+    Builder::new().name("connector".into()).spawn(body).map_err(failed)?;
+    Ok(Box::new(Vsock::new(options.guest_cid, theirs)))
+}
+
+/// Listens at a path. A socket there that nobody listens on was left behind by a process that died; anything else is left alone.
+fn listen(what: &'static str, path: &str) -> Result<UnixListener, StandaloneError> {
+    let failed = |error| StandaloneError::Open { what, path: path.into(), error };
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let refused = UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if !refused {
+                return Err(failed(error));
+            }
+            std::fs::remove_file(path).map_err(failed)?;
+            UnixListener::bind(path).map_err(failed)
+        }
+        other => other.map_err(failed),
     }
 }
 

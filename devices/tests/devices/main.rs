@@ -19,3 +19,4 @@ mod qemu;
 mod rng;
 mod storm;
 mod supervised;
+mod vsock;

@@ -314,6 +314,8 @@ pub enum DeviceConfig {
     Uart(UartConfig),
     /// Flash with firmware's variables.
     Flash(FlashConfig),
+    /// virtio-vsock.
+    Vsock(VsockConfig),
 }
 
 /// A disk.
@@ -367,6 +369,15 @@ pub struct FlashConfig {
     pub memory: FdIndex,
     /// Size of both in bytes, a multiple of 4 KiB.
     pub size: u64,
+}
+
+/// A vsock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Context id of the guest, 3 to 4294967294.
+    pub guest_cid: u32,
+    /// The device's end of a [`crate::connector::Connector`]'s channel.
+    pub connector: FdIndex,
 }
 
 /// From a device process to the supervisor.

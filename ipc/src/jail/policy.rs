@@ -30,11 +30,15 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// virtio-vsock: control channel and vhost-user messages.
+    VsockMain,
+    /// virtio-vsock: its queues, its connector and every connection.
+    VsockQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -45,6 +49,8 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::VsockMain,
+        Self::VsockQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -80,6 +86,8 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::VsockMain => VSOCK_MAIN,
+            Self::VsockQueue => VSOCK_QUEUE,
         }
     }
 }
