@@ -14,7 +14,9 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{
+    BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget, VsockSpec,
+};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -66,6 +68,11 @@ Jail:
   that may be written and holds nobody else: as a user, try systemd-run --user --scope
   -p Delegate=yes bulkhead run …. Host users are taken from a range that is not shared with
   another machine: as a user, from the range in /etc/subuid, by newuidmap.
+
+Vsock:
+  With --vsock cid=N,path=SOCKET the guest has context id N, and streams to the host by Unix sockets:
+  a guest that connects to port P of the host (context id 2) reaches the socket SOCKET_P; who connects
+  to SOCKET and sends the line CONNECT P reaches port P of the guest, and reads OK and a port first.
 
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
@@ -193,6 +200,13 @@ pub struct RunArgs {
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
     #[arg(long, value_name = "TARGET")]
     pub serial: Option<StreamTarget>,
+    /// Sockets between guest and host.
+    #[arg(
+        long,
+        value_name = "cid=N,path=SOCKET,…",
+        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY]"
+    )]
+    pub vsock: Option<VsockSpec>,
     /// Read options from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

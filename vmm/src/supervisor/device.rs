@@ -124,13 +124,12 @@ fn replace(
 }
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
-    let device = match &args.disk {
-        Some(spec) => {
-            let folder = std::env::current_dir().map_err(ClientError::from)?;
-            AddRequest::Disk { spec: spec.clone(), folder }
-        }
-        None if args.rng => AddRequest::Rng,
-        None => AddRequest::Console,
+    let folder = || std::env::current_dir().map_err(ClientError::from);
+    let device = match (&args.disk, &args.vsock) {
+        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
+        (None, Some(spec)) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
+        _ if args.rng => AddRequest::Rng,
+        _ => AddRequest::Console,
     };
     done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
 }

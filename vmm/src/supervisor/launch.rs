@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
     BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    RngConfig, ToCore, ToDevice, UartConfig,
+    RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -28,7 +28,7 @@ use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -36,6 +36,9 @@ use super::terminal;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
+const VIRTIO_VSOCK: u16 = 19;
+/// A descriptor for each connection of a vsock, and some.
+const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -103,6 +106,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Vsock(&'a Vsock),
 }
 
 impl<'a> Plan<'a> {
@@ -113,6 +117,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans
     }
 
@@ -123,6 +128,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Vsock(vsock) => &vsock.id,
         }
     }
 
@@ -133,6 +139,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Vsock(_) => Role::Vsock,
         }
     }
 
@@ -144,6 +151,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
         }
     }
 
@@ -152,7 +160,7 @@ impl<'a> Plan<'a> {
         let file_size = match self {
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
+            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Vsock(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -160,7 +168,11 @@ impl<'a> Plan<'a> {
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
-        Limits { file_size, locked, ..Limits::default() }
+        let mut limits = Limits { file_size, locked, ..Limits::default() };
+        if matches!(self, Self::Vsock(_)) {
+            limits.descriptors = VSOCK_DESCRIPTORS;
+        }
+        limits
     }
 
     fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
@@ -182,6 +194,10 @@ impl<'a> Plan<'a> {
                 file: fds.add(&variables.file),
                 memory: fds.add(&variables.memory),
                 size: variables.size,
+            }),
+            Self::Vsock(vsock) => DeviceConfig::Vsock(VsockConfig {
+                guest_cid: vsock.cid,
+                connector: fds.add(&vsock.for_device),
             }),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),

@@ -5,6 +5,7 @@ mod added;
 mod slots;
 mod stream;
 mod variables;
+mod vsock;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -22,6 +23,7 @@ use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
+pub use vsock::Vsock;
 
 use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{Confinement, Required};
@@ -164,10 +166,18 @@ pub enum ResourceError {
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
-        /// `serial` or `console`.
+        /// `serial`, `console` or `vsock`.
         field: &'static str,
         /// The path.
         path: PathBuf,
+    },
+    /// A context id that another machine has.
+    #[error("{field}: the context id {cid} belongs to another machine of this user: give this one another with cid=N")]
+    CidTaken {
+        /// Which device.
+        field: String,
+        /// The context id.
+        cid: u32,
     },
     /// No pseudo terminal, no descriptor …
     #[error("{what}: {reason}")]
@@ -216,6 +226,8 @@ pub struct Resources {
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
     pub console: Option<Stream>,
+    /// The host's side of the vsock.
+    pub vsock: Option<Vsock>,
     /// The program of the core.
     pub core_program: OwnedFd,
     /// The program of the devices.
@@ -250,7 +262,9 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+        let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
+        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        for id in ids.chain(vsock) {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
@@ -275,6 +289,7 @@ impl Resources {
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
+            vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
     }
 }

@@ -172,6 +172,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Vsock(vsock) => {
+            kept.push(fds.take(vsock.connector).unwrap());
+            PolicyName::VsockMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {

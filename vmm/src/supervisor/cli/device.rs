@@ -17,7 +17,7 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// List the devices of a machine: process, state, restarts, and how the last process ended
     List(DeviceListArgs),
-    /// Add a disk, an entropy device or a console: its process is started, then the guest is told by ACPI
+    /// Add a disk, an entropy device, a console or a vsock: its process is started, then the guest is told by ACPI
     Add(DeviceAddArgs),
     /// Ask the guest by ACPI to let go of a virtio device, then end its process and unlock its disk
     Remove(DeviceRemoveArgs),
@@ -58,6 +58,9 @@ pub struct DeviceAddArgs {
         help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]"
     )]
     pub disk: Option<String>,
+    /// Sockets between guest and host, as for `bulkhead run`
+    #[arg(long, value_name = "cid=N,path=SOCKET,…", group = "what")]
+    pub vsock: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,

@@ -19,6 +19,7 @@ use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
+use super::vsock::VsockSpec;
 use super::table::{RngSpec, StreamSpec};
 use super::{CONSOLE, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
@@ -74,6 +75,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
+    vsock: Option<VsockSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -147,6 +149,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
+        vsock: file.vsock.map(|vsock| vsock.below(base)),
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),

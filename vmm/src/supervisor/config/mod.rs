@@ -13,6 +13,7 @@ pub mod size;
 pub mod smbios;
 pub mod stream;
 pub mod table;
+pub mod vsock;
 
 use std::mem::take;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
+pub use vsock::{VsockConfig, VsockSpec};
 use thiserror::Error;
 
 use bulkhead_ipc::jail::Layer;
@@ -55,6 +57,8 @@ pub const CONSOLE: &str = "console";
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
 pub const FLASH: &str = "firmware-vars";
+/// Name of the vsock among the devices, unless it is given another.
+pub const VSOCK: &str = "vsock";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -99,6 +103,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// The vsock.
+    pub vsock: Option<VsockConfig>,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -255,6 +261,17 @@ pub enum ConfigError {
         /// Why not.
         reason: &'static str,
     },
+    /// A vsock that cannot be.
+    #[error(transparent)]
+    Vsock(#[from] vsock::VsockSpecError),
+    /// An id that another device has.
+    #[error("{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME")]
+    IdTaken {
+        /// What kind of device.
+        device: &'static str,
+        /// The id.
+        id: String,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -269,6 +286,7 @@ impl MachineConfig {
     /// What follows the death of this device's process.
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
         let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
+        let disk = disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
         disk.or_else(other).unwrap_or(self.restart)
     }
@@ -294,7 +312,11 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
+    let vsock = args.vsock.take().or(file.vsock.take());
+    let virtio = disks.len()
+        + usize::from(rng)
+        + usize::from(console != StreamTarget::Off)
+        + usize::from(vsock.is_some());
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
@@ -302,6 +324,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    let mut vsock = vsock.map(|vsock| name_vsock(vsock, &disks, restart)).transpose()?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -316,7 +339,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others = others.chain(vsock.as_ref().map(|vsock| vsock.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
+    if let Some(vsock) = &mut vsock
+        && let Some((_, policy)) = restarts.iter().find(|(id, _)| *id == vsock.id)
+    {
+        vsock.restart = *policy;
+    }
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
@@ -344,6 +373,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
+        vsock,
         restart,
         restarts,
         liveness,
@@ -495,8 +525,28 @@ fn apply(
     Ok(restarts)
 }
 
+/// Ids that no disk may have, for others have them.
+const RESERVED: [&str; 6] = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR];
+
+/// Checks a vsock, and gives it its id.
+pub fn name_vsock(
+    spec: VsockSpec,
+    disks: &[DiskConfig],
+    restart: RestartPolicy,
+) -> Result<VsockConfig, ConfigError> {
+    let cid = spec.check()?;
+    let id = match spec.id {
+        Some(id) => check_name("id of the vsock", id)?,
+        None => VSOCK.to_owned(),
+    };
+    if RESERVED.contains(&id.as_str()) || disks.iter().any(|disk| disk.id == id) {
+        return Err(ConfigError::IdTaken { device: "vsock", id });
+    }
+    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart) })
+}
+
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {

@@ -15,7 +15,8 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig,
+    VsockSpec, check_name, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -73,6 +74,7 @@ impl EventLoop<'_> {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
+            AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -87,7 +89,12 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::Vsock(vsock) => vsock.restart,
         };
+        if let Err(error) = self.environment.watch_vsock(self.resources) {
+            self.resources.remove(&id);
+            return Err(format!("it cannot be watched: {error}"));
+        }
         let stage = Stage::Asked(policy);
         self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
         Ok(())
@@ -97,10 +104,18 @@ impl EventLoop<'_> {
         [SERIAL, FLASH, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
     }
 
+    fn new_vsock(&self, spec: &str, folder: &Path) -> Result<VsockConfig, String> {
+        if let Some(vsock) = &self.resources.vsock {
+            return Err(format!("this machine has a vsock already: {}", vsock.id));
+        }
+        let spec: VsockSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        name_vsock(spec.below(folder), &[], self.config.restart).map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
         let id = match disk.id {
-            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
+            Some(id) if [RNG, CONSOLE, VSOCK].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));
             }
             Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
@@ -324,6 +339,9 @@ impl EventLoop<'_> {
         if change.id == CONSOLE {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
+            self.environment.forget_vsock(vsock);
         }
         self.resources.remove(&change.id);
         if change.failure.is_none() {

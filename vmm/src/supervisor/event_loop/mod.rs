@@ -13,6 +13,7 @@ mod orders;
 mod processes;
 mod recovery;
 mod requests;
+mod vsock;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -163,6 +164,7 @@ impl Environment {
         for stream in [&resources.serial, &resources.console].into_iter().flatten() {
             stream.listener.iter().for_each(|listener| self.poller.remove(listener));
         }
+        resources.vsock.iter().for_each(|vsock| self.poller.remove(&vsock.listener));
         self.log.say(LogLevel::Warn, "no descriptor is left for a connection: it has to wait");
     }
 
@@ -173,7 +175,7 @@ impl Environment {
         self.watch(resources)
     }
 
-    /// Watches the sockets of serial port and console.
+    /// Watches the sockets of serial port, console and vsock.
     pub fn watch(&self, resources: &Resources) -> io::Result<()> {
         for (stream, source) in
             [(&resources.serial, Source::SerialListener), (&resources.console, Source::ConsoleListener)]
@@ -183,7 +185,7 @@ impl Environment {
                 self.poller.add(listener, source)?;
             }
         }
-        Ok(())
+        self.watch_vsock(resources)
     }
 }
 
@@ -370,6 +372,8 @@ impl<'a> EventLoop<'a> {
             Source::StandbyControl(index) => self.standby_control(index.into()),
             Source::StandbyExit(index) => self.standby_exited(index.into()),
             Source::StandbyLog(index) => self.standby_log(index.into()),
+            Source::VsockListener => self.vsock_connection(),
+            Source::Connector => self.connector(),
         }
     }
 

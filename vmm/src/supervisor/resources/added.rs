@@ -1,7 +1,7 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget};
+use super::{Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk};
+use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget, VsockConfig};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub enum NewDevice {
     Rng,
     /// The virtio console.
     Console,
+    /// The vsock.
+    Vsock(VsockConfig),
 }
 
 impl NewDevice {
@@ -21,6 +23,7 @@ impl NewDevice {
             Self::Disk(disk) => &disk.id,
             Self::Rng => RNG,
             Self::Console => CONSOLE,
+            Self::Vsock(vsock) => &vsock.id,
         }
     }
 }
@@ -47,6 +50,7 @@ impl Resources {
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
         }
         Ok(())
     }
@@ -55,6 +59,9 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.disks.retain(|disk| disk.id != id);
+        if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
+            self.vsock = None;
+        }
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
