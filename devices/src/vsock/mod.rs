@@ -13,6 +13,7 @@
 //! | `guest` | packets from the guest |
 //! | `host` | packets to the guest |
 //! | `sockets` | connections that come and go on the host |
+//! | `service` | the device under other monitors |
 //!
 //! Memory is bounded: so many connections, so many bytes for each ([`stream`]), and no buffer at all for what flows. Connections
 //! do not outlive the process. A successor finds rings that were used before and tells the guest so, by the event for a
@@ -21,6 +22,7 @@
 mod guest;
 mod host;
 mod packet;
+mod service;
 mod sockets;
 mod stream;
 mod table;
@@ -35,6 +37,8 @@ use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::vhost_user::backend::{QueueWorker, VirtioDevice};
 use nix::unistd::write;
 
+pub use service::SERVICE;
+use table::MAX_STREAMS;
 use worker::Worker;
 
 /// Packets to the guest.

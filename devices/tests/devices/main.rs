@@ -17,6 +17,7 @@ mod inflight;
 mod messages;
 mod qemu;
 mod rng;
+mod services;
 mod storm;
 mod supervised;
 mod vsock;

@@ -23,7 +23,9 @@ use super::harvest::{DirtyPages, DirtyRegion};
 use super::huge;
 use super::log::LogSlot;
 use super::mapping::Mapping;
-use super::{Direction, DirtyLog, LentBuffer, LentVector, MemoryError, SharedRegion, View, layout};
+use super::{
+    Direction, DirtyLog, LentBuffer, LentVector, MemoryError, PAGE_SIZE, SharedRegion, View, layout,
+};
 
 /// Guest memory as vm-memory, `virtio-queue` and `linux-loader` see it; its writes mark by themselves.
 pub type GuestMemory = GuestRegionCollection<GuestRegionMmap<RegionBitmap>>;
