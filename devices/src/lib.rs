@@ -1,5 +1,6 @@
 //! The device models of Bulkhead: one module for each type; `bulkhead-device` runs one of them in its own process.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flash;

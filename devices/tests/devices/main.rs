@@ -9,6 +9,7 @@
 )]
 
 mod attached;
+mod balloon;
 mod blk;
 mod console;
 mod driver;

@@ -34,11 +34,15 @@ pub enum PolicyName {
     VsockMain,
     /// virtio-vsock: its queues, its connector and every connection.
     VsockQueue,
+    /// virtio-balloon: control channel and vhost-user messages.
+    BalloonMain,
+    /// virtio-balloon: its queues.
+    BalloonQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -51,6 +55,8 @@ impl PolicyName {
         Self::FlashMain,
         Self::VsockMain,
         Self::VsockQueue,
+        Self::BalloonMain,
+        Self::BalloonQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -88,6 +94,8 @@ impl PolicyName {
             Self::FlashMain => FLASH_MAIN,
             Self::VsockMain => VSOCK_MAIN,
             Self::VsockQueue => VSOCK_QUEUE,
+            Self::BalloonMain => BALLOON_MAIN,
+            Self::BalloonQueue => BALLOON_QUEUE,
         }
     }
 }
