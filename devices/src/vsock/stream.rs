@@ -19,7 +19,7 @@ const UPDATE_PART: u32 = 4;
 
 /// For the host to say which port it wants; for the guest, or the host, to answer a connection.
 pub const GREETING: Duration = Duration::from_secs(10);
-pub const ANSWER: Duration = Duration::from_secs(5);
+pub const ANSWER: Duration = Duration::from_secs(20);
 /// For the guest to acknowledge the end of a connection, after which it is reset.
 pub const FAREWELL: Duration = Duration::from_secs(10);
 /// For the host to take what the guest said last.

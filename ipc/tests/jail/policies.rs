@@ -80,7 +80,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 11] = files![
+const FILES: [(&str, &str); 15] = files![
     "common",
     "core-main",
     "core-vcpu",
@@ -91,7 +91,11 @@ const FILES: [(&str, &str); 11] = files![
     "console-main",
     "console-queue",
     "uart-main",
-    "flash-main"
+    "flash-main",
+    "vsock-main",
+    "vsock-queue",
+    "balloon-main",
+    "balloon-queue"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

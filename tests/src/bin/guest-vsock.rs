@@ -83,9 +83,20 @@ fn serve_echo() -> Outcome {
     Ok(())
 }
 
+/// Connects on a machine that may be slow: Linux gives up after two seconds.
+fn dial_patiently(port: u32) -> Outcome<UnixStream> {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        match dial(port) {
+            Err(error) if error.contains("ETIMEDOUT") && Instant::now() < end => {}
+            other => return other,
+        }
+    }
+}
+
 /// One stream of `kib` KiB there and back.
 fn exchange(number: u32, kib: usize) -> Outcome {
-    let mut stream = dial(HOST_ECHO)?;
+    let mut stream = dial_patiently(HOST_ECHO)?;
     let mut bytes = vec![0; kib << 10];
     let sectors = vec![1; bytes.len() / SECTOR];
     fill(number.into(), 0, &sectors, &mut bytes);
@@ -129,7 +140,7 @@ fn run() -> Outcome {
     streams(count, kib)?;
     let refused = dial(9).err().ok_or("somebody listens at port 9 of the host")?;
     println!("guest: vsock port 9: {refused}");
-    let mut idle = dial(HOST_IDLE)?;
+    let mut idle = dial_patiently(HOST_IDLE)?;
     println!("guest: vsock waits");
     let ended = idle.read(&mut [0]);
     println!("guest: vsock connection ended: {ended:?}");

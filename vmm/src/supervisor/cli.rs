@@ -15,7 +15,7 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget, VsockSpec,
 };
 use super::exit_code;
 
@@ -133,6 +133,8 @@ pub enum Command {
     Device(DeviceArgs),
     /// Change the number of CPUs of a machine that runs
     Resize(ResizeArgs),
+    /// Show what the balloon of a machine holds and how the guest uses its memory, or give the balloon another size
+    Balloon(BalloonArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),
     /// Say what this host offers, and what is lost without it
@@ -207,6 +209,16 @@ pub struct RunArgs {
         help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY]"
     )]
     pub vsock: Option<VsockSpec>,
+    /// A balloon.
+    #[arg(
+        long,
+        value_name = "size=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "size=0",
+        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY]"
+    )]
+    pub balloon: Option<BalloonSpec>,
     /// Read options from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -306,6 +318,18 @@ pub struct ResizeArgs {
     /// Seconds for the guest to let go of CPUs
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub timeout: u32,
+}
+
+/// Options of `bulkhead balloon`.
+#[derive(Debug, Args)]
+pub struct BalloonArgs {
+    /// The machine
+    pub name: String,
+    /// Memory that the guest is to do without, such as 256M; 0 gives all back to it
+    pub size: Option<Size>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `bulkhead doctor`.

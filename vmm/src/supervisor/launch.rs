@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
+    BalloonConfig, BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
     RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -28,7 +28,7 @@ use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
+use super::resources::{Balloon, Disk, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -36,6 +36,7 @@ use super::terminal;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
+const VIRTIO_BALLOON: u16 = 5;
 const VIRTIO_VSOCK: u16 = 19;
 /// A descriptor for each connection of a vsock, and some.
 const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
@@ -107,6 +108,7 @@ enum Plan<'a> {
     Uart(&'a Stream),
     Flash(&'a Variables),
     Vsock(&'a Vsock),
+    Balloon(&'a Balloon),
 }
 
 impl<'a> Plan<'a> {
@@ -118,6 +120,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
+        plans.extend(resources.balloon.as_ref().map(Self::Balloon));
         plans
     }
 
@@ -129,6 +132,7 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
             Self::Vsock(vsock) => &vsock.id,
+            Self::Balloon(balloon) => &balloon.id,
         }
     }
 
@@ -140,6 +144,7 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
             Self::Vsock(_) => Role::Vsock,
+            Self::Balloon(_) => Role::Balloon,
         }
     }
 
@@ -152,6 +157,7 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
+            Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
         }
     }
 
@@ -160,7 +166,9 @@ impl<'a> Plan<'a> {
         let file_size = match self {
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Vsock(_) => Some(INFLIGHT_AREA),
+            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Vsock(_) | Self::Balloon(_) => {
+                Some(INFLIGHT_AREA)
+            }
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -194,6 +202,12 @@ impl<'a> Plan<'a> {
                 file: fds.add(&variables.file),
                 memory: fds.add(&variables.memory),
                 size: variables.size,
+            }),
+            Self::Balloon(balloon) => DeviceConfig::Balloon(BalloonConfig {
+                target: balloon.target,
+                actual: balloon.actual,
+                deflate_on_oom: balloon.deflate_on_oom,
+                free_page_reporting: balloon.free_page_reporting,
             }),
             Self::Vsock(vsock) => DeviceConfig::Vsock(VsockConfig {
                 guest_cid: vsock.cid,

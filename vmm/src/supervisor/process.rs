@@ -29,6 +29,8 @@ pub enum Role {
     Flash,
     /// The vsock.
     Vsock,
+    /// The balloon.
+    Balloon,
     /// The process that started the others.
     Supervisor,
 }
@@ -44,6 +46,7 @@ impl Role {
             Self::Uart => "uart",
             Self::Flash => "flash",
             Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
             Self::Supervisor => "supervisor",
         }
     }
@@ -65,6 +68,8 @@ impl Role {
             (Self::Flash, _) => PolicyName::FlashMain,
             (Self::Vsock, None) => PolicyName::VsockMain,
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
+            (Self::Balloon, None) => PolicyName::BalloonMain,
+            (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
         }
     }
 }

@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod balloon;
 mod slots;
 mod stream;
 mod variables;
@@ -16,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
+pub use balloon::Balloon;
 use bulkhead_ipc::channel::message::Processors;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -228,6 +230,8 @@ pub struct Resources {
     pub console: Option<Stream>,
     /// The host's side of the vsock.
     pub vsock: Option<Vsock>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
     /// The program of the core.
     pub core_program: OwnedFd,
     /// The program of the devices.
@@ -264,7 +268,8 @@ impl Resources {
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
         let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        for id in ids.chain(vsock) {
+        let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
+        for id in ids.chain(vsock).chain(balloon) {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
@@ -282,6 +287,7 @@ impl Resources {
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            balloon: config.balloon.as_ref().map(Balloon::new),
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,

@@ -27,6 +27,9 @@ impl DeviceType {
     pub const ENTROPY: Self =
         Self { id: 4, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: false };
 
+    /// Balloon, section 5.5.
+    pub const BALLOON: Self =
+        Self { id: 5, class: 0x00_FF_00, config_size: 16, queues: 4, multi_queue: false };
     /// Sockets between guest and host, section 5.10.
     pub const VSOCK: Self = Self { id: 19, class: 0x00_FF_00, config_size: 8, queues: 3, multi_queue: false };
 
@@ -38,6 +41,7 @@ impl DeviceType {
             2 => Self::BLOCK,
             3 => Self::CONSOLE,
             4 => Self::ENTROPY,
+            5 => Self::BALLOON,
             19 => Self::VSOCK,
             _ => Self { id, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: true },
         }

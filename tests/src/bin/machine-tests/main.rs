@@ -7,6 +7,7 @@
 //! Cases of the group `stock` boot Debian's kernel and need hardware virtualization or the lab (`tools/lab`); those
 //! of the group `bare` run bare-metal payloads, or none at all, on any machine with a /dev/kvm. `make machine` runs both.
 
+mod balloon;
 mod bare;
 mod boot;
 mod disk;

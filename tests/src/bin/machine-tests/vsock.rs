@@ -1,4 +1,4 @@
-//! Streams between a stock guest and the host: under our core, and with the same device process under QEMU.
+//! Streams between a stock guest and the host: under our core (one boot with the balloon's test), and with the same device under QEMU.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -14,9 +14,11 @@ use bulkhead_tests::harness::{Case, Context, Outcome};
 use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit};
 use bulkhead_tests::pattern::{SECTOR, fill};
 
+use crate::balloon::gives_memory_back;
+
 /// Streams at a time in each direction, and the bytes of each there and back.
 const STREAMS: u64 = 64;
-const KIB: usize = 128;
+const KIB: usize = 64;
 /// The guest's ports (`guest-vsock`), and the host's.
 const GUEST_ECHO: u32 = 7000;
 const GUEST_END: u32 = 7001;
@@ -25,7 +27,7 @@ const HOST_IDLE: u32 = 53;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("stock", "vsock: 64 streams each way, and a device that is restarted", 120, under_our_core),
+        Case::new("stock", "a guest gives memory back to a balloon, and vsock has 64 streams each way", 120, under_our_core),
         Case::new("bare", "vsock: 64 streams each way under QEMU", 60, under_qemu),
     ]
 }
@@ -125,8 +127,9 @@ fn under_our_core(context: &Context) -> Outcome {
     let path = context.folder.join("v");
     let held = serve_all(&path)?;
     let vsock = format!("cid=5,path={}", path.display());
-    let machine = Machine::stock(context, Kernel::Elf, "vsock")?.words(&options());
-    let mut running = machine.arguments(&["--vsock", &vsock, "--memory", "256M"]).start()?;
+    let machine = Machine::stock(context, Kernel::Elf, "balloon")?.words(&options());
+    let mut running = machine.arguments(&["--vsock", &vsock, "--balloon", "--memory", "256M"]).start()?;
+    gives_memory_back(context, &mut running)?;
     let mut stream = both_ways(context, &mut running, &path, &held)?;
 
     let restart = bulkhead(context).args(["device", "restart", &running.name, "vsock"]).status();

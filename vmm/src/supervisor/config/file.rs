@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use bulkhead_ipc::jail::Layer;
 
+use super::balloon::BalloonSpec;
 use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
@@ -76,6 +77,7 @@ struct File {
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
     vsock: Option<VsockSpec>,
+    balloon: Option<BalloonSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -150,6 +152,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
         vsock: file.vsock.map(|vsock| vsock.below(base)),
+        balloon: file.balloon,
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),

@@ -1,6 +1,7 @@
 //! What a machine is to be: options and configuration file put together, and everything checked that can be
 //! checked without opening a host resource.
 
+pub mod balloon;
 pub mod confinement;
 pub mod cpus;
 pub mod disk;
@@ -19,6 +20,7 @@ use std::mem::take;
 use std::path::PathBuf;
 use std::process;
 
+pub use balloon::{BalloonConfig, BalloonSpec, balloon_pages};
 pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
@@ -59,6 +61,8 @@ pub const RNG: &str = "rng";
 pub const FLASH: &str = "firmware-vars";
 /// Name of the vsock among the devices, unless it is given another.
 pub const VSOCK: &str = "vsock";
+/// Name of the balloon among the devices, unless it is given another.
+pub const BALLOON: &str = "balloon";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -105,6 +109,8 @@ pub struct MachineConfig {
     pub serial: StreamTarget,
     /// The vsock.
     pub vsock: Option<VsockConfig>,
+    /// The balloon.
+    pub balloon: Option<BalloonConfig>,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -264,6 +270,9 @@ pub enum ConfigError {
     /// A vsock that cannot be.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockSpecError),
+    /// A balloon that cannot be.
+    #[error(transparent)]
+    Balloon(#[from] balloon::BalloonSpecError),
     /// An id that another device has.
     #[error("{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME")]
     IdTaken {
@@ -287,6 +296,7 @@ impl MachineConfig {
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
         let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
         let disk = disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
+        let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
         disk.or_else(other).unwrap_or(self.restart)
     }
@@ -313,10 +323,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let vsock = args.vsock.take().or(file.vsock.take());
+    let balloon = args.balloon.take().or(file.balloon.take());
+    let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let virtio = disks.len()
         + usize::from(rng)
         + usize::from(console != StreamTarget::Off)
-        + usize::from(vsock.is_some());
+        + usize::from(vsock.is_some())
+        + usize::from(balloon.is_some());
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
@@ -325,6 +338,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut vsock = vsock.map(|vsock| name_vsock(vsock, &disks, restart)).transpose()?;
+    let balloon = balloon.map(|balloon| name_balloon(balloon, &disks, vsock.as_ref(), memory, restart));
+    let mut balloon = balloon.transpose()?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -340,11 +355,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
     let others = others.chain(vsock.as_ref().map(|vsock| vsock.id.as_str()));
+    let others = others.chain(balloon.as_ref().map(|balloon| balloon.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
-    if let Some(vsock) = &mut vsock
-        && let Some((_, policy)) = restarts.iter().find(|(id, _)| *id == vsock.id)
-    {
-        vsock.restart = *policy;
+    let policy_of = |id: &str| restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
+    if let Some(vsock) = &mut vsock {
+        vsock.restart = policy_of(&vsock.id).unwrap_or(vsock.restart);
+    }
+    if let Some(balloon) = &mut balloon {
+        balloon.restart = policy_of(&balloon.id).unwrap_or(balloon.restart);
     }
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -367,13 +385,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cpus,
         topology,
         cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
-        memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
+        memory,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
         rng,
         console,
         serial,
         vsock,
+        balloon,
         restart,
         restarts,
         liveness,
@@ -543,6 +562,31 @@ pub fn name_vsock(
         return Err(ConfigError::IdTaken { device: "vsock", id });
     }
     Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart) })
+}
+
+/// Checks a balloon for a guest with so much memory, and gives it its id.
+pub fn name_balloon(
+    spec: BalloonSpec,
+    disks: &[DiskConfig],
+    vsock: Option<&VsockConfig>,
+    memory: u64,
+    restart: RestartPolicy,
+) -> Result<BalloonConfig, ConfigError> {
+    let id = match spec.id {
+        Some(id) => check_name("id of the balloon", id)?,
+        None => BALLOON.to_owned(),
+    };
+    let others = disks.iter().map(|disk| &disk.id).chain(vsock.map(|vsock| &vsock.id));
+    if RESERVED.contains(&id.as_str()) || others.into_iter().any(|other| *other == id) {
+        return Err(ConfigError::IdTaken { device: "balloon", id });
+    }
+    Ok(BalloonConfig {
+        target: balloon_pages(spec.size.map_or(0, |size| size.0), memory)?,
+        deflate_on_oom: spec.deflate_on_oom.unwrap_or(true),
+        free_page_reporting: spec.free_page_reporting.unwrap_or(true),
+        id,
+        restart: spec.restart.unwrap_or(restart),
+    })
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {

@@ -15,8 +15,8 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig,
-    VsockSpec, check_name, name_vsock,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig,
+    VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -75,6 +75,7 @@ impl EventLoop<'_> {
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
+            AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -90,6 +91,7 @@ impl EventLoop<'_> {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
+            NewDevice::Balloon(balloon) => balloon.restart,
         };
         if let Err(error) = self.environment.watch_vsock(self.resources) {
             self.resources.remove(&id);
@@ -112,10 +114,18 @@ impl EventLoop<'_> {
         name_vsock(spec.below(folder), &[], self.config.restart).map_err(|error| error.to_string())
     }
 
+    fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
+        if let Some(balloon) = &self.resources.balloon {
+            return Err(format!("this machine has a balloon already: {}", balloon.id));
+        }
+        let spec: BalloonSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        name_balloon(spec, &[], None, self.config.memory, self.config.restart).map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
         let id = match disk.id {
-            Some(id) if [RNG, CONSOLE, VSOCK].contains(&id.as_str()) => {
+            Some(id) if [RNG, CONSOLE, VSOCK, BALLOON].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));
             }
             Some(id) => check_name("id", id).map_err(|error| error.to_string())?,

@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod balloon;
 mod cpus;
 mod early;
 mod hotplug;
@@ -225,6 +226,10 @@ impl<'a> EventLoop<'a> {
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
+        if let Some(balloon) = &mut resources.balloon {
+            // No guest has given it anything yet.
+            balloon.actual = 0;
+        }
         let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();

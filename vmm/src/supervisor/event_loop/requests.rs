@@ -52,6 +52,7 @@ impl EventLoop<'_> {
             Request::Cpus { count, timeout } => {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
+            Request::Balloon { size } => self.ask_balloon(client, size).map(|()| None),
             Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());

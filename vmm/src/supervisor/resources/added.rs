@@ -1,7 +1,7 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget, VsockConfig};
+use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk};
+use crate::supervisor::config::{BalloonConfig, CONSOLE, DiskConfig, RNG, StreamTarget, VsockConfig};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -14,6 +14,8 @@ pub enum NewDevice {
     Console,
     /// The vsock.
     Vsock(VsockConfig),
+    /// The balloon.
+    Balloon(BalloonConfig),
 }
 
 impl NewDevice {
@@ -24,6 +26,7 @@ impl NewDevice {
             Self::Rng => RNG,
             Self::Console => CONSOLE,
             Self::Vsock(vsock) => &vsock.id,
+            Self::Balloon(balloon) => &balloon.id,
         }
     }
 }
@@ -51,6 +54,7 @@ impl Resources {
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
+            NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
         }
         Ok(())
     }
@@ -61,6 +65,9 @@ impl Resources {
         self.disks.retain(|disk| disk.id != id);
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
             self.vsock = None;
+        }
+        if self.balloon.as_ref().is_some_and(|balloon| balloon.id == id) {
+            self.balloon = None;
         }
         match id {
             RNG => self.urandom = None,
