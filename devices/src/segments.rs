@@ -58,7 +58,11 @@ mod tests {
     #[test]
     fn bytes_are_found_whatever_the_cut() {
         let ram = GuestRam::create(1 << 20).unwrap();
-        let cut = [Segment { address: 100, len: 3 }, Segment { address: 50, len: 4 }, Segment { address: 900, len: 9 }];
+        let cut = [
+            Segment { address: 100, len: 3 },
+            Segment { address: 50, len: 4 },
+            Segment { address: 900, len: 9 },
+        ];
         scatter(&cut, b"0123456789", &ram).unwrap();
         let mut bytes = [b'-'; 6];
         gather(&cut, 2, &mut bytes, &ram).unwrap();

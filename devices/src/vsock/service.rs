@@ -24,7 +24,11 @@ pub const SERVICE: ServiceType = ServiceType {
     features: &[],
     description: "streams between a guest and Unix sockets (virtio-vsock)",
     options: &[
-        OptionSpec { name: "--guest-cid", value: Some("N"), help: "the guest's context id, 3 (the default) or more" },
+        OptionSpec {
+            name: "--guest-cid",
+            value: Some("N"),
+            help: "the guest's context id, 3 (the default) or more",
+        },
         OptionSpec {
             name: "--uds-path",
             value: Some("PATH"),

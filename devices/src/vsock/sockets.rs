@@ -211,7 +211,9 @@ mod tests {
     fn a_port_is_asked_for_in_one_line() {
         assert_eq!(wanted_port(b"CONNECT 52"), Some(52));
         assert_eq!(wanted_port(b"connect 4294967295\r"), Some(u32::MAX));
-        for line in ["", "CONNECT", "CONNECT x", "CONNECT 4294967296", "CONNECT -1", "GET / HTTP/1.1", "CONNECT 1 2"] {
+        for line in
+            ["", "CONNECT", "CONNECT x", "CONNECT 4294967296", "CONNECT -1", "GET / HTTP/1.1", "CONNECT 1 2"]
+        {
             assert_eq!(wanted_port(line.as_bytes()), None, "{line}");
         }
     }

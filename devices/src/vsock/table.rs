@@ -117,7 +117,8 @@ impl Table {
     pub fn connecting(&self, port: u32) -> Option<usize> {
         let waits = |stream: &Stream| stream.state == State::Connecting && stream.host_port == port;
         let waiting = self.slots.iter().enumerate();
-        let waiting = waiting.filter_map(|(slot, stream)| stream.as_ref().filter(|it| waits(it)).map(|it| (slot, it)));
+        let waiting =
+            waiting.filter_map(|(slot, stream)| stream.as_ref().filter(|it| waits(it)).map(|it| (slot, it)));
         waiting.min_by_key(|(_, stream)| stream.serial).map(|(slot, _)| slot)
     }
 

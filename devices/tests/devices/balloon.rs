@@ -18,8 +18,7 @@ const COUNT: u64 = 2048;
 const OTHERS: u64 = 16;
 
 fn start(target: u32) -> Supervised {
-    let config =
-        BalloonConfig { target, actual: 0, deflate_on_oom: true, free_page_reporting: true };
+    let config = BalloonConfig { target, actual: 0, deflate_on_oom: true, free_page_reporting: true };
     Supervised::start("balloon", DeviceConfig::Balloon(config), &[], Enforcement::Standalone)
 }
 
@@ -64,7 +63,10 @@ fn the_host_gets_what_the_guest_gives_and_nothing_else() {
     assert!(full - resident(&driver) >= (COUNT - OTHERS) * PAGE, "{full} and now {}", resident(&driver));
     assert_eq!(driver.get(FIRST, 8), [0; 8]);
     assert_eq!(driver.get(FIRST + (COUNT - 1) * PAGE, 8), [0; 8]);
-    assert_eq!((driver.get(FIRST + COUNT * PAGE, 4), driver.get(FIRST - 4, 4)), (b"kept".into(), b"kept".into()));
+    assert_eq!(
+        (driver.get(FIRST + COUNT * PAGE, 4), driver.get(FIRST - 4, 4)),
+        (b"kept".into(), b"kept".into())
+    );
     // The guest takes them back: they are new pages.
     driver.put(BUFFERS, &u32::try_from(FIRST / PAGE).unwrap().to_le_bytes());
     driver.run(1, &[(BUFFERS, 4, false)]);
@@ -88,7 +90,10 @@ fn free_pages_are_reported_in_ranges() {
     driver.run(3, &[(FIRST, half, true), (second, half - 2, true)]);
     let gone = full - resident(&driver);
     assert!(gone <= (COUNT - 2) * PAGE && gone >= (COUNT - 2 - OTHERS) * PAGE, "{gone}");
-    assert_eq!((driver.get(second - 1, 1), driver.get(FIRST + COUNT * PAGE - 1, 1)), (vec![0xA5], vec![0xA5]));
+    assert_eq!(
+        (driver.get(second - 1, 1), driver.get(FIRST + COUNT * PAGE - 1, 1)),
+        (vec![0xA5], vec![0xA5])
+    );
     device.stop();
 }
 
@@ -102,7 +107,8 @@ fn size_and_statistics_come_by_the_control_channel() {
     assert_eq!(config, [100, 0, 0, 0, 0, 0, 0, 0]);
     // A guest that says what it has, and says it again whenever its buffer comes back.
     let say = |driver: &mut Driver, free: u64| {
-        let statistics = [&4u16.to_le_bytes()[..], &free.to_le_bytes(), &5u16.to_le_bytes(), &[1; 8]].concat();
+        let statistics =
+            [&4u16.to_le_bytes()[..], &free.to_le_bytes(), &5u16.to_le_bytes(), &[1; 8]].concat();
         driver.put(BUFFERS, &statistics);
         driver.queues[2].submit(&driver.ram, &[(BUFFERS, 20, false)]);
         driver.queues[2].kick();
@@ -124,6 +130,9 @@ fn size_and_statistics_come_by_the_control_channel() {
     // A guest that does not answer is waited for a moment only.
     device.channel.send(&ToDevice::Balloon { target: None }, &[]).unwrap();
     assert_eq!(report(&device).statistics.unwrap().first(), Some(&(4, 22)));
-    assert!(driver.frontend.set_config(0, &[1, 0, 0, 0]).is_err(), "the size that is wanted is not the guest's");
+    assert!(
+        driver.frontend.set_config(0, &[1, 0, 0, 0]).is_err(),
+        "the size that is wanted is not the guest's"
+    );
     device.stop();
 }

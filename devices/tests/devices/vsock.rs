@@ -116,7 +116,8 @@ impl Guest {
 
     /// The next packet of this kind for these ports; others are kept.
     fn expect(&mut self, operation: u16, ports: (u32, u32)) -> Packet {
-        let is_it = |packet: &Packet| packet.operation == operation && (packet.guest_port, packet.host_port) == ports;
+        let is_it =
+            |packet: &Packet| packet.operation == operation && (packet.guest_port, packet.host_port) == ports;
         if let Some(at) = self.early.iter().position(is_it) {
             return self.early.remove(at).unwrap();
         }

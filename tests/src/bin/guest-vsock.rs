@@ -102,9 +102,8 @@ fn exchange(number: u32, kib: usize) -> Outcome {
     fill(number.into(), 0, &sectors, &mut bytes);
     let mut writer = stream.try_clone().map_err(|error| error.to_string())?;
     let sent = bytes.clone();
-    let writing = thread::spawn(move || {
-        writer.write_all(&sent).and_then(|()| writer.shutdown(Shutdown::Write))
-    });
+    let writing =
+        thread::spawn(move || writer.write_all(&sent).and_then(|()| writer.shutdown(Shutdown::Write)));
     let mut back = Vec::with_capacity(bytes.len());
     stream.read_to_end(&mut back).map_err(|error| format!("read after {} bytes: {error}", back.len()))?;
     writing.join().map_err(|_| "panicked")?.map_err(|error| format!("write: {error}"))?;

@@ -12,7 +12,9 @@ use thiserror::Error;
 
 use super::api::client::{ClientError, Connection};
 use super::api::{AddRequest, DeviceEntry, ProgramInfo, Request, Response};
-use super::cli::{BalloonArgs, DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs};
+use super::cli::{
+    BalloonArgs, DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs,
+};
 use super::config::Size;
 use super::exit_code::ExitCode;
 

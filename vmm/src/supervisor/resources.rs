@@ -174,7 +174,9 @@ pub enum ResourceError {
         path: PathBuf,
     },
     /// A context id that another machine has.
-    #[error("{field}: the context id {cid} belongs to another machine of this user: give this one another with cid=N")]
+    #[error(
+        "{field}: the context id {cid} belongs to another machine of this user: give this one another with cid=N"
+    )]
     CidTaken {
         /// Which device.
         field: String,

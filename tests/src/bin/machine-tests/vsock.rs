@@ -27,7 +27,12 @@ const HOST_IDLE: u32 = 53;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("stock", "a guest gives memory back to a balloon, and vsock has 64 streams each way", 120, under_our_core),
+        Case::new(
+            "stock",
+            "a guest gives memory back to a balloon, and vsock has 64 streams each way",
+            120,
+            under_our_core,
+        ),
         Case::new("bare", "vsock: 64 streams each way under QEMU", 60, under_qemu),
     ]
 }
@@ -82,7 +87,8 @@ fn exchange(path: &Path, number: u64) -> Outcome {
     let mut stream = dial(path, GUEST_ECHO)?;
     let mut writer = stream.try_clone().map_err(|error| error.to_string())?;
     let sent = bytes.clone();
-    let writing = thread::spawn(move || writer.write_all(&sent).and_then(|()| writer.shutdown(Shutdown::Write)));
+    let writing =
+        thread::spawn(move || writer.write_all(&sent).and_then(|()| writer.shutdown(Shutdown::Write)));
     let mut back = Vec::new();
     stream.read_to_end(&mut back).map_err(|error| format!("read: {error}"))?;
     writing.join().map_err(|_| "panicked")?.map_err(|error| format!("write: {error}"))?;
@@ -141,7 +147,8 @@ fn under_our_core(context: &Context) -> Outcome {
     dial(&path, GUEST_END)?;
     running.wait_for("guest: vsock status 0", 1)?;
     running.expect_exit(exit::SUCCESS)?;
-    let ended = running.serial().into_iter().find(|line| line.contains("connection ended")).unwrap_or_default();
+    let ended =
+        running.serial().into_iter().find(|line| line.contains("connection ended")).unwrap_or_default();
     ensure!(ended.contains("ConnectionReset"), "the guest was not told: {ended}");
     ensure!(!path.exists(), "the socket is still there");
     Ok(())
@@ -175,8 +182,24 @@ fn under_qemu(context: &Context) -> Outcome {
     let held = serve_all(&path)?;
     let _service = service(context, &socket, &path)?;
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
-    command.args(["-object", "memory-backend-memfd,id=m,size=256M,share=on", "-machine", "pc,memory-backend=m"]);
+    command.args([
+        "-accel",
+        "tcg",
+        "-m",
+        "256",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ]);
+    command.args([
+        "-object",
+        "memory-backend-memfd,id=m,size=256M,share=on",
+        "-machine",
+        "pc,memory-backend=m",
+    ]);
     command.arg("-kernel").arg(context.places.guest.join("bzImage"));
     command.arg("-initrd").arg(context.places.guest.join("initramfs"));
     command.arg("-append").arg(format!("console=ttyS0 quiet panic=1 bulkhead.test=vsock {}", options()));

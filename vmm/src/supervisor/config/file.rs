@@ -20,8 +20,8 @@ use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
-use super::vsock::VsockSpec;
 use super::table::{RngSpec, StreamSpec};
+use super::vsock::VsockSpec;
 use super::{CONSOLE, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 

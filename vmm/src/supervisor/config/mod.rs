@@ -31,8 +31,8 @@ pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
-pub use vsock::{VsockConfig, VsockSpec};
 use thiserror::Error;
+pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
@@ -274,7 +274,9 @@ pub enum ConfigError {
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
     /// An id that another device has.
-    #[error("{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME")]
+    #[error(
+        "{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME"
+    )]
     IdTaken {
         /// What kind of device.
         device: &'static str,
@@ -295,7 +297,8 @@ impl MachineConfig {
     /// What follows the death of this device's process.
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
         let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
-        let disk = disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
+        let disk =
+            disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
         let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
         disk.or_else(other).unwrap_or(self.restart)

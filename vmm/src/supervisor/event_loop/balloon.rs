@@ -43,7 +43,9 @@ impl EventLoop<'_> {
 
     /// The process of the balloon has said how large it is.
     pub(super) fn balloon_report(&mut self, id: &str, report: &BalloonReport) {
-        let Some(balloon) = self.resources.balloon.as_mut().filter(|balloon| balloon.id == id) else { return };
+        let Some(balloon) = self.resources.balloon.as_mut().filter(|balloon| balloon.id == id) else {
+            return;
+        };
         balloon.report(report);
         let Some(statistics) = &report.statistics else { return };
         let clients = std::mem::take(&mut balloon.clients);

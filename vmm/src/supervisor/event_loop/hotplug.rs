@@ -15,8 +15,8 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig,
-    VsockSpec, check_name, name_balloon, name_vsock,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy,
+    SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -119,7 +119,8 @@ impl EventLoop<'_> {
             return Err(format!("this machine has a balloon already: {}", balloon.id));
         }
         let spec: BalloonSpec = spec.parse().map_err(|error| format!("{error}"))?;
-        name_balloon(spec, &[], None, self.config.memory, self.config.restart).map_err(|error| error.to_string())
+        name_balloon(spec, &[], None, self.config.memory, self.config.restart)
+            .map_err(|error| error.to_string())
     }
 
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {

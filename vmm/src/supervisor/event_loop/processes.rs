@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{BalloonReport, FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice};
+use bulkhead_ipc::channel::message::{
+    BalloonReport, FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice,
+};
 use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};

@@ -36,14 +36,7 @@ impl Vsock {
         let listener = Listener::bind("vsock", &config.path)?;
         let (connector, for_device) = Connector::new(&config.path)
             .map_err(|error| ResourceError::Host { what: field, reason: std::io::Error::other(error) })?;
-        Ok(Self {
-            id: config.id.clone(),
-            cid: config.cid,
-            listener,
-            connector,
-            for_device,
-            _claim: claim,
-        })
+        Ok(Self { id: config.id.clone(), cid: config.cid, listener, connector, for_device, _claim: claim })
     }
 
     /// Accepts a connection, if there is one, and gives it to the device.
@@ -60,10 +53,14 @@ impl Vsock {
 /// Claims a context id among the machines of this user, for as long as the descriptor is open: by an abstract name, of which nothing
 /// is left behind.
 fn claim(cid: u32, field: &str) -> Result<OwnedFd, ResourceError> {
-    let host = |errno: Errno| ResourceError::Host { what: format!("{field}: cannot claim its context id"), reason: errno.into() };
+    let host = |errno: Errno| ResourceError::Host {
+        what: format!("{field}: cannot claim its context id"),
+        reason: errno.into(),
+    };
     let name = format!("bulkhead/{}/vsock-cid/{cid}", getuid());
     let address = UnixAddr::new_abstract(name.as_bytes()).map_err(host)?;
-    let claim = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).map_err(host)?;
+    let claim =
+        socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).map_err(host)?;
     match bind(claim.as_raw_fd(), &address) {
         Ok(()) => Ok(claim),
         Err(Errno::EADDRINUSE) => Err(ResourceError::CidTaken { field: field.to_owned(), cid }),
