@@ -7,5 +7,6 @@ pub mod connector;
 pub mod jail;
 pub mod log;
 pub mod memory;
+mod rights;
 pub mod vfio_user;
 pub mod vhost_user;

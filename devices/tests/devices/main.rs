@@ -15,6 +15,7 @@ mod console;
 mod driver;
 mod hostile;
 mod inflight;
+mod malformed;
 mod messages;
 mod qemu;
 mod rng;

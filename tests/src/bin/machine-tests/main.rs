@@ -12,6 +12,7 @@ mod bare;
 mod boot;
 mod disk;
 mod firmware;
+mod hostile;
 mod hotplug;
 mod jail;
 mod lifecycle;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         jail::cases(),
         limits::cases(),
         bare::cases(),
+        hostile::cases(),
         serial::cases(),
         refusals::cases(),
         hotplug::cases(),
