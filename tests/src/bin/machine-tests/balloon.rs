@@ -11,8 +11,9 @@ use serde_json::Value;
 
 /// What the guest frees, less what it may use for something else, bytes.
 const FREED: u64 = 72 << 20;
-/// What it is asked for.
-const BALLOON: u64 = 64 << 20;
+/// What it is asked for, and what it is short of then at least.
+const BALLOON: u64 = 16 << 20;
+const SHORT: u64 = 12 << 20;
 
 /// Memory that the guest's RAM costs the host, bytes: the blocks of its file.
 fn resident(running: &Running) -> Outcome<u64> {
@@ -45,7 +46,7 @@ fn wait_for(context: &Context, running: &Running, size: u64) -> Outcome<Value> {
             return Ok(now);
         }
         ensure!(!context.left().is_zero(), "the balloon does not get {size} bytes: {now}");
-        thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(300));
     }
 }
 
@@ -60,11 +61,12 @@ pub fn gives_memory_back(context: &Context, running: &mut Running) -> Outcome {
     }
     context.log(&format!("{full} bytes before the guest freed, {} after", resident(running)?));
     let before = balloon(context, running, &[])?;
-    let total = |balloon: &Value| balloon["statistics"]["total"].as_u64().unwrap_or(0);
-    ensure!(total(&before) > 128 << 20, "the guest does not say what it has: {before}");
-    balloon(context, running, &["64M"])?;
+    // With deflate on OOM, Linux does not take the balloon out of its total.
+    let free = |balloon: &Value| balloon["statistics"]["free"].as_u64().unwrap_or(0);
+    ensure!(free(&before) > 64 << 20, "the guest does not say what it has: {before}");
+    balloon(context, running, &["16M"])?;
     let after = wait_for(context, running, BALLOON)?;
-    ensure!(total(&before) - total(&after) == BALLOON, "the guest has {before} and then {after}");
+    ensure!(free(&before) - free(&after) > SHORT, "the guest has {before} and then {after}");
     let restart = bulkhead(context).args(["device", "restart", &running.name, "balloon"]).status();
     ensure!(restart.is_ok_and(|status| status.success()), "the balloon cannot be restarted");
     let successor = balloon(context, running, &[])?;

@@ -9,6 +9,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+mod others;
 pub mod restart;
 pub mod size;
 pub mod smbios;
@@ -27,6 +28,8 @@ pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+use others::Others;
+pub use others::{name_balloon, name_vsock};
 pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -325,24 +328,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let vsock = args.vsock.take().or(file.vsock.take());
-    let balloon = args.balloon.take().or(file.balloon.take());
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
-    let virtio = disks.len()
-        + usize::from(rng)
-        + usize::from(console != StreamTarget::Off)
-        + usize::from(vsock.is_some())
-        + usize::from(balloon.is_some());
-    if virtio > MAX_VIRTIO_DEVICES {
-        return Err(ConfigError::TooManyDevices(virtio));
-    }
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
-    let mut vsock = vsock.map(|vsock| name_vsock(vsock, &disks, restart)).transpose()?;
-    let balloon = balloon.map(|balloon| name_balloon(balloon, &disks, vsock.as_ref(), memory, restart));
-    let mut balloon = balloon.transpose()?;
+    let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
+    check_slots(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -357,16 +349,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
-    let others = others.chain(vsock.as_ref().map(|vsock| vsock.id.as_str()));
-    let others = others.chain(balloon.as_ref().map(|balloon| balloon.id.as_str()));
-    let restarts = apply(&rules, &mut disks, others.collect())?;
-    let policy_of = |id: &str| restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
-    if let Some(vsock) = &mut vsock {
-        vsock.restart = policy_of(&vsock.id).unwrap_or(vsock.restart);
-    }
-    if let Some(balloon) = &mut balloon {
-        balloon.restart = policy_of(&balloon.id).unwrap_or(balloon.restart);
-    }
+    let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
+    named.apply(&restarts);
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
@@ -394,8 +378,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
-        vsock,
-        balloon,
+        vsock: named.vsock,
+        balloon: named.balloon,
         restart,
         restarts,
         liveness,
@@ -502,6 +486,11 @@ fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), Co
     Ok(())
 }
 
+fn check_slots(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
+    let virtio = others + usize::from(*console != StreamTarget::Off);
+    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
+}
+
 fn check_memory(bytes: u64) -> Result<u64, ConfigError> {
     if !bytes.is_multiple_of(PAGE) {
         Err(ConfigError::MemoryNotPages(bytes))
@@ -549,48 +538,6 @@ fn apply(
 
 /// Ids that no disk may have, for others have them.
 const RESERVED: [&str; 6] = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR];
-
-/// Checks a vsock, and gives it its id.
-pub fn name_vsock(
-    spec: VsockSpec,
-    disks: &[DiskConfig],
-    restart: RestartPolicy,
-) -> Result<VsockConfig, ConfigError> {
-    let cid = spec.check()?;
-    let id = match spec.id {
-        Some(id) => check_name("id of the vsock", id)?,
-        None => VSOCK.to_owned(),
-    };
-    if RESERVED.contains(&id.as_str()) || disks.iter().any(|disk| disk.id == id) {
-        return Err(ConfigError::IdTaken { device: "vsock", id });
-    }
-    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart) })
-}
-
-/// Checks a balloon for a guest with so much memory, and gives it its id.
-pub fn name_balloon(
-    spec: BalloonSpec,
-    disks: &[DiskConfig],
-    vsock: Option<&VsockConfig>,
-    memory: u64,
-    restart: RestartPolicy,
-) -> Result<BalloonConfig, ConfigError> {
-    let id = match spec.id {
-        Some(id) => check_name("id of the balloon", id)?,
-        None => BALLOON.to_owned(),
-    };
-    let others = disks.iter().map(|disk| &disk.id).chain(vsock.map(|vsock| &vsock.id));
-    if RESERVED.contains(&id.as_str()) || others.into_iter().any(|other| *other == id) {
-        return Err(ConfigError::IdTaken { device: "balloon", id });
-    }
-    Ok(BalloonConfig {
-        target: balloon_pages(spec.size.map_or(0, |size| size.0), memory)?,
-        deflate_on_oom: spec.deflate_on_oom.unwrap_or(true),
-        free_page_reporting: spec.free_page_reporting.unwrap_or(true),
-        id,
-        restart: spec.restart.unwrap_or(restart),
-    })
-}
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();

@@ -94,7 +94,7 @@ impl EventLoop<'_> {
             NewDevice::Balloon(balloon) => balloon.restart,
         };
         if let Err(error) = self.environment.watch_vsock(self.resources) {
-            self.resources.remove(&id);
+            self.resources.remove(id);
             return Err(format!("it cannot be watched: {error}"));
         }
         let stage = Stage::Asked(policy);
