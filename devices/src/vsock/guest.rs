@@ -23,7 +23,7 @@ const PIECE: usize = 4096;
 
 impl Worker {
     /// Takes packets from the guest, within bounds.
-    pub(super) fn from_guest(&mut self) {
+    pub(super) fn take_packets(&mut self) {
         let Some(mut ring) = self.tx.take() else { return };
         let mut budget = PACKETS;
         ring.disable_kicks();

@@ -30,7 +30,7 @@ enum Turn {
 
 impl Worker {
     /// Sends the guest what there is, as long as it has buffers, within bounds.
-    pub(super) fn to_guest(&mut self) {
+    pub(super) fn send_packets(&mut self) {
         let Some(mut ring) = self.rx.take() else { return };
         ring.disable_kicks();
         let mut budget = TURNS;

@@ -222,8 +222,8 @@ impl QueueWorker for Worker {
             }
         }
         self.tell_reset();
-        self.from_guest();
-        self.to_guest();
+        self.take_packets();
+        self.send_packets();
         Ok(())
     }
 

@@ -5,8 +5,9 @@ use std::io;
 use nix::errno::Errno;
 
 use super::{Environment, EventLoop};
-use crate::supervisor::cli::LogLevel;
+use crate::supervisor::api::EventKind;
 use crate::supervisor::poller::Source;
+use crate::supervisor::process::{Process, State};
 use crate::supervisor::resources::{Resources, Vsock};
 
 impl Environment {
@@ -36,9 +37,12 @@ impl EventLoop<'_> {
     pub(super) fn connector(&mut self) {
         let Some(vsock) = &self.resources.vsock else { return };
         if let Err(error) = vsock.connector.serve() {
-            // The supervisor holds the other end, too: it is nonsense, not the end, and its sender is watched by other means.
+            // The supervisor holds the other end, too: it is nonsense, not the end.
             let text = format!("{} sent nonsense to its connector: {error}", vsock.id);
-            self.say(LogLevel::Warn, &text);
+            let of_vsock = |process: &Process| process.id == vsock.id && process.state != State::Ended;
+            if let Some(index) = self.processes.iter().position(of_vsock) {
+                self.condemn(index, EventKind::Failure, &text);
+            }
         }
     }
 }
