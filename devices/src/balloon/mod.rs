@@ -121,7 +121,9 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
-        self.shared.features.store(0, Ordering::Relaxed);
-        self.shared.actual.store(0, Ordering::Relaxed);
+        // What a predecessor knew counts until a driver has begun anew.
+        if self.shared.features.swap(0, Ordering::Relaxed) != 0 {
+            self.shared.actual.store(0, Ordering::Relaxed);
+        }
     }
 }
