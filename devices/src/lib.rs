@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flash;
+pub mod keyboard;
 pub mod rng;
 pub mod segments;
 pub mod serve;

@@ -22,6 +22,7 @@ use crate::balloon::{self, Balloon};
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -48,6 +49,9 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The keyboard ended.
+    #[error(transparent)]
+    Keyboard(#[from] KeyboardError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -72,6 +76,7 @@ enum Prepared<'a> {
     Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
+    Keyboard(Box<Keyboard<'a>>),
 }
 
 /// What the control channel's messages act on.
@@ -122,6 +127,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
     }
@@ -149,6 +155,7 @@ pub fn run(
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
+        Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -224,6 +231,13 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Keyboard(config) => {
+            let state = resources.take(config.state)?.into();
+            resources.finish(channel)?;
+            let keyboard = keyboard::open(socket, state, channel)?;
+            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
+            return Ok(Prepared::Keyboard(Box::new(keyboard)));
         }
         DeviceConfig::Vsock(config) => {
             let device = Box::new(Vsock::new(config.guest_cid, resources.take(config.connector)?));

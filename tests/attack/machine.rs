@@ -82,7 +82,7 @@ impl Bench {
             "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1"
                 .split(' '),
         );
-        command.args("--disk path=disk,id=disk0 --rng --console --balloon".split(' '));
+        command.args("--disk path=disk,id=disk0 --rng --console --keyboard --balloon".split(' '));
         let cid = std::process::id().wrapping_add(0x1000_0000);
         command.arg("--vsock").arg(format!("cid={cid},path=vsock"));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));

@@ -34,6 +34,8 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// Keyboard: its only thread.
+    KeyboardMain,
     /// virtio-vsock: control channel and vhost-user messages.
     VsockMain,
     /// virtio-vsock: its queues, its connector and every connection.
@@ -46,7 +48,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -59,6 +61,7 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::KeyboardMain,
         Self::VsockMain,
         Self::VsockQueue,
         Self::BalloonMain,
@@ -100,6 +103,7 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::KeyboardMain => KEYBOARD_MAIN,
             Self::VsockMain => VSOCK_MAIN,
             Self::VsockQueue => VSOCK_QUEUE,
             Self::BalloonMain => BALLOON_MAIN,

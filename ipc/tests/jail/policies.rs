@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 17] = files![
+const FILES: [(&str, &str); 18] = files![
     "common",
     "core-setup",
     "core-main",
@@ -95,6 +95,7 @@ const FILES: [(&str, &str); 17] = files![
     "console-queue",
     "uart-main",
     "flash-main",
+    "keyboard-main",
     "vsock-main",
     "vsock-queue",
     "balloon-main",

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart,
-    FlashConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    FlashConfig, KeyboardConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -23,12 +23,12 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Balloon, Disk, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
+use super::resources::{Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -107,6 +107,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Keyboard(&'a OwnedFd),
     Vsock(&'a Vsock),
     Balloon(&'a Balloon),
 }
@@ -119,6 +120,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans.extend(resources.balloon.as_ref().map(Self::Balloon));
         plans
@@ -131,6 +133,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Keyboard(_) => KEYBOARD,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
         }
@@ -143,6 +146,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Keyboard(_) => Role::Keyboard,
             Self::Vsock(_) => Role::Vsock,
             Self::Balloon(_) => Role::Balloon,
         }
@@ -156,6 +160,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Keyboard(_) => LinkKind::Keyboard,
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
             Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
         }
@@ -172,6 +177,7 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Keyboard(_) => Some(KEYBOARD_STATE),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -203,6 +209,7 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
             Self::Balloon(balloon) => DeviceConfig::Balloon(BalloonConfig {
                 target: balloon.target,
                 actual: balloon.actual,
@@ -238,6 +245,7 @@ pub fn launch(
     resources: &Resources,
     programs: &Programs,
 ) -> Result<Vec<Process>, LaunchError> {
+    resources.reset().map_err(|source| LaunchError::Io { id: KEYBOARD.to_owned(), source })?;
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
@@ -333,6 +341,11 @@ fn start_core(
                 id: plan.id().to_owned(),
                 kind: plan.link(resources),
                 socket: fds.add(socket),
+                rom: resources
+                    .roms
+                    .iter()
+                    .find(|rom| rom.device.as_deref() == Some(plan.id()))
+                    .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
     });
@@ -361,7 +374,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
             let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
             let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
             let files = firmware::files(config, firmware, &disks);
-            Boot::Firmware { image, files, menu: firmware.menu, variables }
+            let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
+            let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
+            Boot::Firmware { image, files, menu: firmware.menu, variables, roms }
         }
         None => Boot::Kernel {
             kernel: image,

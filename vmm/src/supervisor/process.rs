@@ -27,6 +27,8 @@ pub enum Role {
     Uart,
     /// The chip with firmware's variables.
     Flash,
+    /// The keyboard and its controller.
+    Keyboard,
     /// The vsock.
     Vsock,
     /// The balloon.
@@ -45,6 +47,7 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Flash => "flash",
+            Self::Keyboard => "keyboard",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
             Self::Supervisor => "supervisor",
@@ -67,6 +70,7 @@ impl Role {
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
+            (Self::Keyboard, _) => PolicyName::KeyboardMain,
             (Self::Vsock, None) => PolicyName::VsockMain,
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
             (Self::Balloon, None) => PolicyName::BalloonMain,

@@ -200,6 +200,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Keyboard(keyboard) => {
+            kept.push(fds.take(keyboard.state).unwrap());
+            PolicyName::KeyboardMain
+        }
         DeviceConfig::Vsock(vsock) => {
             kept.push(fds.take(vsock.connector).unwrap());
             PolicyName::VsockMain
@@ -263,6 +267,7 @@ fn serve(control: &Control, id: &str) {
                 }
             }
             (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
+            (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }
 }

@@ -15,6 +15,7 @@ mod firmware;
 mod hostile;
 mod hotplug;
 mod jail;
+mod keyboard;
 mod lifecycle;
 mod limits;
 mod refusals;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        keyboard::cases(),
         vsock::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

@@ -17,12 +17,13 @@ use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
+use super::rom::RomSpec;
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
 use super::vsock::VsockSpec;
-use super::{CONSOLE, RNG, SERIAL};
+use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -76,6 +77,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
+    keyboard: Option<RngSpec>,
     vsock: Option<VsockSpec>,
     balloon: Option<BalloonSpec>,
     name: Option<String>,
@@ -94,6 +96,7 @@ struct File {
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
+    option_rom: Vec<RomSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -130,6 +133,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
         of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
         of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
+        of(Some(KEYBOARD), file.keyboard.as_ref().and_then(|keyboard| keyboard.restart)),
     ];
     Ok(RunArgs {
         kernel: file.kernel.map(at),
@@ -151,6 +155,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
+        keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         vsock: file.vsock.map(|vsock| vsock.below(base)),
         balloon: file.balloon,
         config: None,
@@ -167,6 +172,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
+        roms: file.option_rom.into_iter().map(|rom| rom.at(base)).collect(),
     })
 }
 
@@ -208,6 +214,7 @@ mod tests {
             rng = { restart = "always" }
             console = { target = "attach", restart = "never" }
             serial = "file=out.log"
+            keyboard = true
             name = "web"
             firmware = "ovmf"
             firmware-vars = "vars"
@@ -248,7 +255,7 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();

@@ -10,7 +10,9 @@ pub mod firmware;
 pub mod liveness;
 pub mod nearest;
 mod others;
+pub mod pci;
 pub mod restart;
+pub mod rom;
 pub mod size;
 pub mod smbios;
 pub mod stream;
@@ -30,7 +32,9 @@ pub use liveness::Liveness;
 use nearest::hint;
 use others::Others;
 pub use others::{name_balloon, name_vsock};
+pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
@@ -62,6 +66,8 @@ pub const CONSOLE: &str = "console";
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
 pub const FLASH: &str = "firmware-vars";
+/// Name of the keyboard among the devices.
+pub const KEYBOARD: &str = "keyboard";
 /// Name of the vsock among the devices, unless it is given another.
 pub const VSOCK: &str = "vsock";
 /// Name of the balloon among the devices, unless it is given another.
@@ -86,6 +92,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// Option ROMs, each of a device that exists or of none.
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is.
     pub smbios: SmbiosSpec,
     /// A file for what the guest writes to the debug port.
@@ -110,6 +118,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// Whether there is a keyboard.
+    pub keyboard: bool,
     /// The vsock.
     pub vsock: Option<VsockConfig>,
     /// The balloon.
@@ -141,6 +151,8 @@ pub struct DiskConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Where messages go and which of them.
@@ -195,6 +207,17 @@ pub enum ConfigError {
     /// A disk twice.
     #[error("boot-order: '{0}' is named twice")]
     BootOrderTwice(String),
+    /// An option ROM for a device that there is not.
+    #[error("option-rom: this machine has no PCI device '{name}': {hint}")]
+    RomDevice {
+        /// What was named.
+        name: String,
+        /// The nearest name, or all.
+        hint: String,
+    },
+    /// A device has one expansion ROM.
+    #[error("option-rom: the device '{0}' has two; a device has one")]
+    RomTwice(String),
     /// A text for SMBIOS.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosSpecError),
@@ -228,6 +251,9 @@ pub enum ConfigError {
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
+    /// Places on the bus that do not fit together.
+    #[error(transparent)]
+    Places(#[from] pci::PlacesError),
     /// Both ports on one terminal.
     #[error(
         "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
@@ -314,11 +340,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    };
+    let log = log(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -334,21 +356,25 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    check_slots(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
+    let unnamed = usize::from(rng) + usize::from(console != StreamTarget::Off);
+    check_count(disks.len() + unnamed + named.ids().count())?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
+    let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
         FLASH => !flash,
+        KEYBOARD => !keyboard,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
     rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others =
+        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
     let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
     named.apply(&restarts);
     let liveness =
@@ -366,6 +392,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         initrd,
         cmdline,
         cmdline_added,
+        roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
@@ -378,6 +405,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
+        keyboard,
         vsock: named.vsock,
         balloon: named.balloon,
         restart,
@@ -389,7 +417,28 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         log,
     };
     check_limits(&config)?;
-    Ok(config)
+    find_roms(config)
+}
+
+fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
+}
+
+/// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
+fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
+    let roms = take(&mut config.roms);
+    let on_bus = config.disks.iter().map(|disk| disk.id.as_str()).chain(config.rng.then_some(RNG));
+    let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
+    let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
+    Ok(MachineConfig { roms, ..config })
+}
+
+fn check_count(virtio: usize) -> Result<(), ConfigError> {
+    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
 /// The four options about the jail.
@@ -486,11 +535,6 @@ fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), Co
     Ok(())
 }
 
-fn check_slots(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
-    let virtio = others + usize::from(*console != StreamTarget::Off);
-    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
-}
-
 fn check_memory(bytes: u64) -> Result<u64, ConfigError> {
     if !bytes.is_multiple_of(PAGE) {
         Err(ConfigError::MemoryNotPages(bytes))
@@ -537,7 +581,7 @@ fn apply(
 }
 
 /// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 6] = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR];
+const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
@@ -552,8 +596,9 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
     }
+    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 
