@@ -356,8 +356,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    let unnamed = usize::from(rng) + usize::from(console != StreamTarget::Off);
-    check_count(disks.len() + unnamed + named.ids().count())?;
+    check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -437,7 +436,8 @@ fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
     Ok(MachineConfig { roms, ..config })
 }
 
-fn check_count(virtio: usize) -> Result<(), ConfigError> {
+fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
+    let virtio = others + usize::from(*console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
