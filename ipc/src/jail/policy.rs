@@ -36,6 +36,8 @@ pub enum PolicyName {
     FlashMain,
     /// Keyboard: its only thread.
     KeyboardMain,
+    /// virtio-blk: a thread that reads and writes an image in a format.
+    BlkImage,
     /// virtio-vsock: control channel and vhost-user messages.
     VsockMain,
     /// virtio-vsock: its queues, its connector and every connection.
@@ -48,7 +50,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -62,6 +64,7 @@ impl PolicyName {
         Self::UartMain,
         Self::FlashMain,
         Self::KeyboardMain,
+        Self::BlkImage,
         Self::VsockMain,
         Self::VsockQueue,
         Self::BalloonMain,
@@ -104,6 +107,7 @@ impl PolicyName {
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
             Self::KeyboardMain => KEYBOARD_MAIN,
+            Self::BlkImage => BLK_IMAGE,
             Self::VsockMain => VSOCK_MAIN,
             Self::VsockQueue => VSOCK_QUEUE,
             Self::BalloonMain => BALLOON_MAIN,

@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 18] = files![
+const FILES: [(&str, &str); 19] = files![
     "common",
     "core-setup",
     "core-main",
@@ -96,6 +96,7 @@ const FILES: [(&str, &str); 18] = files![
     "uart-main",
     "flash-main",
     "keyboard-main",
+    "blk-image",
     "vsock-main",
     "vsock-queue",
     "balloon-main",
