@@ -1,15 +1,18 @@
 //! The device models of Bulkhead: one module for each type; `bulkhead-device` runs one of them in its own process.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flash;
 pub mod keyboard;
 pub mod rate_limit;
 pub mod rng;
+pub mod segments;
 pub mod serve;
 pub mod standalone;
 pub mod stream;
 pub mod uart;
+pub mod vsock;
 
 /// Copies configuration space from `offset` on; what lies beyond its end reads as zero.
 pub(crate) fn copy_config(space: &[u8], offset: u32, data: &mut [u8]) {

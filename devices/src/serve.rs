@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, ToDevice,
+    BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
+    Left, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
@@ -18,6 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use tracing::{info, warn};
 
+use crate::balloon::{self, Balloon};
 use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
@@ -25,6 +27,7 @@ use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
+use crate::vsock::Vsock;
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -74,10 +77,17 @@ pub enum ServeError {
 
 /// A sealed process, ready to serve.
 enum Prepared<'a> {
-    Virtio(Daemon, Option<Controller>),
+    Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
     Keyboard(Box<Keyboard<'a>>),
+}
+
+/// What the control channel's messages act on.
+enum Control {
+    None,
+    Console(Controller),
+    Balloon(balloon::Controller),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -85,7 +95,7 @@ struct Parts {
     device: Box<dyn VirtioDevice>,
     main: PolicyName,
     queue: PolicyName,
-    console: Option<Controller>,
+    control: Control,
 }
 
 /// The descriptors of the start message, and the numbers of those that were taken, for the seal.
@@ -122,6 +132,8 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
         DeviceConfig::Keyboard(_) => "keyboard",
+        DeviceConfig::Vsock(_) => "vsock",
+        DeviceConfig::Balloon(_) => "balloon",
     }
 }
 
@@ -136,11 +148,14 @@ pub fn run(
     channel: &Channel,
 ) -> Result<(), ServeError> {
     match prepare(started, start, descriptors, channel) {
-        Ok(Prepared::Virtio(mut daemon, console)) => {
-            serve(&mut daemon, channel, console.as_ref())?;
+        Ok(Prepared::Virtio(mut daemon, control)) => {
+            serve(&mut daemon, channel, &control)?;
             // The workers say their last.
             drop(daemon);
-            leave(channel, &[], &console.map_or_else(Vec::new, |console| console.left()))
+            match control {
+                Control::None | Control::Balloon(_) => Ok(()),
+                Control::Console(console) => leave(channel, &[], &console.left()),
+            }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
@@ -194,17 +209,17 @@ fn prepare<'a>(
         DeviceConfig::Blk(blk) => {
             let device = disk(blk, &mut resources)?;
             let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
-            Parts { device: Box::new(device), main, queue, console: None }
+            Parts { device: Box::new(device), main, queue, control: Control::None }
         }
         DeviceConfig::Rng(rng) => {
             let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
-            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, console: None }
+            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, control: Control::None }
         }
         DeviceConfig::Console(config) => {
             let device = Console::new(resources.ends(config.input, config.output)?, config.size);
-            let console = Some(device.controller());
+            let control = Control::Console(device.controller());
             let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
-            Parts { device: Box::new(device), main, queue, console }
+            Parts { device: Box::new(device), main, queue, control }
         }
         DeviceConfig::Uart(config) => {
             let ends = resources.ends(config.input, config.output)?;
@@ -227,6 +242,18 @@ fn prepare<'a>(
             seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
             return Ok(Prepared::Keyboard(Box::new(keyboard)));
         }
+        DeviceConfig::Vsock(config) => {
+            let device = Box::new(Vsock::new(config.guest_cid, resources.take(config.connector)?));
+            let (main, queue) = (PolicyName::VsockMain, PolicyName::VsockQueue);
+            Parts { device, main, queue, control: Control::None }
+        }
+        DeviceConfig::Balloon(config) => {
+            let BalloonConfig { target, actual, deflate_on_oom, free_page_reporting } = *config;
+            let settings = balloon::Settings { target, actual, deflate_on_oom, free_page_reporting };
+            let device = Box::new(Balloon::new(settings));
+            let control = Control::Balloon(device.controller());
+            Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control }
+        }
     };
     let mut held = resources.finish(channel)?;
 
@@ -237,7 +264,7 @@ fn prepare<'a>(
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     drop(sealed);
     daemon.connect(Connection::from(socket))?;
-    Ok(Prepared::Virtio(daemon, parts.console))
+    Ok(Prepared::Virtio(daemon, parts.control))
 }
 
 /// A disk and its files.
@@ -266,7 +293,7 @@ fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<
 }
 
 /// Serves the control channel and the front end until either ends.
-fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -> Result<(), ServeError> {
+fn serve(daemon: &mut Daemon, channel: &Channel, acted_on: &Control) -> Result<(), ServeError> {
     loop {
         let Some(socket) = daemon.socket() else { return Ok(()) };
         let mut fds =
@@ -276,13 +303,20 @@ fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -
             Err(errno) => return Err(ServeError::System("poll", errno)),
         }
         let [control, front_end] = fds.map(|fd| fd.any().unwrap_or(true));
-        if control && !control_message(daemon, channel, console)? {
+        if control && !control_message(daemon, channel, acted_on)? {
             daemon.disconnect()?;
             return Ok(());
         }
         if front_end {
+            let before = size(acted_on);
             match daemon.serve_message() {
-                Ok(()) => {}
+                Ok(()) => {
+                    if let Control::Balloon(balloon) = acted_on
+                        && before != size(acted_on)
+                    {
+                        report(channel, balloon, None)?;
+                    }
+                }
                 Err(DaemonError::Connection(ConnectionError::Closed)) => {
                     info!("the front end has closed its connection");
                     daemon.disconnect()?;
@@ -298,20 +332,16 @@ fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -
 }
 
 /// Acts on one message of the supervisor. False: stop.
-fn control_message(
-    daemon: &mut Daemon,
-    channel: &Channel,
-    console: Option<&Controller>,
-) -> Result<bool, ServeError> {
+fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) -> Result<bool, ServeError> {
     let (message, descriptors) = match channel.recv::<ToDevice>(None) {
         Ok(received) => received,
         Err(ChannelError::PeerClosed) => return Ok(false),
         Err(error) => return Err(error.into()),
     };
-    match (message, console) {
+    match (message, control) {
         (ToDevice::Stop, _) => return Ok(false),
         (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
-        (ToDevice::Attach, Some(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
+        (ToDevice::Attach, Control::Console(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
             Ok([stream]) => {
                 console.attach(stream);
                 daemon.wake_workers();
@@ -320,15 +350,41 @@ fn control_message(
                 warn!(descriptors = descriptors.len(), "an attach message needs one descriptor")
             }
         },
-        (ToDevice::Take(left), Some(console)) => {
+        (ToDevice::Take(left), Control::Console(console)) => {
             console.take(left.output);
             daemon.wake_workers();
         }
-        (ToDevice::Resize { columns, rows }, Some(console)) => {
+        (ToDevice::Resize { columns, rows }, Control::Console(console)) => {
             console.resize(columns, rows);
             daemon.config_changed();
+        }
+        (ToDevice::Balloon { target }, Control::Balloon(balloon)) => {
+            if let Some(target) = target {
+                balloon.set_target(target);
+                daemon.config_changed();
+            }
+            let statistics = Some(balloon.statistics(|| daemon.wake_workers()));
+            report(channel, balloon, statistics)?;
         }
         (message, _) => warn!(?message, "a control message that this device does not know"),
     }
     Ok(true)
+}
+
+/// The size of a balloon.
+fn size(control: &Control) -> Option<(u32, u32)> {
+    if let Control::Balloon(balloon) = control { Some(balloon.size()) } else { None }
+}
+
+/// Tells the supervisor how large the balloon is. What it has no room for now it hears the next time.
+fn report(
+    channel: &Channel,
+    balloon: &balloon::Controller,
+    statistics: Option<Vec<(u16, u64)>>,
+) -> Result<(), ServeError> {
+    let (target, actual) = balloon.size();
+    match channel.send(&FromDevice::Balloon(BalloonReport { target, actual, statistics }), &[]) {
+        Ok(()) | Err(ChannelError::Deadline) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }

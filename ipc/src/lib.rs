@@ -3,6 +3,7 @@
 //! `vmm` and `devices` build on this crate and never on each other.
 
 pub mod channel;
+pub mod connector;
 pub mod jail;
 pub mod log;
 pub mod memory;

@@ -51,18 +51,20 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 6] = [
+pub const DEVICES: [Kind; 8] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
     Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
     Kind { name: "keyboard", main: PolicyName::KeyboardMain, others: &[] },
+    Kind { name: "vsock", main: PolicyName::VsockMain, others: &[(PolicyName::VsockQueue, "queue0")] },
+    Kind { name: "balloon", main: PolicyName::BalloonMain, others: &[(PolicyName::BalloonQueue, "queue0")] },
 ];
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
@@ -70,6 +72,8 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
         DeviceConfig::Keyboard(_) => keyboard,
+        DeviceConfig::Vsock(_) => vsock,
+        DeviceConfig::Balloon(_) => balloon,
     }
 }
 

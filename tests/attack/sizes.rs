@@ -9,6 +9,7 @@ use bulkhead_ipc::jail::policies;
 use bulkhead_tests::processes::descendants;
 use serde_json::Value;
 
+use crate::hostile::DEVICES;
 use crate::machine::Bench;
 
 /// Firmware of one page that halts at the reset vector.
@@ -81,5 +82,9 @@ fn descriptors(bench: &Bench) -> Result<Vec<Row>, String> {
     }
     let _gone = child.kill();
     let _reaped = child.wait();
-    if found.len() == 7 { Ok(found) } else { Err(format!("{} processes: {found:?}", found.len())) }
+    if found.len() == DEVICES.len() + 1 {
+        Ok(found)
+    } else {
+        Err(format!("{} processes: {found:?}", found.len()))
+    }
 }

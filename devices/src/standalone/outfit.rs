@@ -13,6 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 
+use super::entrance::Door;
+
 /// How long a lock of somebody else may last before a disk counts as locked, and how often it is tried. The kernel takes the
 /// io_uring of a process that was killed down after the process itself.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
@@ -42,6 +44,8 @@ pub enum OutfitError {
 #[derive(Debug)]
 pub struct Outfit {
     descriptors: Vec<OwnedFd>,
+    /// Sockets that are there as long as the service.
+    doors: Vec<Door>,
     /// Resource limits; a file that it may write and locked memory are none unless a type says so.
     pub limits: Limits,
 }
@@ -49,7 +53,7 @@ pub struct Outfit {
 impl Default for Outfit {
     fn default() -> Self {
         let limits = Limits { file_size: Some(INFLIGHT_AREA), ..Limits::default() };
-        Self { descriptors: Vec::new(), limits }
+        Self { descriptors: Vec::new(), doors: Vec::new(), limits }
     }
 }
 
@@ -59,6 +63,11 @@ impl Outfit {
         self.descriptors.push(descriptor.into());
         // The front end's socket is number 0. A message with too many is refused when it is sent.
         FdIndex(u8::try_from(self.descriptors.len()).unwrap_or(u8::MAX))
+    }
+
+    /// Keeps a socket for the life of the service.
+    pub fn keep(&mut self, door: Door) {
+        self.doors.push(door);
     }
 
     /// All descriptors, in the order of their indices from 1 on.

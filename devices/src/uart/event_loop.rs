@@ -162,7 +162,9 @@ impl<'a> EventLoop<'a> {
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
             ToDevice::Resize { .. } | ToDevice::Keys(_) => {}
-            ToDevice::Start(_) => tracing::warn!("a second Start is ignored"),
+            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }) => {
+                tracing::warn!(?message, "a control message that this device does not know");
+            }
         }
         Ok(Turn::GoOn)
     }

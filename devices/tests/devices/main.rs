@@ -9,6 +9,7 @@
 )]
 
 mod attached;
+mod balloon;
 mod blk;
 mod console;
 mod driver;
@@ -24,3 +25,4 @@ mod rng;
 mod services;
 mod storm;
 mod supervised;
+mod vsock;

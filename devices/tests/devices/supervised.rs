@@ -53,7 +53,7 @@ impl Supervised {
             log: log_end.as_fd(),
             null: null.as_fd(),
             // As the supervisor does it: io_uring's rings count as locked memory.
-            limits: Limits { file_size: None, locked: 8 << 20, ..Limits::default() },
+            limits: Limits { file_size: None, locked: 8 << 20, descriptors: 2048, ..Limits::default() },
             identity: Identity::default(),
             subordinate: None,
             cgroup: None,

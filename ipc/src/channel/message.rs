@@ -288,6 +288,11 @@ pub enum ToDevice {
     Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
+    /// The size of the balloon, pages of 4 KiB. Answered by [`FromDevice::Balloon`], as is `None`, which only asks.
+    Balloon {
+        /// The size that it is to have.
+        target: Option<u32>,
+    },
     /// Keys are pressed and released on a keyboard, in this order.
     Keys(Vec<Key>),
 }
@@ -333,6 +338,10 @@ pub enum DeviceConfig {
     Flash(FlashConfig),
     /// A keyboard and its controller.
     Keyboard(KeyboardConfig),
+    /// virtio-vsock.
+    Vsock(VsockConfig),
+    /// virtio-balloon.
+    Balloon(BalloonConfig),
 }
 
 /// A disk.
@@ -482,6 +491,28 @@ pub struct KeyboardConfig {
     pub state: FdIndex,
 }
 
+/// A vsock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Context id of the guest, 3 to 4294967294.
+    pub guest_cid: u32,
+    /// The device's end of a [`crate::connector::Connector`]'s channel.
+    pub connector: FdIndex,
+}
+
+/// A balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonConfig {
+    /// Size that it is to have, pages of 4 KiB.
+    pub target: u32,
+    /// Size that the guest has given it under a predecessor.
+    pub actual: u32,
+    /// The guest may take pages back when it has none left.
+    pub deflate_on_oom: bool,
+    /// The guest names the pages that it does not use.
+    pub free_page_reporting: bool,
+}
+
 /// From a device process to the supervisor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromDevice {
@@ -494,8 +525,21 @@ pub enum FromDevice {
     Alive(Progress),
     /// The device cannot serve; a sentence for a person. The process exits after it.
     Failed(String),
+    /// The balloon: the answer to [`ToDevice::Balloon`], and what is said unasked when the guest has changed its size.
+    Balloon(BalloonReport),
     /// After [`ToDevice::Stop`]: what would be lost with the process, for its successor if there is to be one.
     Left(Left),
+}
+
+/// A balloon and what the guest says of its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonReport {
+    /// Size that it is to have, pages of 4 KiB.
+    pub target: u32,
+    /// Size that it has.
+    pub actual: u32,
+    /// Tag and value (virtio 1.2, 5.5.6.4), at most 64; `None`: nobody asked.
+    pub statistics: Option<Vec<(u16, u64)>>,
 }
 
 /// Bytes that a console or serial line has taken from one side and not passed to the other.

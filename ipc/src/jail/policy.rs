@@ -38,11 +38,19 @@ pub enum PolicyName {
     KeyboardMain,
     /// virtio-blk: a thread that reads and writes an image in a format.
     BlkImage,
+    /// virtio-vsock: control channel and vhost-user messages.
+    VsockMain,
+    /// virtio-vsock: its queues, its connector and every connection.
+    VsockQueue,
+    /// virtio-balloon: control channel and vhost-user messages.
+    BalloonMain,
+    /// virtio-balloon: its queues.
+    BalloonQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -57,6 +65,10 @@ impl PolicyName {
         Self::FlashMain,
         Self::KeyboardMain,
         Self::BlkImage,
+        Self::VsockMain,
+        Self::VsockQueue,
+        Self::BalloonMain,
+        Self::BalloonQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -96,6 +108,10 @@ impl PolicyName {
             Self::FlashMain => FLASH_MAIN,
             Self::KeyboardMain => KEYBOARD_MAIN,
             Self::BlkImage => BLK_IMAGE,
+            Self::VsockMain => VSOCK_MAIN,
+            Self::VsockQueue => VSOCK_QUEUE,
+            Self::BalloonMain => BALLOON_MAIN,
+            Self::BalloonQueue => BALLOON_QUEUE,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Guest memory lent to the kernel for `io_uring`, `preadv`, `recvmsg` and their kin.
 //!
-//! Contains unsafe code: the system calls that take pointers, and `Send` for the pointers they take.
+//! Contains unsafe code: the system calls that take pointers, the zeroed structure of some, and `Send` for the pointers they take.
 //!
 //! The kernel writes past every Rust type, so the guard that gives out the pointers marks what was written: exactly
 //! the bytes that a completion reports, and everything when nobody reported a completion, since a failed or
@@ -394,6 +394,52 @@ impl LentVector {
         self.advance(count);
         Ok(count)
     }
+
+    /// Sends to a stream socket without waiting and without a signal when nobody reads it (`sendmsg`), and advances.
+    ///
+    /// # Errors
+    /// What the kernel says: EAGAIN when the socket has no room. A list that is not for reading is refused.
+    pub fn send_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        if !self.direction.reads() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let message = message(self.iovecs());
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the message names entries of `iovecs` and nothing else; each is a piece of guest RAM that this guard keeps
+        // mapped and that no Rust reference leads to, and the kernel only reads it; the descriptor is open while it is borrowed.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
+        let count = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
+        self.advance(count);
+        Ok(count)
+    }
+
+    /// Receives from a stream socket without waiting (`recvmsg`), and advances. 0 is the end of the stream; descriptors that
+    /// come along are closed.
+    ///
+    /// # Errors
+    /// What the kernel says: EAGAIN when nothing is there. A list that is not for writing is refused. Nothing was written then, and
+    /// `complete(0)` ends the loan without a mark.
+    pub fn receive_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        if !self.direction.writes() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let mut message = message(self.iovecs());
+        // SAFETY: as in `send_to`, but that the kernel writes into the pieces, which are marked below; there is no room for
+        // an address or control data, so that it writes nothing else.
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        let count = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+        self.advance(count);
+        Ok(count)
+    }
+}
+
+/// A message of these buffers, as many as one call takes, without address and control data.
+fn message(iovecs: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: msghdr is plain data for which all zero means "nothing".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len().min(MOST_IOVECS);
+    message
 }
 
 impl Drop for LentVector {

@@ -23,7 +23,9 @@ use super::harvest::{DirtyPages, DirtyRegion};
 use super::huge;
 use super::log::LogSlot;
 use super::mapping::Mapping;
-use super::{Direction, DirtyLog, LentBuffer, LentVector, MemoryError, SharedRegion, View, layout};
+use super::{
+    Direction, DirtyLog, LentBuffer, LentVector, MemoryError, PAGE_SIZE, SharedRegion, View, layout,
+};
 
 /// Guest memory as vm-memory, `virtio-queue` and `linux-loader` see it; its writes mark by themselves.
 pub type GuestMemory = GuestRegionCollection<GuestRegionMmap<RegionBitmap>>;
@@ -247,15 +249,28 @@ impl GuestRam {
     /// # Errors
     /// The file that holds a region cannot have holes.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        for region in self.inner.memory.iter() {
-            let (Some(file), size) = (region.file_offset(), region.len()) else { continue };
-            let range = i64::try_from(file.start()).and_then(|start| Ok((start, i64::try_from(size)?)));
-            let (start, length) = range.map_err(|error| MemoryError::Io(io::Error::other(error)))?;
-            let punched = fallocate(file.file(), punch, start, length);
-            // On failure too: part of the hole may have been made.
-            GuestMemoryRegion::bitmap(region).mark_dirty(0, usize::try_from(size).unwrap_or(usize::MAX));
-            punched.map_err(|errno| MemoryError::Io(errno.into()))?;
+        self.inner.memory.iter().try_for_each(|region| punch(region, 0, region.len()))
+    }
+
+    /// Gives `len` bytes at `address`, whole pages, back to the host: they read as zero afterwards. Marks them.
+    ///
+    /// # Errors
+    /// The range is not wholly RAM or does not consist of pages, or its file cannot have holes.
+    pub fn punch(&self, address: u64, len: u64) -> Result<(), MemoryError> {
+        let refused = MemoryError::OutOfRange { address, len };
+        let pages = address.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        if !pages || !self.contains(address, len) {
+            return Err(refused);
+        }
+        let (mut next, mut left) = (address, len);
+        while left > 0 {
+            let Some((region, offset)) = self.inner.memory.to_region_addr(GuestAddress(next)) else {
+                return Err(refused);
+            };
+            let piece = region.len().saturating_sub(offset.raw_value()).min(left);
+            punch(region, offset.raw_value(), piece)?;
+            next = next.saturating_add(piece);
+            left = left.saturating_sub(piece);
         }
         Ok(())
     }
@@ -338,6 +353,20 @@ impl GuestRam {
         });
         DirtyPages::new(regions.collect())
     }
+}
+
+/// Makes a hole of `len` bytes at `offset` in the file of a region, and marks it.
+fn punch(region: &Region, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let Some(file) = region.file_offset() else { return Ok(()) };
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let start = i64::try_from(file.start().saturating_add(offset));
+    let range = start.and_then(|start| Ok((start, i64::try_from(len)?)));
+    let (start, length) = range.map_err(|error| MemoryError::Io(io::Error::other(error)))?;
+    let punched = fallocate(file.file(), mode, start, length);
+    // On failure too: part of the hole may have been made.
+    let [offset, len] = [offset, len].map(|value| usize::try_from(value).unwrap_or(usize::MAX));
+    GuestMemoryRegion::bitmap(region).mark_dirty(offset, len);
+    punched.map_err(|errno| MemoryError::Io(errno.into()))
 }
 
 /// A memfd of `size` bytes that can neither grow nor shrink nor be executed.

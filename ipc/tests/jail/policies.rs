@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 15] = files![
+const FILES: [(&str, &str); 19] = files![
     "common",
     "core-setup",
     "core-main",
@@ -96,7 +96,11 @@ const FILES: [(&str, &str); 15] = files![
     "uart-main",
     "flash-main",
     "keyboard-main",
-    "blk-image"
+    "blk-image",
+    "vsock-main",
+    "vsock-queue",
+    "balloon-main",
+    "balloon-queue"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

@@ -14,7 +14,10 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget};
+use super::config::{
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
+    VsockSpec,
+};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -88,6 +91,11 @@ Jail:
   -p Delegate=yes bulkhead run …. Host users are taken from a range that is not shared with
   another machine: as a user, from the range in /etc/subuid, by newuidmap.
 
+Vsock:
+  With --vsock cid=N,path=SOCKET the guest has context id N, and streams to the host by Unix sockets:
+  a guest that connects to port P of the host (context id 2) reaches the socket SOCKET_P; who connects
+  to SOCKET and sends the line CONNECT P reaches port P of the guest, and reads OK and a port first.
+
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
@@ -159,6 +167,8 @@ pub enum Command {
     Device(DeviceArgs),
     /// Change the number of CPUs of a machine that runs
     Resize(ResizeArgs),
+    /// Show what the balloon of a machine holds and how the guest uses its memory, or give the balloon another size
+    Balloon(BalloonArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),
     /// Strike keys of a machine that has a --keyboard
@@ -235,6 +245,23 @@ pub struct RunArgs {
     /// PS/2 keyboard, for `bulkhead sendkey` [default: off]
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub keyboard: Option<Switch>,
+    /// Sockets between guest and host.
+    #[arg(
+        long,
+        value_name = "cid=N,path=SOCKET,…",
+        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY]"
+    )]
+    pub vsock: Option<VsockSpec>,
+    /// A balloon.
+    #[arg(
+        long,
+        value_name = "size=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "size=0",
+        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY]"
+    )]
+    pub balloon: Option<BalloonSpec>,
     /// Read options from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -344,6 +371,18 @@ pub struct SendkeyArgs {
     /// Keys to strike one after the other; those joined by - are held together: ctrl-alt-delete
     #[arg(required = true)]
     pub keys: Vec<String>,
+}
+
+/// Options of `bulkhead balloon`.
+#[derive(Debug, Args)]
+pub struct BalloonArgs {
+    /// The machine
+    pub name: String,
+    /// Memory that the guest is to do without, such as 256M; 0 gives all back to it
+    pub size: Option<Size>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `bulkhead doctor`.

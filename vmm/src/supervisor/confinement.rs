@@ -105,6 +105,8 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));
     names.extend(config.keyboard.then_some(KEYBOARD));
+    names.extend(config.vsock.as_ref().map(|vsock| vsock.id.as_str()));
+    names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
     names
 }
 

@@ -12,7 +12,10 @@ use thiserror::Error;
 
 use super::api::client::{ClientError, Connection};
 use super::api::{AddRequest, DeviceEntry, ProgramInfo, Request, Response};
-use super::cli::{DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs};
+use super::cli::{
+    BalloonArgs, DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs,
+};
+use super::config::Size;
 use super::exit_code::ExitCode;
 
 /// How long a restart or upgrade may take: the old process finishes what is in flight first, on a slow disk maybe.
@@ -108,6 +111,23 @@ pub fn resize(args: &ResizeArgs) -> Result<String, DeviceError> {
     done(&Connection::to_name(&args.name)?, &request, None, limit)
 }
 
+/// `bulkhead balloon`: gives the balloon another size, and says what it has and what the guest says of its memory.
+pub fn balloon(args: &BalloonArgs) -> Result<String, DeviceError> {
+    let request = Request::Balloon { size: args.size.map(|size| size.0) };
+    let balloon = match Connection::to_name(&args.name)?.ask(&request, None)? {
+        Response::Balloon(balloon) => balloon,
+        other => return Err(ClientError::Answer(format!("{other:?}")).into()),
+    };
+    if args.json {
+        return Ok(format!("{}\n", serde_json::to_string_pretty(&balloon).unwrap_or_default()));
+    }
+    let mut text = format!("target {}\nactual {}\n", Size(balloon.target), Size(balloon.actual));
+    for (name, value) in &balloon.statistics {
+        let _infallible = writeln!(text, "{name} {value}");
+    }
+    Ok(text)
+}
+
 fn devices(connection: &Connection) -> Result<(Vec<DeviceEntry>, u32), ClientError> {
     match connection.ask(&Request::Devices, None)? {
         Response::Devices { devices, protocol } => Ok((devices, protocol)),
@@ -124,13 +144,13 @@ fn replace(
 }
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
-    let device = match &args.disk {
-        Some(spec) => {
-            let folder = std::env::current_dir().map_err(ClientError::from)?;
-            AddRequest::Disk { spec: spec.clone(), folder }
-        }
-        None if args.rng => AddRequest::Rng,
-        None => AddRequest::Console,
+    let folder = || std::env::current_dir().map_err(ClientError::from);
+    let device = match (&args.disk, &args.vsock) {
+        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
+        (None, Some(spec)) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
+        _ if args.balloon.is_some() => AddRequest::Balloon { spec: args.balloon.clone().unwrap_or_default() },
+        _ if args.rng => AddRequest::Rng,
+        _ => AddRequest::Console,
     };
     done(
         &Connection::to_name(&args.name)?,

@@ -9,8 +9,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BackingImage, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink,
-    DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
+    BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
+    DeviceConfig, DeviceLink, DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, RngConfig,
+    ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -28,7 +29,7 @@ use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::resources::{Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -36,6 +37,10 @@ use super::terminal;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
+const VIRTIO_BALLOON: u16 = 5;
+const VIRTIO_VSOCK: u16 = 19;
+/// A descriptor for each connection of a vsock, and some.
+const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -104,6 +109,8 @@ enum Plan<'a> {
     Uart(&'a Stream),
     Flash(&'a Variables),
     Keyboard(&'a OwnedFd),
+    Vsock(&'a Vsock),
+    Balloon(&'a Balloon),
 }
 
 impl<'a> Plan<'a> {
@@ -115,6 +122,8 @@ impl<'a> Plan<'a> {
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
         plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
+        plans.extend(resources.vsock.as_ref().map(Self::Vsock));
+        plans.extend(resources.balloon.as_ref().map(Self::Balloon));
         plans
     }
 
@@ -126,6 +135,8 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
             Self::Keyboard(_) => KEYBOARD,
+            Self::Vsock(vsock) => &vsock.id,
+            Self::Balloon(balloon) => &balloon.id,
         }
     }
 
@@ -137,6 +148,8 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
             Self::Keyboard(_) => Role::Keyboard,
+            Self::Vsock(_) => Role::Vsock,
+            Self::Balloon(_) => Role::Balloon,
         }
     }
 
@@ -149,6 +162,8 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
             Self::Keyboard(_) => LinkKind::Keyboard,
+            Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
+            Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
         }
     }
 
@@ -159,7 +174,9 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
+            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Vsock(_) | Self::Balloon(_) => {
+                Some(INFLIGHT_AREA)
+            }
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -168,7 +185,11 @@ impl<'a> Plan<'a> {
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
-        Limits { file_size, locked, ..Limits::default() }
+        let mut limits = Limits { file_size, locked, ..Limits::default() };
+        if matches!(self, Self::Vsock(_)) {
+            limits.descriptors = VSOCK_DESCRIPTORS;
+        }
+        limits
     }
 
     fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
@@ -186,6 +207,16 @@ impl<'a> Plan<'a> {
                 size: variables.size,
             }),
             Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
+            Self::Balloon(balloon) => DeviceConfig::Balloon(BalloonConfig {
+                target: balloon.target,
+                actual: balloon.actual,
+                deflate_on_oom: balloon.deflate_on_oom,
+                free_page_reporting: balloon.free_page_reporting,
+            }),
+            Self::Vsock(vsock) => DeviceConfig::Vsock(VsockConfig {
+                guest_cid: vsock.cid,
+                connector: fds.add(&vsock.for_device),
+            }),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),

@@ -81,6 +81,10 @@ pub fn main() -> ExitCode {
             Ok(text) => print(&text),
             Err(error) => fail(&error, client_code(&error)),
         },
+        Command::Balloon(args) => match device::balloon(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, error.exit_code()),
+        },
         Command::Events(args) => match events::events(&args) {
             Ok(()) => ExitCode::Success,
             Err(error) => fail(&error, client_code(&error)),

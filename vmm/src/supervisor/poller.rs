@@ -36,6 +36,10 @@ pub enum Source {
     StandbyExit(u16),
     /// Its log pipe.
     StandbyLog(u16),
+    /// The listening socket of the vsock.
+    VsockListener,
+    /// What the vsock's process asks of its connector.
+    Connector,
 }
 
 impl Source {
@@ -54,6 +58,8 @@ impl Source {
             Self::StandbyControl(process) => (10, process, 0),
             Self::StandbyExit(process) => (11, process, 0),
             Self::StandbyLog(process) => (12, process, 0),
+            Self::VsockListener => (13, 0, 0),
+            Self::Connector => (14, 0, 0),
         };
         tag << 32 | u64::from(a) << 16 | u64::from(b)
     }
@@ -75,6 +81,8 @@ impl Source {
             10 => Self::StandbyControl(a),
             11 => Self::StandbyExit(a),
             12 => Self::StandbyLog(a),
+            13 => Self::VsockListener,
+            14 => Self::Connector,
             _ => return None,
         })
     }
@@ -159,6 +167,8 @@ mod tests {
             Source::StandbyControl(1),
             Source::StandbyExit(2),
             Source::StandbyLog(65535),
+            Source::VsockListener,
+            Source::Connector,
         ] {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }

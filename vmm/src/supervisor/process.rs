@@ -29,6 +29,10 @@ pub enum Role {
     Flash,
     /// The keyboard and its controller.
     Keyboard,
+    /// The vsock.
+    Vsock,
+    /// The balloon.
+    Balloon,
     /// The process that started the others.
     Supervisor,
 }
@@ -44,6 +48,8 @@ impl Role {
             Self::Uart => "uart",
             Self::Flash => "flash",
             Self::Keyboard => "keyboard",
+            Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
             Self::Supervisor => "supervisor",
         }
     }
@@ -66,6 +72,10 @@ impl Role {
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
             (Self::Keyboard, _) => PolicyName::KeyboardMain,
+            (Self::Vsock, None) => PolicyName::VsockMain,
+            (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
+            (Self::Balloon, None) => PolicyName::BalloonMain,
+            (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
         }
     }
 }

@@ -2,11 +2,13 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod balloon;
 mod disk;
 mod roms;
 mod slots;
 mod stream;
 mod variables;
+mod vsock;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,6 +17,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 pub use added::NewDevice;
+pub use balloon::Balloon;
 use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::Disk;
@@ -27,6 +30,7 @@ use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
+pub use vsock::Vsock;
 
 use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{AddError, Confinement, Required};
@@ -199,10 +203,20 @@ pub enum ResourceError {
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
-        /// `serial` or `console`.
+        /// `serial`, `console` or `vsock`.
         field: &'static str,
         /// The path.
         path: PathBuf,
+    },
+    /// A context id that another machine has.
+    #[error(
+        "{field}: the context id {cid} belongs to another machine of this user: give this one another with cid=N"
+    )]
+    CidTaken {
+        /// Which device.
+        field: String,
+        /// The context id.
+        cid: u32,
     },
     /// No pseudo terminal, no descriptor …
     #[error("{what}: {reason}")]
@@ -241,6 +255,10 @@ pub struct Resources {
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
     pub console: Option<Stream>,
+    /// The host's side of the vsock.
+    pub vsock: Option<Vsock>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
     /// The program of the core.
     pub core_program: OwnedFd,
     /// The program of the devices.
@@ -275,11 +293,14 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
+        let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
         let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
-        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        for id in ids.chain(vsock).chain(balloon) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -301,6 +322,7 @@ impl Resources {
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
+            balloon: config.balloon.as_ref().map(Balloon::new),
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
@@ -308,6 +330,7 @@ impl Resources {
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
+            vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
     }
 

@@ -27,6 +27,12 @@ impl DeviceType {
     pub const ENTROPY: Self =
         Self { id: 4, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: false };
 
+    /// Balloon, section 5.5.
+    pub const BALLOON: Self =
+        Self { id: 5, class: 0x00_FF_00, config_size: 16, queues: 4, multi_queue: false };
+    /// Sockets between guest and host, section 5.10.
+    pub const VSOCK: Self = Self { id: 19, class: 0x00_FF_00, config_size: 8, queues: 3, multi_queue: false };
+
     /// The type with a virtio device ID. One that has no entry here gets class FF, no configuration space and one queue or more.
     #[must_use]
     pub const fn from_id(id: u16) -> Self {
@@ -35,6 +41,8 @@ impl DeviceType {
             2 => Self::BLOCK,
             3 => Self::CONSOLE,
             4 => Self::ENTROPY,
+            5 => Self::BALLOON,
+            19 => Self::VSOCK,
             _ => Self { id, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: true },
         }
     }

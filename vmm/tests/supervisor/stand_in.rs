@@ -204,6 +204,11 @@ pub fn device() {
             kept.push(fds.take(keyboard.state).unwrap());
             PolicyName::KeyboardMain
         }
+        DeviceConfig::Vsock(vsock) => {
+            kept.push(fds.take(vsock.connector).unwrap());
+            PolicyName::VsockMain
+        }
+        DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {
@@ -261,7 +266,7 @@ fn serve(control: &Control, id: &str) {
                     let _gone = peer.write_all(format!("size {columns}x{rows}\r\n").as_bytes());
                 }
             }
-            (ToDevice::Start(_), _) => panic!("twice"),
+            (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }

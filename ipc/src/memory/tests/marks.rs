@@ -288,3 +288,53 @@ fn cleared_memory_is_zero_and_marked_and_its_neighbours_are_neither() {
     let byte = |page: u64| whole.view(page * PAGE_SIZE, 1, Direction::Read).unwrap().read::<u8>(0).unwrap();
     assert_eq!((byte(0), byte(1), byte(13), byte(14)), (7, 0, 0, 7));
 }
+
+#[test]
+fn what_a_socket_brings_is_marked_and_what_it_takes_is_not() {
+    let ram = ram();
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut vector = ram.lend_vector(Direction::Write);
+    vector.push(REGIONS[0].0 + 4090, 12).unwrap();
+    vector.push(REGIONS[2].0, 4).unwrap();
+    assert_eq!(vector.receive_from(far.as_fd()).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    (&near).write_all(b"0123456789").unwrap();
+    assert_eq!(vector.receive_from(far.as_fd()).unwrap(), 10);
+    assert!(vector.send_to(far.as_fd()).is_err(), "a list for writing is not read");
+    vector.complete(0);
+    assert_eq!(dirty(&ram), BTreeSet::from([REGIONS[0].0, REGIONS[0].0 + 4096]));
+    ram.take_dirty();
+
+    vector.restart(&ram, Direction::Read);
+    vector.push(REGIONS[0].0 + 4092, 6).unwrap();
+    assert_eq!(vector.send_to(far.as_fd()).unwrap(), 6);
+    assert!(vector.receive_from(far.as_fd()).is_err(), "a list for reading is not written");
+    vector.complete(0);
+    let mut copy = [0; 6];
+    std::io::Read::read_exact(&mut &near, &mut copy).unwrap();
+    assert_eq!((&copy, ram.dirty_pages().count()), (b"234567", 0));
+    // Nobody reads: an error, and no signal.
+    drop(near);
+    vector.restart(&ram, Direction::Read);
+    vector.push(REGIONS[0].0, 6).unwrap();
+    assert_eq!(vector.send_to(far.as_fd()).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn holes_are_zero_and_marked_and_have_the_length_that_was_asked_for() {
+    let ram = ram();
+    // Across the border of the two regions that adjoin.
+    let start = REGIONS[1].0 - 2 * PAGE_SIZE;
+    let view = ram.view(start - PAGE_SIZE, 5 * PAGE_SIZE, Direction::ReadWrite).unwrap();
+    view.write_bytes(0, &[7; 5 * 4096]).unwrap();
+    ram.take_dirty();
+    ram.punch(start, 3 * PAGE_SIZE).unwrap();
+    assert_eq!(dirty(&ram), pages_of(start, 3 * PAGE_SIZE));
+    let byte = |page: u64| view.read::<u8>(page * PAGE_SIZE).unwrap();
+    assert_eq!([byte(0), byte(1), byte(2), byte(3), byte(4)], [7, 0, 0, 0, 7]);
+    for (address, len) in
+        [(start + 1, PAGE_SIZE), (start, 100), (REGIONS[2].0, 99 * PAGE_SIZE), (!4095, PAGE_SIZE)]
+    {
+        ram.punch(address, len).unwrap_err();
+    }
+    assert_eq!(ram.dirty_pages().count(), 3);
+}

@@ -7,6 +7,7 @@
 //! Cases of the group `stock` boot Debian's kernel and need hardware virtualization or the lab (`tools/lab`); those
 //! of the group `bare` run bare-metal payloads, or none at all, on any machine with a /dev/kvm. `make machine` runs both.
 
+mod balloon;
 mod bare;
 mod boot;
 mod disk;
@@ -20,6 +21,7 @@ mod limits;
 mod refusals;
 mod restart;
 mod serial;
+mod vsock;
 
 use std::process::ExitCode;
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         hotplug::cases(),
         restart::cases(),
         keyboard::cases(),
+        vsock::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

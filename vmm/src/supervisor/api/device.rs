@@ -1,5 +1,6 @@
 //! Devices and events as the API shows them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,29 @@ pub enum AddRequest {
     Rng,
     /// The virtio console, for `bulkhead console`.
     Console,
+    /// The vsock.
+    Vsock {
+        /// As after `--vsock`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
+    /// The balloon.
+    Balloon {
+        /// As after `--balloon`.
+        spec: String,
+    },
+}
+
+/// A balloon, and how the guest uses its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonEntry {
+    /// The size that it is to have, bytes.
+    pub target: u64,
+    /// The size that it has, bytes.
+    pub actual: u64,
+    /// What the guest says, by the names of the specification (5.5.6.4); bytes or counts.
+    pub statistics: BTreeMap<String, u64>,
 }
 
 /// A device program, as it describes itself (`bulkhead-device --version`).

@@ -9,7 +9,7 @@ pub mod device;
 pub mod packet;
 pub mod server;
 
-pub use device::{AddRequest, DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
+pub use device::{AddRequest, BalloonEntry, DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
 use serde::{Deserialize, Serialize};
 
 use super::process::Role;
@@ -85,6 +85,11 @@ pub enum Request {
         /// One after the other; those joined by `-` are held together.
         keys: Vec<String>,
     },
+    /// What the balloon holds, and how the guest uses its memory.
+    Balloon {
+        /// The size that the balloon is to have from now on, in bytes.
+        size: Option<u64>,
+    },
     /// What happened so far, and, with `follow`, what happens from here on.
     Events {
         /// Go on until the machine has ended.
@@ -119,6 +124,8 @@ pub enum Response {
         /// Another packet follows at once.
         more: bool,
     },
+    /// The balloon.
+    Balloon(BalloonEntry),
     /// Refused.
     Error {
         /// A sentence for a person.

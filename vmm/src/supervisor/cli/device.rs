@@ -17,7 +17,7 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// List the devices of a machine: process, state, restarts, and how the last process ended
     List(DeviceListArgs),
-    /// Add a disk, an entropy device or a console: its process is started, then the guest is told by ACPI
+    /// Add a disk, an entropy device, a console, a vsock or a balloon: its process is started, then the guest is told by ACPI
     Add(DeviceAddArgs),
     /// Ask the guest by ACPI to let go of a virtio device, then end its process and unlock its disk
     Remove(DeviceRemoveArgs),
@@ -58,6 +58,19 @@ pub struct DeviceAddArgs {
         help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,…], as for `bulkhead run`"
     )]
     pub disk: Option<String>,
+    /// Sockets between guest and host, as for `bulkhead run`
+    #[arg(long, value_name = "cid=N,path=SOCKET,…", group = "what")]
+    pub vsock: Option<String>,
+    /// Balloon, as for `bulkhead run`
+    #[arg(
+        long,
+        value_name = "size=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "size=0",
+        group = "what"
+    )]
+    pub balloon: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use bulkhead_ipc::jail::Layer;
 
+use super::balloon::BalloonSpec;
 use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word, words};
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
@@ -21,6 +22,7 @@ use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
+use super::vsock::VsockSpec;
 use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
@@ -76,6 +78,8 @@ struct File {
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
     keyboard: Option<RngSpec>,
+    vsock: Option<VsockSpec>,
+    balloon: Option<BalloonSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -156,6 +160,8 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
+        vsock: file.vsock.map(|vsock| vsock.below(base)),
+        balloon: file.balloon,
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),

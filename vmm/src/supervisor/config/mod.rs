@@ -1,6 +1,7 @@
 //! What a machine is to be: options and configuration file put together, and everything checked that can be
 //! checked without opening a host resource.
 
+pub mod balloon;
 pub mod confinement;
 pub mod cpus;
 pub mod disk;
@@ -9,6 +10,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+mod others;
 pub mod pci;
 pub mod restart;
 pub mod rom;
@@ -16,11 +18,13 @@ pub mod size;
 pub mod smbios;
 pub mod stream;
 pub mod table;
+pub mod vsock;
 
 use std::mem::take;
 use std::path::PathBuf;
 use std::process;
 
+pub use balloon::{BalloonConfig, BalloonSpec, balloon_pages};
 pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
@@ -28,6 +32,8 @@ pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+use others::Others;
+pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
 pub use rom::RomSpec;
@@ -35,6 +41,7 @@ pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
+pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
@@ -63,6 +70,10 @@ pub const RNG: &str = "rng";
 pub const FLASH: &str = "firmware-vars";
 /// Name of the keyboard among the devices.
 pub const KEYBOARD: &str = "keyboard";
+/// Name of the vsock among the devices, unless it is given another.
+pub const VSOCK: &str = "vsock";
+/// Name of the balloon among the devices, unless it is given another.
+pub const BALLOON: &str = "balloon";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -111,6 +122,10 @@ pub struct MachineConfig {
     pub serial: StreamTarget,
     /// Whether there is a keyboard.
     pub keyboard: bool,
+    /// The vsock.
+    pub vsock: Option<VsockConfig>,
+    /// The balloon.
+    pub balloon: Option<BalloonConfig>,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -285,6 +300,22 @@ pub enum ConfigError {
         /// Why not.
         reason: &'static str,
     },
+    /// A vsock that cannot be.
+    #[error(transparent)]
+    Vsock(#[from] vsock::VsockSpecError),
+    /// A balloon that cannot be.
+    #[error(transparent)]
+    Balloon(#[from] balloon::BalloonSpecError),
+    /// An id that another device has.
+    #[error(
+        "{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME"
+    )]
+    IdTaken {
+        /// What kind of device.
+        device: &'static str,
+        /// The id.
+        id: String,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -299,6 +330,9 @@ impl MachineConfig {
     /// What follows the death of this device's process.
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
         let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
+        let disk =
+            disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
+        let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
         disk.or_else(other).unwrap_or(self.restart)
     }
@@ -320,11 +354,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    check_count(disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off))?;
+    let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
+    check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -342,7 +378,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others =
         others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
-    let restarts = apply(&rules, &mut disks, others.collect())?;
+    let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
+    named.apply(&restarts);
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
@@ -365,13 +402,15 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cpus,
         topology,
         cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
-        memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
+        memory,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
         rng,
         console,
         serial,
         keyboard,
+        vsock: named.vsock,
+        balloon: named.balloon,
         restart,
         restarts,
         liveness,
@@ -401,7 +440,8 @@ fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
     Ok(MachineConfig { roms, ..config })
 }
 
-fn check_count(virtio: usize) -> Result<(), ConfigError> {
+fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
+    let virtio = others + usize::from(*console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
@@ -544,9 +584,11 @@ fn apply(
     Ok(restarts)
 }
 
+/// Ids that no disk may have, for others have them.
+const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
+
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> =
-        [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {

@@ -16,8 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR,
-    check_name,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress,
+    RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name, name_balloon,
+    name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -80,6 +81,8 @@ impl EventLoop<'_> {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
+            AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
+            AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -99,7 +102,13 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::Vsock(vsock) => vsock.restart,
+            NewDevice::Balloon(balloon) => balloon.restart,
         };
+        if let Err(error) = self.environment.watch_vsock(self.resources) {
+            self.resources.remove(id);
+            return Err(format!("it cannot be watched: {error}"));
+        }
         let stage = Stage::Asked(policy);
         self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
         Ok(())
@@ -109,10 +118,27 @@ impl EventLoop<'_> {
         [SERIAL, FLASH, KEYBOARD, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
     }
 
+    fn new_vsock(&self, spec: &str, folder: &Path) -> Result<VsockConfig, String> {
+        if let Some(vsock) = &self.resources.vsock {
+            return Err(format!("this machine has a vsock already: {}", vsock.id));
+        }
+        let spec: VsockSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        name_vsock(spec.below(folder), &[], self.config.restart).map_err(|error| error.to_string())
+    }
+
+    fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
+        if let Some(balloon) = &self.resources.balloon {
+            return Err(format!("this machine has a balloon already: {}", balloon.id));
+        }
+        let spec: BalloonSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        name_balloon(spec, &[], None, self.config.memory, self.config.restart)
+            .map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
         let id = match disk.id {
-            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
+            Some(id) if [RNG, CONSOLE, VSOCK, BALLOON].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));
             }
             Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
@@ -346,6 +372,9 @@ impl EventLoop<'_> {
         if change.id == CONSOLE {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
+            self.environment.forget_vsock(vsock);
         }
         self.resources.remove(&change.id);
         if change.failure.is_none() {

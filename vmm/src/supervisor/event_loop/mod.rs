@@ -5,6 +5,7 @@
 //! A machine ends in one way: the first cause is kept in `end`, every process is stopped or killed, and when the last
 //! one is reaped the loop is left.
 
+mod balloon;
 mod cpus;
 mod early;
 mod hotplug;
@@ -13,6 +14,7 @@ mod orders;
 mod processes;
 mod recovery;
 mod requests;
+mod vsock;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -163,6 +165,7 @@ impl Environment {
         for stream in [&resources.serial, &resources.console].into_iter().flatten() {
             stream.listener.iter().for_each(|listener| self.poller.remove(listener));
         }
+        resources.vsock.iter().for_each(|vsock| self.poller.remove(&vsock.listener));
         self.log.say(LogLevel::Warn, "no descriptor is left for a connection: it has to wait");
     }
 
@@ -173,7 +176,7 @@ impl Environment {
         self.watch(resources)
     }
 
-    /// Watches the sockets of serial port and console.
+    /// Watches the sockets of serial port, console and vsock.
     pub fn watch(&self, resources: &Resources) -> io::Result<()> {
         for (stream, source) in
             [(&resources.serial, Source::SerialListener), (&resources.console, Source::ConsoleListener)]
@@ -183,7 +186,7 @@ impl Environment {
                 self.poller.add(listener, source)?;
             }
         }
-        Ok(())
+        self.watch_vsock(resources)
     }
 }
 
@@ -223,6 +226,10 @@ impl<'a> EventLoop<'a> {
         environment: &'a mut Environment,
         started: Instant,
     ) -> Result<Self, LaunchError> {
+        if let Some(balloon) = &mut resources.balloon {
+            // No guest has given it anything yet.
+            balloon.actual = 0;
+        }
         let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
@@ -370,6 +377,8 @@ impl<'a> EventLoop<'a> {
             Source::StandbyControl(index) => self.standby_control(index.into()),
             Source::StandbyExit(index) => self.standby_exited(index.into()),
             Source::StandbyLog(index) => self.standby_log(index.into()),
+            Source::VsockListener => self.vsock_connection(),
+            Source::Connector => self.connector(),
         }
     }
 

@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::ChannelError;
-use bulkhead_ipc::channel::message::{FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice};
+use bulkhead_ipc::channel::message::{
+    BalloonReport, FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice,
+};
 use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
@@ -39,6 +41,7 @@ pub(super) enum Message {
     Alive(Progress),
     Failed(String),
     Left(Left),
+    Balloon(BalloonReport),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -60,6 +63,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Ready { policies }, fds) => Message::Ready(policies, fds),
             (FromDevice::Alive(progress), _) => Message::Alive(progress),
             (FromDevice::Left(left), _) => Message::Left(left),
+            (FromDevice::Balloon(report), _) => Message::Balloon(report),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -143,6 +147,7 @@ impl EventLoop<'_> {
             Message::DeviceRefused { id, reason } => self.device_refused(&id, harmless(&reason)),
             Message::DeviceRemoved { id } => self.device_removed(&id),
             Message::CpuRemoved { index } => self.cpu_removed(index),
+            Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);

@@ -53,6 +53,7 @@ impl EventLoop<'_> {
             Request::Cpus { count, timeout } => {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
+            Request::Balloon { size } => self.ask_balloon(client, size).map(|()| None),
             Request::Sendkey { keys } => self.strike(&keys).map(Some),
             Request::DeviceAdd { device, limits } => {
                 self.add_device(client, &device, limits.as_deref()).map(|()| None)

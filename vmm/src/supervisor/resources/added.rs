@@ -1,8 +1,10 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk, take_place};
+use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk, take_place};
 use crate::supervisor::config::confinement::ProcessLimits;
-use crate::supervisor::config::{CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget};
+use crate::supervisor::config::{
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget, VsockConfig,
+};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -13,6 +15,10 @@ pub enum NewDevice {
     Rng,
     /// The virtio console.
     Console,
+    /// The vsock.
+    Vsock(VsockConfig),
+    /// The balloon.
+    Balloon(BalloonConfig),
 }
 
 impl NewDevice {
@@ -22,6 +28,8 @@ impl NewDevice {
             Self::Disk(disk) => &disk.id,
             Self::Rng => RNG,
             Self::Console => CONSOLE,
+            Self::Vsock(vsock) => &vsock.id,
+            Self::Balloon(balloon) => &balloon.id,
         }
     }
 }
@@ -68,6 +76,8 @@ impl Resources {
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
+            NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
         }
         Ok(())
     }
@@ -77,6 +87,12 @@ impl Resources {
         self.slots.release(id);
         self.confinement.remove(id);
         self.disks.retain(|disk| disk.id != id);
+        if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
+            self.vsock = None;
+        }
+        if self.balloon.as_ref().is_some_and(|balloon| balloon.id == id) {
+            self.balloon = None;
+        }
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
