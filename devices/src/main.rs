@@ -19,11 +19,13 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// Exit code for a command line that makes no sense.
 const EXIT_USAGE: u8 = 2;
 
-const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart|flash
+const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart|flash|net
          under a supervisor, with the control channel on descriptor 3
        bulkhead-device blk --socket-path PATH --blk-file FILE [--read-only] [--serial TEXT] [--num-queues N] [--block-size 512|4096]
        bulkhead-device rng --socket-path PATH
        bulkhead-device console --socket-path PATH
+       bulkhead-device net --socket-path PATH --tap NAME [--num-queues N] [--mac ADDRESS] [--mtu BYTES]
+       bulkhead-device net --socket-path PATH --stream PATH [--mac ADDRESS] [--mtu BYTES]
          as a service for any vhost-user front end
        bulkhead-device --version";
 

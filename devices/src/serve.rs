@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, ToDevice,
+    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, NetBackend, NetConfig, NetLimits, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
+use bulkhead_ipc::tap::Tap;
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
 use nix::errno::Errno;
@@ -22,6 +23,8 @@ use tracing::{info, warn};
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::net::{self, Net, NetError};
+use crate::rate_limit::{Rate, RateLimits};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -47,6 +50,9 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The network card cannot be served.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -68,9 +74,16 @@ pub enum ServeError {
 
 /// A sealed process, ready to serve.
 enum Prepared<'a> {
-    Virtio(Daemon, Option<Controller>),
+    Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
+}
+
+/// What the control channel's messages act on.
+enum Control {
+    None,
+    Console(Controller),
+    Net(net::Controller),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -78,7 +91,7 @@ struct Parts {
     device: Box<dyn VirtioDevice>,
     main: PolicyName,
     queue: PolicyName,
-    console: Option<Controller>,
+    control: Control,
 }
 
 /// The descriptors of the start message, and the numbers of those that were taken, for the seal.
@@ -99,10 +112,44 @@ impl Resources {
         Ok(Ends::new(take(input)?, take(output)?))
     }
 
+    /// A network card with its descriptors.
+    fn net(&mut self, config: &NetConfig) -> Result<Net, ServeError> {
+        let peer = |this: &mut Self, index: &Option<FdIndex>| index.map(|index| this.take(index)).transpose();
+        let (backend, pairs) = match &config.backend {
+            NetBackend::Tap { queues, offloads } => {
+                let files: Result<Vec<File>, _> =
+                    queues.iter().map(|index| self.take(*index).map(File::from)).collect();
+                let tap = Tap { name: String::new(), queues: files?, offloads: *offloads };
+                (net::Backend::Tap(tap), u16::try_from(queues.len()).unwrap_or(u16::MAX))
+            }
+            NetBackend::Stream(index) => (net::Backend::Stream(peer(self, index)?), 1),
+            NetBackend::Datagrams(index) => (net::Backend::Datagrams(peer(self, index)?), 1),
+        };
+        let settings = net::Settings {
+            mac: config.mac,
+            mtu: config.mtu,
+            pairs,
+            mac_filter: config.mac_filter,
+            filter: net::Filter { mac: None, addresses: config.ip_filter.clone() },
+            receive: limits(config.receive),
+            transmit: limits(config.transmit),
+            link: config.link,
+            announce: config.successor,
+        };
+        Ok(Net::new(settings, backend)?)
+    }
+
     /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
     fn finish(self, channel: &Channel) -> Result<Vec<RawFd>, ChannelError> {
         self.descriptors.finish()?;
         Ok([self.taken, vec![channel.as_fd().as_raw_fd()]].concat())
+    }
+}
+
+fn limits(limits: NetLimits) -> RateLimits {
+    RateLimits {
+        bandwidth: Rate { rate: limits.bytes, burst: limits.bytes_burst },
+        operations: Rate { rate: limits.packets, burst: limits.packets_burst },
     }
 }
 
@@ -114,6 +161,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Net(_) => "net",
     }
 }
 
@@ -128,11 +176,18 @@ pub fn run(
     channel: &Channel,
 ) -> Result<(), ServeError> {
     match prepare(started, start, descriptors, channel) {
-        Ok(Prepared::Virtio(mut daemon, console)) => {
-            serve(&mut daemon, channel, console.as_ref())?;
+        Ok(Prepared::Virtio(mut daemon, control)) => {
+            serve(&mut daemon, channel, &control)?;
             // The workers say their last.
             drop(daemon);
-            leave(channel, &[], &console.map_or_else(Vec::new, |console| console.left()))
+            match control {
+                Control::None => Ok(()),
+                Control::Console(console) => leave(channel, &[], &console.left()),
+                Control::Net(net) => {
+                    let Left { input, output } = net.left();
+                    leave(channel, &input, &output)
+                }
+            }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
@@ -186,17 +241,17 @@ fn prepare<'a>(
             let disk = resources.take(blk.disk)?.into();
             let device = Blk::new(disk, blk.read_only, &blk.serial, blk.queues, blk.logical_block_size)?;
             let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
-            Parts { device: Box::new(device), main, queue, console: None }
+            Parts { device: Box::new(device), main, queue, control: Control::None }
         }
         DeviceConfig::Rng(rng) => {
             let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
-            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, console: None }
+            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, control: Control::None }
         }
         DeviceConfig::Console(config) => {
             let device = Console::new(resources.ends(config.input, config.output)?, config.size);
-            let console = Some(device.controller());
+            let control = Control::Console(device.controller());
             let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
-            Parts { device: Box::new(device), main, queue, console }
+            Parts { device: Box::new(device), main, queue, control }
         }
         DeviceConfig::Uart(config) => {
             let ends = resources.ends(config.input, config.output)?;
@@ -212,6 +267,12 @@ fn prepare<'a>(
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
         }
+        DeviceConfig::Net(config) => {
+            let device = resources.net(config)?;
+            let control = Control::Net(device.controller());
+            let (main, queue) = (PolicyName::NetMain, PolicyName::NetQueue);
+            Parts { device: Box::new(device), main, queue, control }
+        }
     };
     let mut held = resources.finish(channel)?;
 
@@ -221,7 +282,7 @@ fn prepare<'a>(
     held.extend(daemon.worker_descriptors());
     seal(parts.main, &held, channel)?;
     daemon.connect(Connection::from(socket))?;
-    Ok(Prepared::Virtio(daemon, parts.console))
+    Ok(Prepared::Virtio(daemon, parts.control))
 }
 
 /// Seals the process with exactly these descriptors and answers `Ready`.
@@ -232,7 +293,7 @@ fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<
 }
 
 /// Serves the control channel and the front end until either ends.
-fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -> Result<(), ServeError> {
+fn serve(daemon: &mut Daemon, channel: &Channel, acted_on: &Control) -> Result<(), ServeError> {
     loop {
         let Some(socket) = daemon.socket() else { return Ok(()) };
         let mut fds =
@@ -242,7 +303,7 @@ fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -
             Err(errno) => return Err(ServeError::System("poll", errno)),
         }
         let [control, front_end] = fds.map(|fd| fd.any().unwrap_or(true));
-        if control && !control_message(daemon, channel, console)? {
+        if control && !control_message(daemon, channel, acted_on)? {
             daemon.disconnect()?;
             return Ok(());
         }
@@ -264,34 +325,41 @@ fn serve(daemon: &mut Daemon, channel: &Channel, console: Option<&Controller>) -
 }
 
 /// Acts on one message of the supervisor. False: stop.
-fn control_message(
-    daemon: &mut Daemon,
-    channel: &Channel,
-    console: Option<&Controller>,
-) -> Result<bool, ServeError> {
+fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) -> Result<bool, ServeError> {
     let (message, descriptors) = match channel.recv::<ToDevice>(None) {
         Ok(received) => received,
         Err(ChannelError::PeerClosed) => return Ok(false),
         Err(error) => return Err(error.into()),
     };
-    match (message, console) {
+    match (message, control) {
         (ToDevice::Stop, _) => return Ok(false),
         (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
-        (ToDevice::Attach, Some(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
-            Ok([stream]) => {
-                console.attach(stream);
-                daemon.wake_workers();
+        (ToDevice::Attach, Control::Console(_) | Control::Net(_)) => {
+            match (<[OwnedFd; 1]>::try_from(descriptors), control) {
+                (Ok([stream]), Control::Console(console)) => console.attach(stream),
+                (Ok([stream]), Control::Net(net)) => net.attach(stream),
+                (Ok(_), Control::None) => {}
+                (Err(descriptors), _) => {
+                    warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
+                }
             }
-            Err(descriptors) => {
-                warn!(descriptors = descriptors.len(), "an attach message needs one descriptor")
-            }
-        },
-        (ToDevice::Take(left), Some(console)) => {
+            daemon.wake_workers();
+        }
+        (ToDevice::Take(left), Control::Console(console)) => {
             console.take(left.output);
             daemon.wake_workers();
         }
-        (ToDevice::Resize { columns, rows }, Some(console)) => {
+        (ToDevice::Take(left), Control::Net(net)) => {
+            net.take(left);
+            daemon.wake_workers();
+        }
+        (ToDevice::Resize { columns, rows }, Control::Console(console)) => {
             console.resize(columns, rows);
+            daemon.config_changed();
+        }
+        (ToDevice::Link { up }, Control::Net(net)) => {
+            net.set_link(up);
+            daemon.wake_workers();
             daemon.config_changed();
         }
         (message, _) => warn!(?message, "a control message that this device does not know"),

@@ -5,8 +5,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
+use bulkhead_ipc::tap::{Tap, TapError};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, VirtioDevice, WorkerError, no_jail};
 use bulkhead_ipc::vhost_user::connection::ConnectionError;
 use thiserror::Error;
@@ -14,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::blk::{Blk, BlkError};
 use crate::console::Console;
+use crate::net::{self, Net, NetError};
 use crate::rng::Rng;
 use crate::serve::connection;
 use crate::stream::Ends;
@@ -37,6 +39,12 @@ pub enum StandaloneError {
     /// The disk cannot be served.
     #[error(transparent)]
     Blk(#[from] BlkError),
+    /// The network card cannot be served.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// Its tap cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// A queue's thread could not be set up, or has ended.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -57,6 +65,10 @@ struct Options {
     serial: String,
     queues: u16,
     block_size: u32,
+    tap: Option<String>,
+    stream: Option<String>,
+    mac: Option<[u8; 6]>,
+    mtu: Option<u16>,
 }
 
 fn usage(message: impl Into<String>) -> StandaloneError {
@@ -72,6 +84,10 @@ impl Options {
             serial: String::new(),
             queues: 1,
             block_size: 512,
+            tap: None,
+            stream: None,
+            mac: None,
+            mtu: None,
         };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
@@ -96,6 +112,12 @@ impl Options {
                         u16::try_from(number()?).map_err(|_| usage("--num-queues is too large"))?;
                 }
                 "--block-size" => options.block_size = number()?,
+                "--tap" => options.tap = Some(value),
+                "--stream" => options.stream = Some(value),
+                "--mac" => options.mac = Some(mac(&value)?),
+                "--mtu" => {
+                    options.mtu = Some(u16::try_from(number()?).map_err(|_| usage("--mtu is too large"))?);
+                }
                 _ => return Err(usage(format!("unknown option {name}"))),
             }
         }
@@ -104,6 +126,31 @@ impl Options {
         }
         Ok(options)
     }
+}
+
+/// A hardware address, as six pairs of digits with colons between.
+fn mac(text: &str) -> Result<[u8; 6], StandaloneError> {
+    let bytes: Vec<u8> = text.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes.try_into().map_err(|_| usage(format!("--mac: {text:?} is not like 52:54:00:12:34:56")))
+}
+
+fn net(options: &Options) -> Result<Net, StandaloneError> {
+    let pairs = if options.tap.is_some() { options.queues } else { 1 };
+    let settings = net::Settings { mtu: options.mtu, pairs, ..net::Settings::default() };
+    let settings = net::Settings { mac: options.mac.unwrap_or(settings.mac), ..settings };
+    let backend = match (&options.tap, &options.stream) {
+        (Some(name), None) => {
+            let tap = Tap::open(name, pairs)?;
+            tap.configure(options.mtu)?;
+            net::Backend::Tap(tap)
+        }
+        // Connected when a front end is there.
+        (None, Some(_)) => net::Backend::Stream(None),
+        _ => return Err(usage("--tap NAME or --stream PATH is needed")),
+    };
+    let net = Net::new(settings, backend)?;
+    net.use_first_queue_only();
+    Ok(net)
 }
 
 fn open(what: &'static str, path: &str, write: bool) -> Result<File, StandaloneError> {
@@ -155,7 +202,14 @@ fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, Standa
 /// [`StandaloneError`]; the end of a connection is none.
 pub fn run(kind: &str, arguments: &[String]) -> Result<(), StandaloneError> {
     let options = Options::parse(arguments)?;
-    let device = device(kind, &options)?;
+    let mut network = None;
+    let device = if kind == "net" {
+        let net = net(&options)?;
+        network = options.stream.as_deref().map(|path| (net.controller(), path));
+        Box::new(net)
+    } else {
+        device(kind, &options)?
+    };
     // A socket that an earlier process left behind.
     let _ = std::fs::remove_file(&options.socket_path);
     let listener = UnixListener::bind(&options.socket_path).map_err(|error| StandaloneError::Open {
@@ -167,6 +221,13 @@ pub fn run(kind: &str, arguments: &[String]) -> Result<(), StandaloneError> {
     loop {
         let (stream, _) = listener.accept().map_err(StandaloneError::Accept)?;
         info!("a front end has connected");
+        if let Some((controller, path)) = &network {
+            match UnixStream::connect(path) {
+                Ok(peer) => controller.attach(peer.into()),
+                Err(error) => warn!(%error, path, "nobody listens: packets are dropped"),
+            }
+            daemon.wake_workers();
+        }
         match daemon.run(connection(stream)) {
             Ok(()) | Err(DaemonError::Connection(ConnectionError::Closed)) => {
                 info!("the front end has gone");

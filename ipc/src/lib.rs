@@ -8,3 +8,4 @@ pub mod log;
 pub mod memory;
 pub mod vfio_user;
 pub mod vhost_user;
+pub mod tap;

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use arc_swap::ArcSwapOption;
 use nix::unistd::write;
@@ -100,6 +100,8 @@ pub struct Vring {
     taken: u32,
     /// The used ring has entries of which the driver was not told.
     unsignalled: bool,
+    /// The used ring's index when the driver was told last.
+    signalled: u16,
     broken: bool,
 }
 
@@ -148,7 +150,17 @@ impl Vring {
         queue.set_next_avail(next);
         // A predecessor may have died between the used ring and the interrupt.
         let unsignalled = inflight.is_some();
-        let ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
+        let ring = Self {
+            setup,
+            ram,
+            queue,
+            inflight,
+            resubmit,
+            taken: 0,
+            unsignalled,
+            signalled: used_idx,
+            broken: false,
+        };
         if ring.unsignalled {
             ring.call();
         }
@@ -252,6 +264,37 @@ impl Vring {
         }
     }
 
+    /// As [`Self::finish`] for several requests, which the driver sees all at once: a packet in several buffers is
+    /// nothing to be seen in part (virtio 1.2, 5.1.6.4).
+    pub fn finish_together(&mut self, done: &[(u16, u32)]) {
+        let Some((&(last, written), others)) = done.split_last() else { return };
+        if self.inflight.is_none() && !self.broken {
+            self.taken = self.taken.saturating_sub(u32::try_from(others.len()).unwrap_or(u32::MAX));
+            for &(head, written) in others {
+                if let Err(error) = self.place_used(head, written) {
+                    return self.fail(&VringError::Used(error));
+                }
+            }
+        } else {
+            others.iter().for_each(|&(head, written)| self.finish(head, written));
+        }
+        self.finish(last, written);
+    }
+
+    /// Writes an entry of the used ring without its index.
+    fn place_used(&mut self, head: u16, written: u32) -> Result<(), virtio_queue::Error> {
+        let next = self.queue.next_used();
+        let slot = u64::from(next.checked_rem(self.setup.size).unwrap_or(0));
+        let address = self.setup.used.saturating_add(4).saturating_add(slot.saturating_mul(8));
+        let entry = u64::from(written) << 32 | u64::from(head);
+        self.ram
+            .memory()
+            .write_obj(entry.to_le(), GuestAddress(address))
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        self.queue.set_next_used(next.wrapping_add(1));
+        Ok(())
+    }
+
     /// Interrupts the driver if it wants to hear of what was finished since the last time.
     pub fn signal(&mut self) {
         if self.unsignalled && !self.broken {
@@ -262,17 +305,21 @@ impl Vring {
         }
     }
 
+    /// Whether the driver's wish lies among what was finished since it was told last (virtio 1.2, 2.7.7).
     fn wants_interrupt(&mut self) -> bool {
-        let memory = self.ram.memory();
-        match self.queue.needs_notification(memory) {
-            Ok(wanted) if self.setup.event_idx => wanted,
-            Ok(_) => {
-                let flags: u16 =
-                    memory.load(GuestAddress(self.setup.available), Ordering::Relaxed).unwrap_or(0);
-                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        let (now, before) = (self.queue.next_used(), self.signalled);
+        self.signalled = now;
+        // The used index is to be seen before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let wish = if self.setup.event_idx { u64::from(self.setup.size).saturating_mul(2).saturating_add(4) } else { 0 };
+        let address = GuestAddress(self.setup.available.saturating_add(wish));
+        match self.ram.memory().load::<u16>(address, Ordering::Relaxed).map(u16::from_le) {
+            Ok(event) if self.setup.event_idx => {
+                now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
             }
+            Ok(flags) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
             Err(error) => {
-                self.fail(&VringError::Available(error));
+                self.fail(&VringError::Available(virtio_queue::Error::GuestMemory(error)));
                 false
             }
         }
