@@ -112,7 +112,10 @@ pub struct RateLimit {
 impl RateLimit {
     /// Both buckets full.
     pub fn new(limits: RateLimits, now: Instant) -> Self {
-        Self { bandwidth: Bucket::new(limits.bandwidth, now), operations: Bucket::new(limits.operations, now) }
+        Self {
+            bandwidth: Bucket::new(limits.bandwidth, now),
+            operations: Bucket::new(limits.operations, now),
+        }
     }
 
     /// Whether nothing is limited: then there is no need to look at the clock.

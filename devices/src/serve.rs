@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, NetBackend, NetConfig, NetLimits, ToDevice,
+    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, NetBackend, NetConfig, NetLimits,
+    ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
@@ -184,7 +185,12 @@ pub fn run(
                 Control::None => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
                 Control::Net(net) => {
-                    let Left { input, output } = net.left();
+                    let Some(Left { input, output }) = net.left() else { return Ok(()) };
+                    // Said even of nothing: the stream stands between two packets then.
+                    if input.is_empty() && output.is_empty() {
+                        let left = Left { input, output };
+                        return Ok(channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT)?);
+                    }
                     leave(channel, &input, &output)
                 }
             }

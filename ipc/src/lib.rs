@@ -6,6 +6,6 @@ pub mod channel;
 pub mod jail;
 pub mod log;
 pub mod memory;
+pub mod tap;
 pub mod vfio_user;
 pub mod vhost_user;
-pub mod tap;

@@ -66,16 +66,22 @@ pub enum TapError {
     })]
     Driver(io::Error),
     /// No such interface, and no right to make it.
-    #[error("there is no interface '{0}' and this user may not make one: sudo ip tuntap add {0} mode tap user $USER")]
+    #[error(
+        "there is no interface '{0}' and this user may not make one: sudo ip tuntap add {0} mode tap user $USER"
+    )]
     Missing(String),
     /// Somebody else's.
-    #[error("the interface '{0}' belongs to another user: root can change that (ip tuntap add {0} mode tap user NAME)")]
+    #[error(
+        "the interface '{0}' belongs to another user: root can change that (ip tuntap add {0} mode tap user NAME)"
+    )]
     NotOwner(String),
     /// In use.
     #[error("the tap '{0}' is in use by another machine or program")]
     Busy(String),
     /// Something else.
-    #[error("the interface '{0}' exists and is no tap, or has not the queues that are needed (ip tuntap add … multi_queue)")]
+    #[error(
+        "the interface '{0}' exists and is no tap, or has not the queues that are needed (ip tuntap add … multi_queue)"
+    )]
     NotTap(String),
     /// A descriptor that is none.
     #[error("the descriptor is no tap: {0}")]
@@ -178,13 +184,15 @@ impl Tap {
             with_request(file.as_raw_fd(), TUNGETIFF, &mut request).map_err(TapError::Descriptor)?;
             // SAFETY: the kernel filled in the flags.
             let flags = unsafe { request.ifr_ifru.ifru_flags }.cast_unsigned();
-            let bytes = request.ifr_name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0);
+            let bytes =
+                request.ifr_name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0);
             name = String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned();
             if flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) != IFF_TAP | IFF_NO_PI | IFF_VNET_HDR {
                 let reason = "it must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR";
                 return Err(TapError::Descriptor(io::Error::new(io::ErrorKind::InvalidInput, reason)));
             }
-            let flags = nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_GETFL).unwrap_or(0) | libc::O_NONBLOCK;
+            let flags =
+                nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_GETFL).unwrap_or(0) | libc::O_NONBLOCK;
             let flags = nix::fcntl::OFlag::from_bits_retain(flags);
             nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_SETFL(flags))
                 .map_err(|errno| TapError::Descriptor(errno.into()))?;
@@ -221,7 +229,8 @@ impl Tap {
         let failed = |what| move |source| TapError::SetUp { name: name.clone(), what, source };
         let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("reach the network")(errno.into()))?;
-        let call = |code: c_ulong, request: &mut libc::ifreq| with_request(control.as_raw_fd(), code, request);
+        let call =
+            |code: c_ulong, request: &mut libc::ifreq| with_request(control.as_raw_fd(), code, request);
         if let Some(mtu) = mtu {
             let mut get = request(name, 0);
             call(libc::SIOCGIFMTU as c_ulong, &mut get).map_err(failed("read its MTU"))?;
@@ -239,7 +248,8 @@ impl Tap {
         let up = i16::try_from(libc::IFF_UP).unwrap_or(1);
         if now & up == 0 {
             flags.ifr_ifru.ifru_flags = now | up;
-            call(libc::SIOCSIFFLAGS as c_ulong, &mut flags).map_err(failed("put it up (ip link set … up)"))?;
+            call(libc::SIOCSIFFLAGS as c_ulong, &mut flags)
+                .map_err(failed("put it up (ip link set … up)"))?;
         }
         Ok(())
     }
@@ -287,7 +297,10 @@ mod tests {
     fn an_interface_that_is_no_tap_is_refused() {
         // Without the right to make one, the interface must not be there either.
         let error = Tap::open("lo", 1).unwrap_err();
-        assert!(matches!(error, TapError::NotTap(_) | TapError::NotOwner(_) | TapError::Driver(_)), "{error}");
+        assert!(
+            matches!(error, TapError::NotTap(_) | TapError::NotOwner(_) | TapError::Driver(_)),
+            "{error}"
+        );
     }
 
     #[test]

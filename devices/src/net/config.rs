@@ -7,9 +7,9 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
 use super::Settings;
@@ -113,7 +113,10 @@ mod tests {
     fn what_is_offered_follows_the_back_end_and_the_settings() {
         let plain = Settings::default();
         let socket = features(&plain, 0);
-        assert_eq!(socket & (bit(VIRTIO_NET_F_CSUM) | bit(VIRTIO_NET_F_HOST_TSO4) | bit(VIRTIO_NET_F_GUEST_USO4)), 0);
+        assert_eq!(
+            socket & (bit(VIRTIO_NET_F_CSUM) | bit(VIRTIO_NET_F_HOST_TSO4) | bit(VIRTIO_NET_F_GUEST_USO4)),
+            0
+        );
         assert_eq!(socket & (MULTI_QUEUE | bit(VIRTIO_NET_F_MTU)), 0);
         let tap = features(&Settings { pairs: 2, mtu: Some(9000), ..Settings::default() }, ALL);
         for number in [0, 1, 2, 3, 7, 11, 22, 54, 55, 56] {
@@ -128,6 +131,9 @@ mod tests {
     fn the_tap_sends_only_what_the_driver_takes() {
         assert_eq!(tap_offloads(0), 0);
         assert_eq!(tap_offloads(bit(VIRTIO_NET_F_GUEST_TSO4)), 0, "no segmentation without checksums");
-        assert_eq!(tap_offloads(bit(1) | bit(7) | bit(VIRTIO_NET_F_GUEST_USO6)), TUN_F_CSUM | TUN_F_TSO4 | TUN_F_USO6);
+        assert_eq!(
+            tap_offloads(bit(1) | bit(7) | bit(VIRTIO_NET_F_GUEST_USO6)),
+            TUN_F_CSUM | TUN_F_TSO4 | TUN_F_USO6
+        );
     }
 }

@@ -112,7 +112,10 @@ mod tests {
     const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
     fn filter() -> Filter {
-        Filter { mac: Some(MAC), addresses: vec!["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()] }
+        Filter {
+            mac: Some(MAC),
+            addresses: vec!["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+        }
     }
 
     fn frame(from: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {

@@ -225,9 +225,8 @@ impl Net {
             Backend::Datagrams(peer) => (Vec::new(), 0, vec![Port::Datagrams(peer)]),
         };
         let now = Instant::now();
-        let limit = |limits: RateLimits| {
-            (!limits.is_unlimited()).then(|| Mutex::new(RateLimit::new(limits, now)))
-        };
+        let limit =
+            |limits: RateLimits| (!limits.is_unlimited()).then(|| Mutex::new(RateLimit::new(limits, now)));
         let shared = Shared {
             taps,
             features: AtomicU64::new(0),
@@ -242,7 +241,15 @@ impl Net {
         };
         shared.set_mac(shared.settings.mac);
         let (arrivals, arriving) = channel();
-        Ok(Self { shared: Arc::new(shared), offloads, ports, arrivals, arriving: Some(arriving), begun: false, ended: false })
+        Ok(Self {
+            shared: Arc::new(shared),
+            offloads,
+            ports,
+            arrivals,
+            arriving: Some(arriving),
+            begun: false,
+            ended: false,
+        })
     }
 
     /// Has a new tap with several queues use the first alone, as a driver does at its start.
@@ -276,9 +283,8 @@ impl Controller {
     }
 
     /// What a successor needs of the stream, once the worker has ended.
-    pub fn left(&self) -> Left {
-        let left = self.shared.left.lock().unwrap_or_else(PoisonError::into_inner).take();
-        left.unwrap_or(Left { input: Vec::new(), output: Vec::new() })
+    pub fn left(&self) -> Option<Left> {
+        self.shared.left.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Plugs the cable in, or pulls it out.

@@ -21,9 +21,9 @@ pub const SMALLEST: usize = 14;
 /// Bytes of a packet's length on a stream, in network order.
 const LENGTH: usize = 4;
 /// Bytes collected for a stream before the guest has to wait.
-const OUTBOX: usize = 256 << 10;
+const OUTBOX: usize = 128 << 10;
 /// Bytes taken from a stream at once.
-const INBOX: usize = 256 << 10;
+const INBOX: usize = 128 << 10;
 
 /// What `struct virtio_net_hdr_v1` is: flags, GSO, checksum, and in the last two bytes the number of buffers.
 pub type Header = [u8; VNET_HEADER];
@@ -252,12 +252,7 @@ impl Port {
     }
 
     /// Sends a packet of `len` bytes by a socket; `fill` writes it to where it is collected.
-    pub fn send(
-        &self,
-        outbox: &mut Outbox,
-        len: usize,
-        mut fill: impl FnMut(&mut [u8]) -> bool,
-    ) -> Output {
+    pub fn send(&self, outbox: &mut Outbox, len: usize, mut fill: impl FnMut(&mut [u8]) -> bool) -> Output {
         match self {
             Self::Stream(Some(_)) => {
                 if outbox.append(len, &mut fill) {

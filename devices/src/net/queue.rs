@@ -130,7 +130,12 @@ fn part<'a>(header: &'a [u8], body: &'a [u8], offset: usize, len: usize) -> (&'a
 }
 
 impl Pair {
-    pub(super) fn new(shared: Arc<Shared>, number: u16, port: Port, arrivals: Option<Receiver<Arrival>>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        number: u16,
+        port: Port,
+        arrivals: Option<Receiver<Arrival>>,
+    ) -> Self {
         let inbox = Inbox::new(&port);
         Self {
             shared,
@@ -601,7 +606,8 @@ impl QueueWorker for Pair {
         };
         for event in events.iter().take(count).filter(|event| event.data() == PORT) {
             let flags = event.events();
-            self.readable |= flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
+            self.readable |=
+                flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
             if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                 self.full = false;
             }

@@ -80,6 +80,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend((config.serial != Off).then_some(SERIAL));
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));
+    names.extend(config.nics.iter().map(|nic| nic.id.as_str()));
     names
 }
 

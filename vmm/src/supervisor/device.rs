@@ -98,6 +98,10 @@ pub fn device(args: &DeviceArgs) -> Result<String, DeviceError> {
             replace(&Connection::to_name(&args.name)?, &request, None)
         }
         DeviceCommand::Upgrade(args) => upgrade(args),
+        DeviceCommand::Link(args) => {
+            let request = Request::DeviceLink { device: args.device.clone(), up: args.state == "up" };
+            done(&Connection::to_name(&args.name)?, &request, None, ADD_DEADLINE)
+        }
     }
 }
 
@@ -124,13 +128,12 @@ fn replace(
 }
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
-    let device = match &args.disk {
-        Some(spec) => {
-            let folder = std::env::current_dir().map_err(ClientError::from)?;
-            AddRequest::Disk { spec: spec.clone(), folder }
-        }
-        None if args.rng => AddRequest::Rng,
-        None => AddRequest::Console,
+    let folder = std::env::current_dir().map_err(ClientError::from)?;
+    let device = match (&args.disk, &args.net) {
+        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder },
+        (None, Some(spec)) => AddRequest::Net { spec: spec.clone(), folder },
+        _ if args.rng => AddRequest::Rng,
+        _ => AddRequest::Console,
     };
     done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
 }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
     BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    RngConfig, ToCore, ToDevice, UartConfig,
+    NetBackend, NetConfig, NetLimits, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -23,16 +23,19 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
+use super::config::net::RateSpec;
 use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
+use super::resources::nic::{Nic, Way};
 use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
 /// Device types of the virtio specification, section 5.
+const VIRTIO_NET: u16 = 1;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
@@ -103,6 +106,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Net(&'a Nic),
 }
 
 impl<'a> Plan<'a> {
@@ -113,6 +117,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.nics.iter().map(Self::Net));
         plans
     }
 
@@ -123,6 +128,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Net(nic) => &nic.config.id,
         }
     }
 
@@ -133,6 +139,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Net(_) => Role::Net,
         }
     }
 
@@ -144,6 +151,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Net(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_NET, slot },
         }
     }
 
@@ -152,7 +160,7 @@ impl<'a> Plan<'a> {
         let file_size = match self {
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
+            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Net(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -160,10 +168,13 @@ impl<'a> Plan<'a> {
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
-        Limits { file_size, locked, ..Limits::default() }
+        // Kick, call and error of each queue, and the tap's.
+        let queues = if let Self::Net(nic) = self { u64::from(nic.config.queues) } else { 0 };
+        let descriptors = Limits::default().descriptors.saturating_add(queues << 3);
+        Limits { file_size, locked, descriptors, ..Limits::default() }
     }
 
-    fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
+    fn config(&self, cpus: u8, successor: bool, fds: &mut Fds<'a>) -> DeviceConfig {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(BlkConfig {
                 disk: fds.add(&disk.file),
@@ -183,11 +194,41 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
             }),
         }
+    }
+}
+
+fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
+    let backend = match &nic.way {
+        Way::Tap(tap) => NetBackend::Tap {
+            queues: tap.queues.iter().map(|queue| fds.add(queue)).collect(),
+            offloads: tap.offloads,
+        },
+        Way::Stream(stream) => NetBackend::Stream(stream.end.as_ref().map(|end| fds.add(end))),
+        Way::Datagrams(socket) => NetBackend::Datagrams(Some(fds.add(socket))),
+    };
+    let config = &nic.config;
+    let limits = |rate: RateSpec| NetLimits {
+        bytes: rate.bytes,
+        bytes_burst: rate.burst,
+        packets: rate.packets,
+        packets_burst: 0,
+    };
+    NetConfig {
+        backend,
+        mac: config.mac,
+        mtu: config.mtu,
+        receive: limits(config.receive),
+        transmit: limits(config.transmit),
+        mac_filter: config.mac_filter,
+        ip_filter: config.ip_filter.clone(),
+        link: config.link,
+        successor,
     }
 }
 
@@ -217,7 +258,8 @@ pub fn launch(
     }
     processes.push(start_core(config, resources, &plans, &links)?);
     for (plan, (_, socket)) in plans.iter().zip(&links) {
-        processes.push(start_device(config, resources, programs.of(plan.id(), resources), plan, socket)?);
+        let program = programs.of(plan.id(), resources);
+        processes.push(start_device(config, resources, program, plan, (socket, false))?);
     }
     processes.iter_mut().try_for_each(release)?;
     Ok(processes)
@@ -235,7 +277,7 @@ pub fn relaunch(
     let plans = Plan::all(resources);
     let plan = plans.iter().find(|plan| plan.id() == id).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
     let (core, device) = UnixStream::pair().map_err(io)?;
-    let mut process = start_device(config, resources, program, plan, &device)?;
+    let mut process = start_device(config, resources, program, plan, (&device, true))?;
     release(&mut process)?;
     Ok((process, core))
 }
@@ -256,7 +298,7 @@ fn start_device<'a>(
     resources: &'a Resources,
     file: &OwnedFd,
     plan: &Plan<'a>,
-    socket: &'a UnixStream,
+    (socket, successor): (&'a UnixStream, bool),
 ) -> Result<Process, LaunchError> {
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
@@ -265,7 +307,7 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, &mut fds),
+        config: plan.config(config.cpus, successor, &mut fds),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {

@@ -36,6 +36,10 @@ pub enum Source {
     StandbyExit(u16),
     /// Its log pipe.
     StandbyLog(u16),
+    /// The stream of a network card, by its index.
+    CableEnd(u16),
+    /// The listening socket of a network card.
+    CableListener(u16),
 }
 
 impl Source {
@@ -54,6 +58,8 @@ impl Source {
             Self::StandbyControl(process) => (10, process, 0),
             Self::StandbyExit(process) => (11, process, 0),
             Self::StandbyLog(process) => (12, process, 0),
+            Self::CableEnd(card) => (13, card, 0),
+            Self::CableListener(card) => (14, card, 0),
         };
         tag << 32 | u64::from(a) << 16 | u64::from(b)
     }
@@ -75,6 +81,8 @@ impl Source {
             10 => Self::StandbyControl(a),
             11 => Self::StandbyExit(a),
             12 => Self::StandbyLog(a),
+            13 => Self::CableEnd(a),
+            14 => Self::CableListener(a),
             _ => return None,
         })
     }
@@ -106,6 +114,11 @@ impl Poller {
     /// Watches a descriptor.
     pub fn add(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.encode()))?)
+    }
+
+    /// Watches a descriptor for its other end to go, whatever there is to read.
+    pub fn add_hang_up(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLRDHUP, source.encode()))?)
     }
 
     /// Stops watching a descriptor. It must be called before the descriptor is closed: a copy of it in another process

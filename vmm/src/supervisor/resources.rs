@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+pub mod nic;
 mod slots;
 mod stream;
 mod variables;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
+use nic::{Nic, NicError};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use slots::Slots;
@@ -147,6 +149,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// A network card.
+    #[error("net {0}")]
+    Nic(#[from] NicError),
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
@@ -206,6 +211,8 @@ pub struct Resources {
     pub variables: Option<Variables>,
     /// The disks.
     pub disks: Vec<Disk>,
+    /// The network cards.
+    pub nics: Vec<Nic>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
@@ -250,7 +257,9 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+        let cards = config.nics.iter().map(|nic| &*nic.id);
+        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        for id in ids.chain(cards) {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
@@ -272,6 +281,7 @@ impl Resources {
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
             confinement,
+            nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

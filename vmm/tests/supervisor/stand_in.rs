@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     Boot, CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
-    Progress, ToCore, ToDevice,
+    NetBackend, Progress, ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
@@ -172,6 +172,17 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Net(net) => {
+            match net.backend {
+                NetBackend::Tap { queues, .. } => {
+                    kept.extend(queues.into_iter().map(|fd| fds.take(fd).unwrap()));
+                }
+                NetBackend::Stream(fd) | NetBackend::Datagrams(fd) => {
+                    kept.extend(fd.map(|fd| fds.take(fd).unwrap()));
+                }
+            }
+            PolicyName::NetMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {
@@ -225,6 +236,7 @@ fn serve(control: &Control, id: &str) {
                     let _gone = peer.write_all(format!("size {columns}x{rows}\r\n").as_bytes());
                 }
             }
+            (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::Start(_), _) => panic!("twice"),
         }
     }

@@ -311,7 +311,11 @@ impl Vring {
         self.signalled = now;
         // The used index is to be seen before the driver's wish is read.
         fence(Ordering::SeqCst);
-        let wish = if self.setup.event_idx { u64::from(self.setup.size).saturating_mul(2).saturating_add(4) } else { 0 };
+        let wish = if self.setup.event_idx {
+            u64::from(self.setup.size).saturating_mul(2).saturating_add(4)
+        } else {
+            0
+        };
         let address = GuestAddress(self.setup.available.saturating_add(wish));
         match self.ram.memory().load::<u16>(address, Ordering::Relaxed).map(u16::from_le) {
             Ok(event) if self.setup.event_idx => {

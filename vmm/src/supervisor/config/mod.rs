@@ -8,6 +8,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+pub mod net;
 pub mod restart;
 pub mod size;
 pub mod smbios;
@@ -15,7 +16,7 @@ pub mod stream;
 pub mod table;
 
 use std::mem::take;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 
 pub use confinement::ConfinementConfig;
@@ -24,6 +25,7 @@ pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+pub use net::{NetSpec, NetSpecError, NicConfig};
 pub use restart::{RestartPolicy, RestartRule};
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -93,6 +95,8 @@ pub struct MachineConfig {
     pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
+    /// The network cards.
+    pub nics: Vec<NicConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
     /// The virtio console, `Off` when there is none.
@@ -255,6 +259,19 @@ pub enum ConfigError {
         /// Why not.
         reason: &'static str,
     },
+    /// A network card that cannot be.
+    #[error("net {id}: {source}")]
+    Net {
+        /// Which.
+        id: String,
+        /// Why not.
+        source: NetSpecError,
+    },
+    /// Two devices with one id.
+    #[error(
+        "net: the id '{0}' already belongs to another device or process of this machine; give it another with id=NAME"
+    )]
+    NetId(String),
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -294,7 +311,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
+    let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+    let virtio = disks.len() + nets.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
@@ -302,6 +320,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    let name = args.name.take().or(file.name.take()).unwrap_or_else(|| format!("vm-{}", process::id()));
+    let name = check_name("name", name)?;
+    let nics = name_nets(&nets, &disks, &name, &mut rules)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -313,9 +334,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
     rules.extend(given);
-    let streams = [(SERIAL, &serial), (CONSOLE, &console)];
-    let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others = [SERIAL, CONSOLE, RNG, FLASH].into_iter().filter(|id| !off(id));
+    let others = others.chain(nics.iter().map(|nic| nic.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -323,10 +343,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     smbios.check()?;
     let (kernel, initrd, (cmdline, cmdline_added)) =
         direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
-    let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
-        name: check_name("name", name)?,
+        name,
         kernel,
         firmware,
         initrd,
@@ -341,6 +360,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
+        nics,
         rng,
         console,
         serial,
@@ -511,6 +531,33 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
     }
     Ok(named)
+}
+
+/// Settles the ids of the network cards, and checks them. Their restart policies come to `rules`.
+fn name_nets(
+    nets: &[NetSpec],
+    disks: &[DiskConfig],
+    machine: &str,
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<NicConfig>, ConfigError> {
+    let mut nics: Vec<NicConfig> = Vec::with_capacity(nets.len());
+    for (index, net) in nets.iter().enumerate() {
+        let id = match &net.id {
+            Some(id) => check_name("id of a network card", id.clone())?,
+            None => format!("net{index}"),
+        };
+        let taken = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].contains(&id.as_str())
+            || disks.iter().any(|disk| disk.id == id)
+            || nics.iter().any(|nic| nic.id == id);
+        if taken {
+            return Err(ConfigError::NetId(id));
+        }
+        let nic =
+            net.resolve(machine, &id, Path::new("")).map_err(|source| ConfigError::Net { id, source })?;
+        rules.extend(net.restart.map(|policy| RestartRule { device: Some(nic.id.clone()), policy }));
+        nics.push(nic);
+    }
+    Ok(nics)
 }
 
 #[cfg(test)]

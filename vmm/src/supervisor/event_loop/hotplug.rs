@@ -15,7 +15,7 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, NetSpec, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -73,6 +73,7 @@ impl EventLoop<'_> {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
+            AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -83,9 +84,13 @@ impl EventLoop<'_> {
                 "the id '{id}' already belongs to another device or process of this machine"
             ));
         }
-        self.resources.add(&device).map_err(|error| error.to_string())?;
+        self.unwatch_cables();
+        let added = self.resources.add(&device);
+        self.watch_cables();
+        added.map_err(|error| error.to_string())?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
+            NewDevice::Net(_, restart) => *restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
         };
         let stage = Stage::Asked(policy);
@@ -110,6 +115,22 @@ impl EventLoop<'_> {
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
         Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+    }
+
+    fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
+        let net: NetSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let id = match &net.id {
+            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
+                return Err(format!("the id '{id}' belongs to another kind of device"));
+            }
+            Some(id) => check_name("id", id.clone()).map_err(|error| error.to_string())?,
+            None => {
+                (0..).map(|index| format!("net{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        let nic =
+            net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
+        Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
@@ -325,7 +346,10 @@ impl EventLoop<'_> {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
         }
+        self.unwatch_cables();
         self.resources.remove(&change.id);
+        self.cables.retain(|(id, _)| *id != change.id);
+        self.watch_cables();
         if change.failure.is_none() {
             self.say(LogLevel::Info, &format!("device {} was removed", change.id));
             self.note(EventKind::Removed, None, |entry| entry.process = Some(change.id.clone()));

@@ -53,6 +53,7 @@ impl EventLoop<'_> {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
             Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
+            Request::DeviceLink { device, up } => self.link(&device, up).map(Some),
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)

@@ -1,7 +1,8 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
+use super::nic::Nic;
 use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget};
+use crate::supervisor::config::{CONSOLE, DiskConfig, NicConfig, RNG, RestartPolicy, StreamTarget};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -12,6 +13,8 @@ pub enum NewDevice {
     Rng,
     /// The virtio console.
     Console,
+    /// A network card, and what follows the death of its process.
+    Net(Box<NicConfig>, RestartPolicy),
 }
 
 impl NewDevice {
@@ -21,6 +24,7 @@ impl NewDevice {
             Self::Disk(disk) => &disk.id,
             Self::Rng => RNG,
             Self::Console => CONSOLE,
+            Self::Net(nic, _) => &nic.id,
         }
     }
 }
@@ -47,6 +51,11 @@ impl Resources {
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::Net(nic, _) => {
+                let mut nic = Nic::open(nic)?;
+                nic.begin()?;
+                self.nics.push(nic);
+            }
         }
         Ok(())
     }
@@ -55,6 +64,7 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.disks.retain(|disk| disk.id != id);
+        self.nics.retain(|nic| nic.config.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
