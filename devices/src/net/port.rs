@@ -341,16 +341,15 @@ mod tests {
         let (port, mut peer) = stream();
         let mut inbox = Inbox::new(&port);
         let bytes = [frame(b"one"), frame(b""), frame(&[7; 60_000])].concat();
+        let mut lengths = Vec::new();
         for piece in bytes.chunks(3) {
-            assert_ne!(inbox.receive(&port), Input::Lost);
-            if inbox.packet().1 == b"one" {
+            peer.write_all(piece).unwrap();
+            while inbox.receive(&port) == Input::Packet && lengths.len() < 2 {
+                lengths.push(inbox.packet().1.len());
                 inbox.consume();
             }
-            peer.write_all(piece).unwrap();
         }
-        // The empty one is first.
-        assert_eq!((inbox.receive(&port), inbox.packet().1.len()), (Input::Packet, 0));
-        inbox.consume();
+        assert_eq!(lengths, [3, 0]);
         assert_eq!(inbox.receive(&port), Input::Packet);
         assert_eq!(inbox.packet().1, [7; 60_000]);
         assert_eq!(inbox.left().len(), 60_004);

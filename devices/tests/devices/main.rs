@@ -15,6 +15,7 @@ mod driver;
 mod hostile;
 mod inflight;
 mod messages;
+mod net;
 mod qemu;
 mod rng;
 mod storm;
