@@ -4,7 +4,7 @@
 //! Contains unsafe code: `ioctl` with the structures that it takes.
 
 use std::ffi::{c_int, c_ulong};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -152,7 +152,7 @@ impl Tap {
     }
 
     fn open_queue(name: &str, multi: bool) -> Result<File, TapError> {
-        let there = fs::exists(format!("/sys/class/net/{name}")).unwrap_or(true);
+        let there = nix::net::if_::if_nametoindex(name).is_ok();
         let file = OpenOptions::new()
             .read(true)
             .write(true)

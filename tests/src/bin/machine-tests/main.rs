@@ -15,6 +15,7 @@ mod hotplug;
 mod jail;
 mod lifecycle;
 mod limits;
+mod network;
 mod refusals;
 mod restart;
 mod serial;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        network::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
