@@ -6,6 +6,7 @@ pub mod channel;
 pub mod jail;
 pub mod log;
 pub mod memory;
+mod rights;
 pub mod tap;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -5,7 +5,8 @@
 //! - `filter`: which addresses packets may come from and be for;
 //! - `port`: taps and sockets;
 //! - `queue`: a pair of queues on its thread;
-//! - `metrics`: what is counted.
+//! - `metrics`: what is counted;
+//! - `service`: its options as a service.
 //!
 //! A packet that was taken from the guest is in the used ring when it was handed on, and buffers for packets are used in the order
 //! in which they were taken: a successor needs no note of what is in flight. What a death loses is packets, as on any network.
@@ -16,6 +17,7 @@ mod filter;
 mod metrics;
 mod port;
 mod queue;
+mod service;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -37,6 +39,7 @@ pub use filter::Filter;
 pub use metrics::Metrics;
 use port::Port;
 use queue::Pair;
+pub use service::SERVICE;
 
 /// Most pairs of queues.
 pub const MAX_PAIRS: u16 = 32;
@@ -250,11 +253,6 @@ impl Net {
             begun: false,
             ended: false,
         })
-    }
-
-    /// Has a new tap with several queues use the first alone, as a driver does at its start.
-    pub fn use_first_queue_only(&self) {
-        self.shared.use_pairs(1);
     }
 
     /// A handle for the control channel's messages.
