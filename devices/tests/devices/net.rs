@@ -14,7 +14,7 @@ use bulkhead_ipc::jail::Enforcement;
 use bulkhead_ipc::vhost_user::frontend::BackendRequest;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{BUFFERS, Driver, PROGRAM, RAM, SIZE, Service, WRITE};
+use crate::driver::{BUFFERS, Driver, PROGRAM, RAM, Service, WRITE};
 use crate::supervised::{LIMIT, Supervised};
 
 const HEADER: u32 = 12;
@@ -391,9 +391,8 @@ fn limits_hold_each_way() {
 
 #[test]
 fn a_tap_of_the_kernel_answers() {
-    // Rights over a network of its own are enough; where that is forbidden there is nothing to be shown.
-    let own = Command::new("unshare").args(["-Urn", "true"]).status();
-    if !own.is_ok_and(|status| status.success()) || std::fs::File::open("/dev/net/tun").is_err() {
+    // Taps and networks can be made by root alone; for others there is nothing to be shown here.
+    if !nix::unistd::geteuid().is_root() || std::fs::File::open("/dev/net/tun").is_err() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -403,8 +402,7 @@ fn a_tap_of_the_kernel_answers() {
          until ip link show t0 >/dev/null 2>&1; do sleep 0.05; done; ip addr add 10.9.0.1/24 dev t0; wait",
         socket.display()
     );
-    let mut child =
-        Command::new("unshare").args(["-Urnpf", "--kill-child", "sh", "-c", &script]).spawn().unwrap();
+    let mut child = Command::new("unshare").args(["-n", "sh", "-c", &script]).spawn().unwrap();
     let mut driver = Driver::new(crate::driver::connect(&socket), 5);
     let mut config = [0; 12];
     driver.frontend.get_config(0, &mut config).unwrap();
@@ -434,7 +432,6 @@ fn a_tap_of_the_kernel_answers() {
             }
         }
     }
-    assert!(SIZE > 100);
     // Queues of the tap come and go as the driver says; with MQ the control queue is the last.
     let queue = &mut driver.queues[4];
     driver.ram.memory().write_slice(&[4, 0, 2, 0], GuestAddress(OUT)).unwrap();
@@ -442,6 +439,7 @@ fn a_tap_of_the_kernel_answers() {
     queue.kick();
     assert_eq!(queue.wait(&driver.ram).1, 1);
     assert_eq!(driver.get(OUT + 64, 1), [0]);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    // The service ends with its only front end.
+    drop(driver);
+    assert!(child.wait().unwrap().success());
 }
