@@ -23,6 +23,7 @@ use tracing::{info, warn};
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::net::{self, Net, NetError};
 use crate::rate_limit::{Rate, RateLimits};
 use crate::rng::Rng;
@@ -50,6 +51,9 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The keyboard ended.
+    #[error(transparent)]
+    Keyboard(#[from] KeyboardError),
     /// The network card cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -77,6 +81,7 @@ enum Prepared<'a> {
     Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
+    Keyboard(Box<Keyboard<'a>>),
 }
 
 /// What the control channel's messages act on.
@@ -161,6 +166,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Net(_) => "net",
     }
 }
@@ -196,6 +202,7 @@ pub fn run(
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
+        Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -271,6 +278,13 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Keyboard(config) => {
+            let state = resources.take(config.state)?.into();
+            resources.finish(channel)?;
+            let keyboard = keyboard::open(socket, state, channel)?;
+            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
+            return Ok(Prepared::Keyboard(Box::new(keyboard)));
         }
         DeviceConfig::Net(config) => {
             let device = resources.net(config)?;

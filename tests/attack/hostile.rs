@@ -51,24 +51,26 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 6] = [
+pub const DEVICES: [Kind; 7] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
     Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
+    Kind { name: "keyboard", main: PolicyName::KeyboardMain, others: &[] },
     Kind { name: "net", main: PolicyName::NetMain, others: &[(PolicyName::NetQueue, "queue0")] },
 ];
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, net] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, net] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
         DeviceConfig::Console(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
+        DeviceConfig::Keyboard(_) => keyboard,
         DeviceConfig::Net(_) => net,
     }
 }

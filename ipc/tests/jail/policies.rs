@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 13] = files![
+const FILES: [(&str, &str); 14] = files![
     "common",
     "core-setup",
     "core-main",
@@ -94,7 +94,8 @@ const FILES: [(&str, &str); 13] = files![
     "console-main",
     "console-queue",
     "uart-main",
-    "flash-main"
+    "flash-main",
+    "keyboard-main"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

@@ -135,7 +135,12 @@ fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
         _ if args.rng => AddRequest::Rng,
         _ => AddRequest::Console,
     };
-    done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
+    done(
+        &Connection::to_name(&args.name)?,
+        &Request::DeviceAdd { device, limits: args.limit.clone() },
+        None,
+        ADD_DEADLINE,
+    )
 }
 
 fn done(

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    NetBackend, NetConfig, NetLimits, RngConfig, ToCore, ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig,
+    KeyboardConfig, LinkKind, NetBackend, NetConfig, NetLimits, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -24,13 +24,13 @@ use thiserror::Error;
 
 use super::cli::LogLevel;
 use super::config::net::RateSpec;
-use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::resources::{Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -106,6 +106,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Keyboard(&'a OwnedFd),
     Net(&'a Nic),
 }
 
@@ -117,6 +118,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans.extend(resources.nics.iter().map(Self::Net));
         plans
     }
@@ -128,6 +130,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Keyboard(_) => KEYBOARD,
             Self::Net(nic) => &nic.config.id,
         }
     }
@@ -139,6 +142,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Keyboard(_) => Role::Keyboard,
             Self::Net(_) => Role::Net,
         }
     }
@@ -151,6 +155,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Keyboard(_) => LinkKind::Keyboard,
             Self::Net(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_NET, slot },
         }
     }
@@ -164,6 +169,7 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Keyboard(_) => Some(KEYBOARD_STATE),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -194,6 +200,7 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
             Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -249,6 +256,7 @@ pub fn launch(
     resources: &Resources,
     programs: &Programs,
 ) -> Result<Vec<Process>, LaunchError> {
+    resources.reset().map_err(|source| LaunchError::Io { id: KEYBOARD.to_owned(), source })?;
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
@@ -345,6 +353,11 @@ fn start_core(
                 id: plan.id().to_owned(),
                 kind: plan.link(resources),
                 socket: fds.add(socket),
+                rom: resources
+                    .roms
+                    .iter()
+                    .find(|rom| rom.device.as_deref() == Some(plan.id()))
+                    .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
     });
@@ -373,7 +386,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
             let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
             let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
             let files = firmware::files(config, firmware, &disks);
-            Boot::Firmware { image, files, menu: firmware.menu, variables }
+            let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
+            let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
+            Boot::Firmware { image, files, menu: firmware.menu, variables, roms }
         }
         None => Boot::Kernel {
             kernel: image,

@@ -200,6 +200,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Keyboard(keyboard) => {
+            kept.push(fds.take(keyboard.state).unwrap());
+            PolicyName::KeyboardMain
+        }
         DeviceConfig::Net(net) => {
             match net.backend {
                 NetBackend::Tap { queues, .. } => {
@@ -270,6 +274,7 @@ fn serve(control: &Control, id: &str) {
             }
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::Start(_), _) => panic!("twice"),
+            (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }
 }
