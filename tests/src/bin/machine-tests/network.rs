@@ -21,7 +21,7 @@ const FILE: usize = 4 << 20;
 
 pub fn cases() -> Vec<Case> {
     let name = "network by a tap and by passt: ping, TCP both ways, DHCP, a port of the host, a process that is killed";
-    vec![Case::new("stock", name, 120, tap_and_passt)]
+    vec![Case::new("stock", name, 300, tap_and_passt)]
 }
 
 fn text(error: impl ToString) -> String {
