@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 14] = files![
+const FILES: [(&str, &str); 15] = files![
     "common",
     "core-setup",
     "core-main",
@@ -95,7 +95,8 @@ const FILES: [(&str, &str); 14] = files![
     "console-queue",
     "uart-main",
     "flash-main",
-    "keyboard-main"
+    "keyboard-main",
+    "blk-image"
 ];
 
 fn rules(file: &str) -> Vec<Value> {
