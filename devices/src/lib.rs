@@ -5,6 +5,7 @@ pub mod blk;
 pub mod console;
 pub mod flash;
 pub mod keyboard;
+pub mod net;
 pub mod rate_limit;
 pub mod rng;
 pub mod segments;

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
-    Left, ToDevice,
+    Left, NetBackend, NetConfig, NetLimits, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
+use bulkhead_ipc::tap::Tap;
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
 use nix::errno::Errno;
@@ -24,6 +25,8 @@ use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
+use crate::net::{self, Net, NetError};
+use crate::rate_limit::{Rate, RateLimits};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -53,6 +56,9 @@ pub enum ServeError {
     /// The keyboard ended.
     #[error(transparent)]
     Keyboard(#[from] KeyboardError),
+    /// The network card cannot be served.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -88,6 +94,7 @@ enum Control {
     None,
     Console(Controller),
     Balloon(balloon::Controller),
+    Net(net::Controller),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -116,10 +123,44 @@ impl Resources {
         Ok(Ends::new(take(input)?, take(output)?))
     }
 
+    /// A network card with its descriptors.
+    fn net(&mut self, config: &NetConfig) -> Result<Net, ServeError> {
+        let peer = |this: &mut Self, index: &Option<FdIndex>| index.map(|index| this.take(index)).transpose();
+        let (backend, pairs) = match &config.backend {
+            NetBackend::Tap { queues, offloads } => {
+                let files: Result<Vec<File>, _> =
+                    queues.iter().map(|index| self.take(*index).map(File::from)).collect();
+                let tap = Tap { name: String::new(), queues: files?, offloads: *offloads };
+                (net::Backend::Tap(tap), u16::try_from(queues.len()).unwrap_or(u16::MAX))
+            }
+            NetBackend::Stream(index) => (net::Backend::Stream(peer(self, index)?), 1),
+            NetBackend::Datagrams(index) => (net::Backend::Datagrams(peer(self, index)?), 1),
+        };
+        let settings = net::Settings {
+            mac: config.mac,
+            mtu: config.mtu,
+            pairs,
+            mac_filter: config.mac_filter,
+            filter: net::Filter { mac: None, addresses: config.ip_filter.clone() },
+            receive: limits(config.receive),
+            transmit: limits(config.transmit),
+            link: config.link,
+            announce: config.successor,
+        };
+        Ok(Net::new(settings, backend)?)
+    }
+
     /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
     fn finish(self, channel: &Channel) -> Result<Vec<RawFd>, ChannelError> {
         self.descriptors.finish()?;
         Ok([self.taken, vec![channel.as_fd().as_raw_fd()]].concat())
+    }
+}
+
+fn limits(limits: NetLimits) -> RateLimits {
+    RateLimits {
+        bandwidth: Rate { rate: limits.bytes, burst: limits.bytes_burst },
+        operations: Rate { rate: limits.packets, burst: limits.packets_burst },
     }
 }
 
@@ -134,6 +175,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
+        DeviceConfig::Net(_) => "net",
     }
 }
 
@@ -155,6 +197,15 @@ pub fn run(
             match control {
                 Control::None | Control::Balloon(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
+                Control::Net(net) => {
+                    let Some(Left { input, output }) = net.left() else { return Ok(()) };
+                    // Said even of nothing: the stream stands between two packets then.
+                    if input.is_empty() && output.is_empty() {
+                        let left = Left { input, output };
+                        return Ok(channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT)?);
+                    }
+                    leave(channel, &input, &output)
+                }
             }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
@@ -254,6 +305,12 @@ fn prepare<'a>(
             let control = Control::Balloon(device.controller());
             Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control }
         }
+        DeviceConfig::Net(config) => {
+            let device = resources.net(config)?;
+            let control = Control::Net(device.controller());
+            let (main, queue) = (PolicyName::NetMain, PolicyName::NetQueue);
+            Parts { device: Box::new(device), main, queue, control }
+        }
     };
     let mut held = resources.finish(channel)?;
 
@@ -341,17 +398,23 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
     match (message, control) {
         (ToDevice::Stop, _) => return Ok(false),
         (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
-        (ToDevice::Attach, Control::Console(console)) => match <[OwnedFd; 1]>::try_from(descriptors) {
-            Ok([stream]) => {
-                console.attach(stream);
-                daemon.wake_workers();
+        (ToDevice::Attach, Control::Console(_) | Control::Net(_)) => {
+            match (<[OwnedFd; 1]>::try_from(descriptors), control) {
+                (Ok([stream]), Control::Console(console)) => console.attach(stream),
+                (Ok([stream]), Control::Net(net)) => net.attach(stream),
+                (Ok(_), Control::None | Control::Balloon(_)) => {}
+                (Err(descriptors), _) => {
+                    warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
+                }
             }
-            Err(descriptors) => {
-                warn!(descriptors = descriptors.len(), "an attach message needs one descriptor")
-            }
-        },
+            daemon.wake_workers();
+        }
         (ToDevice::Take(left), Control::Console(console)) => {
             console.take(left.output);
+            daemon.wake_workers();
+        }
+        (ToDevice::Take(left), Control::Net(net)) => {
+            net.take(left);
             daemon.wake_workers();
         }
         (ToDevice::Resize { columns, rows }, Control::Console(console)) => {
@@ -365,6 +428,11 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             }
             let statistics = Some(balloon.statistics(|| daemon.wake_workers()));
             report(channel, balloon, statistics)?;
+        }
+        (ToDevice::Link { up }, Control::Net(net)) => {
+            net.set_link(up);
+            daemon.wake_workers();
+            daemon.config_changed();
         }
         (message, _) => warn!(?message, "a control message that this device does not know"),
     }

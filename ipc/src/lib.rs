@@ -8,5 +8,6 @@ pub mod jail;
 pub mod log;
 pub mod memory;
 mod rights;
+pub mod tap;
 pub mod vfio_user;
 pub mod vhost_user;

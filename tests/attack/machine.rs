@@ -82,9 +82,11 @@ impl Bench {
             "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1"
                 .split(' '),
         );
-        command.args("--disk path=disk,id=disk0 --rng --console --keyboard --balloon".split(' '));
         let cid = std::process::id().wrapping_add(0x1000_0000);
         command.arg("--vsock").arg(format!("cid={cid},path=vsock"));
+        let devices =
+            "--disk path=disk,id=disk0 --rng --console --keyboard --balloon --net socket=wire,id=net";
+        command.args(devices.split(' '));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command

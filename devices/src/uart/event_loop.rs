@@ -161,7 +161,7 @@ impl<'a> EventLoop<'a> {
             ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
-            ToDevice::Resize { .. } | ToDevice::Keys(_) => {}
+            ToDevice::Resize { .. } | ToDevice::Keys(_) | ToDevice::Link { .. } => {}
             message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }) => {
                 tracing::warn!(?message, "a control message that this device does not know");
             }

@@ -18,6 +18,7 @@ mod hostile;
 mod inflight;
 mod malformed;
 mod messages;
+mod net;
 mod options;
 mod power_cut;
 mod qemu;

@@ -5,6 +5,7 @@
 //! Sending order: `Start` goes first and once; the process answers `Ready` after it has sealed itself (see
 //! [`crate::jail::seal`]) and reads nothing from guest or peer before that.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
@@ -273,7 +274,7 @@ pub enum Input {
 pub enum ToDevice {
     /// Serve this device.
     Start(DeviceStart),
-    /// A new peer of a console or serial line; its stream is the only descriptor (index 0).
+    /// A new peer of a console, serial line or network card; its stream is the only descriptor (index 0).
     Attach,
     /// The terminal's new size in characters.
     Resize {
@@ -295,6 +296,11 @@ pub enum ToDevice {
     },
     /// Keys are pressed and released on a keyboard, in this order.
     Keys(Vec<Key>),
+    /// Plug the cable of a network card in, or pull it out.
+    Link {
+        /// In.
+        up: bool,
+    },
 }
 
 /// A key of a keyboard, going down or up.
@@ -342,6 +348,60 @@ pub enum DeviceConfig {
     Vsock(VsockConfig),
     /// virtio-balloon.
     Balloon(BalloonConfig),
+    /// virtio-net.
+    Net(NetConfig),
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// Where packets go.
+    pub backend: NetBackend,
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Told to the guest, if at all.
+    pub mtu: Option<u16>,
+    /// What may reach the guest.
+    pub receive: NetLimits,
+    /// What may leave it.
+    pub transmit: NetLimits,
+    /// Nobody else's packets leave, and packets for others do not enter.
+    pub mac_filter: bool,
+    /// The only IP addresses that packets come from; none: any.
+    pub ip_filter: Vec<IpAddr>,
+    /// The link is up.
+    pub link: bool,
+    /// The guest knows the device from a predecessor of the process.
+    pub successor: bool,
+}
+
+/// Where a network card's packets go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetBackend {
+    /// A tap, opened by the supervisor: a descriptor for each pair of queues.
+    Tap {
+        /// The queues.
+        queues: Vec<FdIndex>,
+        /// `TUN_F_…` that the kernel knows.
+        offloads: u32,
+    },
+    /// A stream, each packet after its length; `None`: there is no peer until `Attach`.
+    Stream(Option<FdIndex>),
+    /// A socket that keeps packets apart.
+    Datagrams(Option<FdIndex>),
+}
+
+/// Limits of one direction; 0 is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetLimits {
+    /// Bytes a second.
+    pub bytes: u64,
+    /// Bytes that may pass at once after a pause; 0: what a tenth of a second has.
+    pub bytes_burst: u64,
+    /// Packets a second.
+    pub packets: u64,
+    /// Packets that may pass at once after a pause.
+    pub packets_burst: u64,
 }
 
 /// A disk.
@@ -543,6 +603,7 @@ pub struct BalloonReport {
 }
 
 /// Bytes that a console or serial line has taken from one side and not passed to the other.
+/// Bytes that a console, serial line or the stream of a network card has taken from one side and not passed to the other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// For the guest.

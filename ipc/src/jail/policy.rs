@@ -46,11 +46,15 @@ pub enum PolicyName {
     BalloonMain,
     /// virtio-balloon: its queues.
     BalloonQueue,
+    /// virtio-net: control channel and vhost-user messages.
+    NetMain,
+    /// virtio-net: a pair of queues and its way out.
+    NetQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -69,6 +73,8 @@ impl PolicyName {
         Self::VsockQueue,
         Self::BalloonMain,
         Self::BalloonQueue,
+        Self::NetMain,
+        Self::NetQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -112,6 +118,8 @@ impl PolicyName {
             Self::VsockQueue => VSOCK_QUEUE,
             Self::BalloonMain => BALLOON_MAIN,
             Self::BalloonQueue => BALLOON_QUEUE,
+            Self::NetMain => NET_MAIN,
+            Self::NetQueue => NET_QUEUE,
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
-    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceListArgs, DeviceRemoveArgs, DeviceRestartArgs,
-    DeviceUpgradeArgs, EventsArgs,
+    DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceLinkArgs, DeviceListArgs, DeviceRemoveArgs,
+    DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 
@@ -15,7 +15,7 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, NetSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
     VsockSpec,
 };
 use super::exit_code;
@@ -44,6 +44,20 @@ Terminal:
 Kernel command line:
   Where --cmdline names no console=, the console that the guest has is added: console=ttyS0 for
   the serial port, or console=hvc0 when there is only --console.
+
+Network:
+  --net user          through the host's own connections, by the program passt; needs no rights.
+                      hostfwd=tcp:8080:80 leads port 8080 of the host to port 80 of the guest
+                      (tcp: or udp:, before the ports an address of the host; repeat it for more)
+  --net tap=NAME      a tap interface; as root one is made that goes with the machine. queues=N
+                      gives it several pairs of queues
+  --net socket=PATH   a cable between two machines: the first one listens, the second connects
+  --net fd=N          a tap or socket that whoever starts bulkhead has opened
+  Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, link=off (the cable is pulled
+  out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
+  card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
+  it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
+  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second).
 
 Firmware:
   With --firmware and without --kernel the machine starts as a PC does: firmware looks for a boot
@@ -118,7 +132,10 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   [[disk]]
   path = \"root.img\"
   id = \"root\"
-What the command line says wins; --disk takes the place of all disks of the file.
+  [[net]]
+  user = true
+  hostfwd = [\"tcp:8080:80\"]
+What the command line says wins; --disk takes the place of all disks of the file, --net of all cards.
 
 Examples:
   bulkhead run --kernel vmlinuz --initrd initrd.img
@@ -233,6 +250,13 @@ pub struct RunArgs {
         help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
+    /// Network cards.
+    #[arg(
+        long = "net",
+        value_name = "user|tap=NAME|…",
+        help = "Network card: user, tap=NAME, socket=PATH or fd=N, then options (see below); repeat for more cards"
+    )]
+    pub nets: Vec<NetSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub rng: Option<Switch>,

@@ -107,6 +107,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.keyboard.then_some(KEYBOARD));
     names.extend(config.vsock.as_ref().map(|vsock| vsock.id.as_str()));
     names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
+    names.extend(config.nics.iter().map(|nic| nic.id.as_str()));
     names
 }
 

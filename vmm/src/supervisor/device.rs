@@ -101,6 +101,10 @@ pub fn device(args: &DeviceArgs) -> Result<String, DeviceError> {
             replace(&Connection::to_name(&args.name)?, &request, None)
         }
         DeviceCommand::Upgrade(args) => upgrade(args),
+        DeviceCommand::Link(args) => {
+            let request = Request::DeviceLink { device: args.device.clone(), up: args.state == "up" };
+            done(&Connection::to_name(&args.name)?, &request, None, ADD_DEADLINE)
+        }
     }
 }
 
@@ -144,13 +148,19 @@ fn replace(
 }
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
-    let folder = || std::env::current_dir().map_err(ClientError::from);
-    let device = match (&args.disk, &args.vsock) {
-        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
-        (None, Some(spec)) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
-        _ if args.balloon.is_some() => AddRequest::Balloon { spec: args.balloon.clone().unwrap_or_default() },
-        _ if args.rng => AddRequest::Rng,
-        _ => AddRequest::Console,
+    let folder = std::env::current_dir().map_err(ClientError::from)?;
+    let device = if let Some(spec) = args.disk.clone() {
+        AddRequest::Disk { spec, folder }
+    } else if let Some(spec) = args.net.clone() {
+        AddRequest::Net { spec, folder }
+    } else if let Some(spec) = args.vsock.clone() {
+        AddRequest::Vsock { spec, folder }
+    } else if let Some(spec) = args.balloon.clone() {
+        AddRequest::Balloon { spec }
+    } else if args.rng {
+        AddRequest::Rng
+    } else {
+        AddRequest::Console
     };
     done(
         &Connection::to_name(&args.name)?,

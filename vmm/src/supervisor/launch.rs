@@ -10,8 +10,8 @@ use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, RngConfig,
-    ToCore, ToDevice, UartConfig, VsockConfig,
+    DeviceConfig, DeviceLink, DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, NetBackend,
+    NetConfig, NetLimits, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -24,16 +24,19 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
+use super::config::net::RateSpec;
 use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
+use super::resources::nic::{Nic, Way};
 use super::resources::{Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
 use super::smbios::Tables;
 use super::terminal;
 
 /// Device types of the virtio specification, section 5.
+const VIRTIO_NET: u16 = 1;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
@@ -111,6 +114,7 @@ enum Plan<'a> {
     Keyboard(&'a OwnedFd),
     Vsock(&'a Vsock),
     Balloon(&'a Balloon),
+    Net(&'a Nic),
 }
 
 impl<'a> Plan<'a> {
@@ -124,6 +128,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans.extend(resources.balloon.as_ref().map(Self::Balloon));
+        plans.extend(resources.nics.iter().map(Self::Net));
         plans
     }
 
@@ -137,6 +142,7 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => KEYBOARD,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
+            Self::Net(nic) => &nic.config.id,
         }
     }
 
@@ -150,6 +156,7 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => Role::Keyboard,
             Self::Vsock(_) => Role::Vsock,
             Self::Balloon(_) => Role::Balloon,
+            Self::Net(_) => Role::Net,
         }
     }
 
@@ -164,6 +171,7 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => LinkKind::Keyboard,
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
             Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
+            Self::Net(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_NET, slot },
         }
     }
 
@@ -174,9 +182,12 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
-            Self::Blk(_) | Self::Rng(_) | Self::Console(_) | Self::Vsock(_) | Self::Balloon(_) => {
-                Some(INFLIGHT_AREA)
-            }
+            Self::Blk(_)
+            | Self::Rng(_)
+            | Self::Console(_)
+            | Self::Net(_)
+            | Self::Vsock(_)
+            | Self::Balloon(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -185,14 +196,17 @@ impl<'a> Plan<'a> {
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
-        let mut limits = Limits { file_size, locked, ..Limits::default() };
-        if matches!(self, Self::Vsock(_)) {
-            limits.descriptors = VSOCK_DESCRIPTORS;
-        }
-        limits
+        let usual = Limits::default().descriptors;
+        let descriptors = match self {
+            Self::Vsock(_) => VSOCK_DESCRIPTORS,
+            // Kick, call and error of each queue, and the tap's.
+            Self::Net(nic) => usual.saturating_add(u64::from(nic.config.queues) << 3),
+            _ => usual,
+        };
+        Limits { file_size, locked, descriptors, ..Limits::default() }
     }
 
-    fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
+    fn config(&self, cpus: u8, successor: bool, fds: &mut Fds<'a>) -> DeviceConfig {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
             Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
@@ -217,6 +231,7 @@ impl<'a> Plan<'a> {
                 guest_cid: vsock.cid,
                 connector: fds.add(&vsock.for_device),
             }),
+            Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
@@ -263,6 +278,35 @@ fn blk_config<'a>(disk: &'a Disk, cpus: u8, fds: &mut Fds<'a>) -> BlkConfig {
     }
 }
 
+fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
+    let backend = match &nic.way {
+        Way::Tap(tap) => NetBackend::Tap {
+            queues: tap.queues.iter().map(|queue| fds.add(queue)).collect(),
+            offloads: tap.offloads,
+        },
+        Way::Stream(stream) => NetBackend::Stream(stream.end.as_ref().map(|end| fds.add(end))),
+        Way::Datagrams(socket) => NetBackend::Datagrams(Some(fds.add(socket))),
+    };
+    let config = &nic.config;
+    let limits = |rate: RateSpec| NetLimits {
+        bytes: rate.bytes,
+        bytes_burst: rate.burst,
+        packets: rate.packets,
+        packets_burst: 0,
+    };
+    NetConfig {
+        backend,
+        mac: config.mac,
+        mtu: config.mtu,
+        receive: limits(config.receive),
+        transmit: limits(config.transmit),
+        mac_filter: config.mac_filter,
+        ip_filter: config.ip_filter.clone(),
+        link: config.link,
+        successor,
+    }
+}
+
 const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
     use bulkhead_ipc::log::LogLevel as Ipc;
     match level {
@@ -290,7 +334,8 @@ pub fn launch(
     }
     processes.push(start_core(config, resources, &plans, &links)?);
     for (plan, (_, socket)) in plans.iter().zip(&links) {
-        processes.push(start_device(config, resources, programs.of(plan.id(), resources), plan, socket)?);
+        let program = programs.of(plan.id(), resources);
+        processes.push(start_device(config, resources, program, plan, (socket, false))?);
     }
     processes.iter_mut().try_for_each(release)?;
     Ok(processes)
@@ -308,7 +353,7 @@ pub fn relaunch(
     let plans = Plan::all(resources);
     let plan = plans.iter().find(|plan| plan.id() == id).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
     let (core, device) = UnixStream::pair().map_err(io)?;
-    let mut process = start_device(config, resources, program, plan, &device)?;
+    let mut process = start_device(config, resources, program, plan, (&device, true))?;
     release(&mut process)?;
     Ok((process, core))
 }
@@ -329,7 +374,7 @@ fn start_device<'a>(
     resources: &'a Resources,
     file: &OwnedFd,
     plan: &Plan<'a>,
-    socket: &'a UnixStream,
+    (socket, successor): (&'a UnixStream, bool),
 ) -> Result<Process, LaunchError> {
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
@@ -338,7 +383,7 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, &mut fds),
+        config: plan.config(config.cpus, successor, &mut fds),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {

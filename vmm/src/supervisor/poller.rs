@@ -40,6 +40,10 @@ pub enum Source {
     VsockListener,
     /// What the vsock's process asks of its connector.
     Connector,
+    /// The stream of a network card, by its index.
+    CableEnd(u16),
+    /// The listening socket of a network card.
+    CableListener(u16),
 }
 
 impl Source {
@@ -60,6 +64,8 @@ impl Source {
             Self::StandbyLog(process) => (12, process, 0),
             Self::VsockListener => (13, 0, 0),
             Self::Connector => (14, 0, 0),
+            Self::CableEnd(card) => (15, card, 0),
+            Self::CableListener(card) => (16, card, 0),
         };
         tag << 32 | u64::from(a) << 16 | u64::from(b)
     }
@@ -83,6 +89,8 @@ impl Source {
             12 => Self::StandbyLog(a),
             13 => Self::VsockListener,
             14 => Self::Connector,
+            15 => Self::CableEnd(a),
+            16 => Self::CableListener(a),
             _ => return None,
         })
     }
@@ -114,6 +122,11 @@ impl Poller {
     /// Watches a descriptor.
     pub fn add(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.encode()))?)
+    }
+
+    /// Watches a descriptor for its other end to go, whatever there is to read.
+    pub fn add_hang_up(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLRDHUP, source.encode()))?)
     }
 
     /// Stops watching a descriptor. It must be called before the descriptor is closed: a copy of it in another process

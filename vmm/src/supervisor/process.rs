@@ -33,6 +33,8 @@ pub enum Role {
     Vsock,
     /// The balloon.
     Balloon,
+    /// A network card.
+    Net,
     /// The process that started the others.
     Supervisor,
 }
@@ -50,6 +52,7 @@ impl Role {
             Self::Keyboard => "keyboard",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Net => "net",
             Self::Supervisor => "supervisor",
         }
     }
@@ -76,6 +79,8 @@ impl Role {
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
             (Self::Balloon, None) => PolicyName::BalloonMain,
             (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
+            (Self::Net, None) => PolicyName::NetMain,
+            (Self::Net, Some(_)) => PolicyName::NetQueue,
         }
     }
 }

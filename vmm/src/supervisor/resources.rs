@@ -4,6 +4,7 @@
 mod added;
 mod balloon;
 mod disk;
+pub mod nic;
 mod roms;
 mod slots;
 mod stream;
@@ -22,6 +23,7 @@ use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::Disk;
 use disk::{lock, open_disk};
+use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -163,6 +165,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// A network card.
+    #[error("net {0}")]
+    Nic(#[from] NicError),
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
@@ -243,6 +248,8 @@ pub struct Resources {
     pub roms: Vec<Rom>,
     /// The disks.
     pub disks: Vec<Disk>,
+    /// The network cards.
+    pub nics: Vec<Nic>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
@@ -300,7 +307,8 @@ impl Resources {
             take_place(&mut slots, id, address)?;
         }
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        for id in ids.chain(vsock).chain(balloon) {
+        let cards = config.nics.iter().map(|nic| &*nic.id);
+        for id in ids.chain(vsock).chain(balloon).chain(cards) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -327,6 +335,7 @@ impl Resources {
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
             confinement,
+            nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

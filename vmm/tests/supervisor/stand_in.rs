@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_ipc::channel::message::{
     Boot, CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
-    Progress, ToCore, ToDevice,
+    NetBackend, Progress, ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
@@ -209,6 +209,17 @@ pub fn device() {
             PolicyName::VsockMain
         }
         DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
+        DeviceConfig::Net(net) => {
+            match net.backend {
+                NetBackend::Tap { queues, .. } => {
+                    kept.extend(queues.into_iter().map(|fd| fds.take(fd).unwrap()));
+                }
+                NetBackend::Stream(fd) | NetBackend::Datagrams(fd) => {
+                    kept.extend(fd.map(|fd| fds.take(fd).unwrap()));
+                }
+            }
+            PolicyName::NetMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {
@@ -267,6 +278,8 @@ fn serve(control: &Control, id: &str) {
                 }
             }
             (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
+            (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
+            (ToDevice::Start(_), _) => panic!("twice"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }

@@ -18,6 +18,7 @@ mod jail;
 mod keyboard;
 mod lifecycle;
 mod limits;
+mod network;
 mod refusals;
 mod restart;
 mod serial;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         restart::cases(),
         keyboard::cases(),
         vsock::cases(),
+        network::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

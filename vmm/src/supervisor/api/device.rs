@@ -29,6 +29,13 @@ pub enum AddRequest {
         /// Where a relative path starts.
         folder: PathBuf,
     },
+    /// A network card.
+    Net {
+        /// As after `--net`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
     /// The balloon.
     Balloon {
         /// As after `--balloon`.

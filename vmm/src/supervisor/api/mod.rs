@@ -95,6 +95,13 @@ pub enum Request {
         /// Go on until the machine has ended.
         follow: bool,
     },
+    /// Plug the cable of a network card in, or pull it out.
+    DeviceLink {
+        /// The card's id.
+        device: String,
+        /// In.
+        up: bool,
+    },
 }
 
 /// What the machine answers.

@@ -17,7 +17,7 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// List the devices of a machine: process, state, restarts, and how the last process ended
     List(DeviceListArgs),
-    /// Add a disk, an entropy device, a console, a vsock or a balloon: its process is started, then the guest is told by ACPI
+    /// Add a disk, a network card, an entropy device, a console, a vsock or a balloon: its process is started, then the guest is told by ACPI
     Add(DeviceAddArgs),
     /// Ask the guest by ACPI to let go of a virtio device, then end its process and unlock its disk
     Remove(DeviceRemoveArgs),
@@ -26,6 +26,8 @@ pub enum DeviceCommand {
     /// Let a device, or all of them, go on with another bulkhead-device program while the guest runs
     #[command(after_help = UPGRADE_HELP)]
     Upgrade(DeviceUpgradeArgs),
+    /// Plug the cable of a network card in, or pull it out
+    Link(DeviceLinkArgs),
 }
 
 const UPGRADE_HELP: &str = "\
@@ -71,6 +73,14 @@ pub struct DeviceAddArgs {
         group = "what"
     )]
     pub balloon: Option<String>,
+    /// A network card, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "user|tap=NAME|…",
+        group = "what",
+        help = "Network card: user, tap=NAME or socket=PATH, with the options of `bulkhead run`"
+    )]
+    pub net: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,
@@ -95,6 +105,18 @@ pub struct DeviceRemoveArgs {
     /// Seconds for the guest to let go of it
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub timeout: u32,
+}
+
+/// Options of `bulkhead device link`.
+#[derive(Debug, Args)]
+pub struct DeviceLinkArgs {
+    /// The machine
+    pub name: String,
+    /// The network card, as `bulkhead device list` names it
+    pub device: String,
+    /// up or down
+    #[arg(value_parser = ["up", "down"])]
+    pub state: String,
 }
 
 /// Options of `bulkhead device restart`.

@@ -16,6 +16,7 @@ use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
 use super::nearest::hint;
+use super::net::NetSpec;
 use super::restart::{RestartPolicy, RestartRule};
 use super::rom::RomSpec;
 use super::size::Size;
@@ -74,6 +75,7 @@ struct File {
     memory: Option<Size>,
     thp: Option<bool>,
     disk: Vec<DiskSpec>,
+    net: Vec<NetSpec>,
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
@@ -156,6 +158,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .into_iter()
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
+        nets: file.net.into_iter().map(|net| NetSpec { socket: net.socket.map(at), ..net }).collect(),
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
@@ -244,6 +247,13 @@ mod tests {
             readonly = true
             id = "root"
             restart = "never"
+            [[net]]
+            user = true
+            hostfwd = ["tcp:8080:80"]
+            ip-filter = ["10.0.0.1"]
+            [[net]]
+            socket = "wire"
+            rx-rate = "1M"
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -259,6 +269,8 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
+        assert!(run.nets.first().is_some_and(|net| net.user && net.hostfwd == ["tcp:8080:80"]));
+        assert_eq!(run.nets.last().unwrap().socket, Some("/etc/wire".into()));
         assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =

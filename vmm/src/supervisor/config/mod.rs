@@ -10,6 +10,7 @@ pub mod file;
 pub mod firmware;
 pub mod liveness;
 pub mod nearest;
+pub mod net;
 mod others;
 pub mod pci;
 pub mod restart;
@@ -21,7 +22,7 @@ pub mod table;
 pub mod vsock;
 
 use std::mem::take;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 
 pub use balloon::{BalloonConfig, BalloonSpec, balloon_pages};
@@ -32,6 +33,7 @@ pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use liveness::Liveness;
 use nearest::hint;
+pub use net::{NetSpec, NetSpecError, NicConfig};
 use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
@@ -114,6 +116,8 @@ pub struct MachineConfig {
     pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
+    /// The network cards.
+    pub nics: Vec<NicConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
     /// The virtio console, `Off` when there is none.
@@ -316,6 +320,19 @@ pub enum ConfigError {
         /// The id.
         id: String,
     },
+    /// A network card that cannot be.
+    #[error("net {id}: {source}")]
+    Net {
+        /// Which.
+        id: String,
+        /// Why not.
+        source: NetSpecError,
+    },
+    /// Two devices with one id.
+    #[error(
+        "net: the id '{0}' already belongs to another device or process of this machine; give it another with id=NAME"
+    )]
+    NetId(String),
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -344,7 +361,6 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = log(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -355,12 +371,15 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
+    let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
+    check_count(disks.len() + nets.len() + usize::from(rng) + named.ids().count(), &console)?;
+    let name = name(&mut args, &mut file)?;
+    let nics = name_nets(&nets, (&disks, &named), &name, &mut rules)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -378,18 +397,16 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others =
         others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
-    let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
+    let others = others.chain(nics.iter().map(|nic| nic.id.as_str())).chain(named.ids());
+    let restarts = apply(&rules, &mut disks, others.collect())?;
     named.apply(&restarts);
-    let liveness =
-        Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
     smbios.check()?;
     let (kernel, initrd, (cmdline, cmdline_added)) =
         direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
-    let name = args.name.or(file.name).unwrap_or_else(|| format!("vm-{}", process::id()));
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
     let config = MachineConfig {
-        name: check_name("name", name)?,
+        name,
         kernel,
         firmware,
         initrd,
@@ -401,10 +418,11 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
         cpus,
         topology,
-        cpu_model: args.cpu_model.or(file.cpu_model).unwrap_or_else(|| "host".to_owned()),
+        cpu_model: args.cpu_model.take().or(file.cpu_model.take()).unwrap_or_else(|| "host".to_owned()),
         memory,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
+        nics,
         rng,
         console,
         serial,
@@ -413,14 +431,23 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         balloon: named.balloon,
         restart,
         restarts,
-        liveness,
+        liveness: liveness(&args, &file),
         on_reboot: args.on_reboot.or(file.on_reboot).unwrap_or(EndAction::Restart),
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
-        log,
+        log: log(&mut args, &mut file),
     };
     check_limits(&config)?;
     find_roms(config)
+}
+
+fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
+    let name = args.name.take().or(file.name.take());
+    check_name("name", name.unwrap_or_else(|| format!("vm-{}", process::id())))
+}
+
+fn liveness(args: &RunArgs, file: &RunArgs) -> Liveness {
+    Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline))
 }
 
 fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
@@ -605,6 +632,34 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
     }
     pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
+}
+
+/// Settles the ids of the network cards, and checks them. Their restart policies come to `rules`.
+fn name_nets(
+    nets: &[NetSpec],
+    (disks, named): (&[DiskConfig], &Others),
+    machine: &str,
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<NicConfig>, ConfigError> {
+    let mut nics: Vec<NicConfig> = Vec::with_capacity(nets.len());
+    for (index, net) in nets.iter().enumerate() {
+        let id = match &net.id {
+            Some(id) => check_name("id of a network card", id.clone())?,
+            None => format!("net{index}"),
+        };
+        let taken = RESERVED.contains(&id.as_str())
+            || named.ids().any(|other| other == id)
+            || disks.iter().any(|disk| disk.id == id)
+            || nics.iter().any(|nic| nic.id == id);
+        if taken {
+            return Err(ConfigError::NetId(id));
+        }
+        let nic =
+            net.resolve(machine, &id, Path::new("")).map_err(|source| ConfigError::Net { id, source })?;
+        rules.extend(net.restart.map(|policy| RestartRule { device: Some(nic.id.clone()), policy }));
+        nics.push(nic);
+    }
+    Ok(nics)
 }
 
 #[cfg(test)]

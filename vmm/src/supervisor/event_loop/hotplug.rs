@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress,
-    RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name, name_balloon,
-    name_vsock,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, NetSpec,
+    PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name,
+    name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -83,6 +83,7 @@ impl EventLoop<'_> {
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
+            AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -98,9 +99,13 @@ impl EventLoop<'_> {
             // What was said of a device of this name when the machine was started.
             None => self.config.confinement.limits.get(id).copied().unwrap_or_default(),
         };
-        self.resources.add(self.config, &device, limits).map_err(|error| format!("device {id}: {error}"))?;
+        self.unwatch_cables();
+        let added = self.resources.add(self.config, &device, limits);
+        self.watch_cables();
+        added.map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
+            NewDevice::Net(_, restart) => *restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
@@ -150,6 +155,22 @@ impl EventLoop<'_> {
         let options = disk.options.below(folder);
         let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
         Ok(DiskConfig { path, readonly, id, restart, addr, options })
+    }
+
+    fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
+        let net: NetSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let id = match &net.id {
+            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
+                return Err(format!("the id '{id}' belongs to another kind of device"));
+            }
+            Some(id) => check_name("id", id.clone()).map_err(|error| error.to_string())?,
+            None => {
+                (0..).map(|index| format!("net{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        let nic =
+            net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
+        Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
@@ -376,7 +397,10 @@ impl EventLoop<'_> {
         if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
             self.environment.forget_vsock(vsock);
         }
+        self.unwatch_cables();
         self.resources.remove(&change.id);
+        self.cables.retain(|(id, _)| *id != change.id);
+        self.watch_cables();
         if change.failure.is_none() {
             self.say(LogLevel::Info, &format!("device {} was removed", change.id));
             self.note(EventKind::Removed, None, |entry| entry.process = Some(change.id.clone()));

@@ -6,6 +6,7 @@
 //! one is reaped the loop is left.
 
 mod balloon;
+mod cables;
 mod cpus;
 mod early;
 mod hotplug;
@@ -40,6 +41,7 @@ use super::process::{Process, Role, State};
 use super::programs::Programs;
 use super::resources::{Listener, Resources, Stream};
 use super::terminal::{self, Escapes, Key, RawTerminal};
+use cables::Cables;
 use cpus::Cpus;
 use hotplug::Change;
 use orders::Order;
@@ -208,6 +210,8 @@ pub struct EventLoop<'a> {
     peers: Vec<(&'static str, UnixStream)>,
     /// Devices that are being added or removed.
     changes: Vec<Change>,
+    /// Streams of network cards that are to be made anew.
+    cables: Cables,
     /// The CPUs that are plugged in, and what was asked about them.
     cpus: Cpus,
     started: Instant,
@@ -230,6 +234,11 @@ impl<'a> EventLoop<'a> {
             // No guest has given it anything yet.
             balloon.actual = 0;
         }
+        for nic in &mut resources.nics {
+            if let Err(error) = nic.begin() {
+                environment.log.say(LogLevel::Warn, &error.to_string());
+            }
+        }
         let processes = launch(config, resources, &environment.programs)?;
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
@@ -246,6 +255,7 @@ impl<'a> EventLoop<'a> {
             orders: Vec::new(),
             peers: Vec::new(),
             changes: Vec::new(),
+            cables: Cables::new(),
             cpus,
             started,
             phase,
@@ -265,6 +275,7 @@ impl<'a> EventLoop<'a> {
         for device in [SERIAL, CONSOLE] {
             self.attach_again(device);
         }
+        self.watch_cables();
         while self.processes.iter().any(|process| process.state != State::Ended) {
             let environment = &self.environment;
             let deadlines = [
@@ -272,6 +283,7 @@ impl<'a> EventLoop<'a> {
                 self.recovery_deadline(),
                 self.early_deadline(),
                 self.change_deadline(),
+                self.cable_deadline(),
                 self.cpus.deadline(),
                 environment.server.deadline(),
                 environment.muted,
@@ -288,12 +300,14 @@ impl<'a> EventLoop<'a> {
             // Not while events are handled: those left of a batch may be about the process that is replaced.
             self.recover(now);
             self.carry_out(now);
+            self.reconnect_cables(now);
             self.cpus_late(now);
             self.look_early(now);
             if self.deadline().is_some_and(|deadline| deadline <= now) && !self.deadline_passed() {
                 break;
             }
         }
+        self.unwatch_cables();
         self.settle_changes();
         self.settle_cpus();
         // All have ended without a cause only when each of them exited with code 0 by itself.
@@ -379,6 +393,8 @@ impl<'a> EventLoop<'a> {
             Source::StandbyLog(index) => self.standby_log(index.into()),
             Source::VsockListener => self.vsock_connection(),
             Source::Connector => self.connector(),
+            Source::CableEnd(number) => self.cable_ended(number),
+            Source::CableListener(number) => self.cable_connected(number),
         }
     }
 

@@ -30,7 +30,7 @@ use crate::supervisor::programs::DeviceProgram;
 /// For a process that the core has given up to end by itself: how it ends says more than that it was killed.
 const OWN_END: Duration = Duration::from_millis(20);
 /// Messages that a process may leave to its successor.
-const MOST_LEFT: usize = 8;
+const MOST_LEFT: usize = 16;
 /// For a successor to report READY.
 pub(super) const SUCCESSOR_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -372,6 +372,7 @@ impl EventLoop<'_> {
 
     /// Starts a successor in the place of a process that was reaped.
     fn restart(&mut self, index: usize, id: &str) {
+        self.renew_cable(id, false);
         let candidate = self.recoveries.get(index).and_then(|recovery| recovery.candidate.clone());
         let program = candidate
             .as_ref()

@@ -58,6 +58,7 @@ impl EventLoop<'_> {
             Request::DeviceAdd { device, limits } => {
                 self.add_device(client, &device, limits.as_deref()).map(|()| None)
             }
+            Request::DeviceLink { device, up } => self.link(&device, up).map(Some),
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)

@@ -1,9 +1,11 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
+use super::nic::Nic;
 use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk, take_place};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget, VsockConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, RNG, RestartPolicy, StreamTarget,
+    VsockConfig,
 };
 
 /// A device to be added.
@@ -19,6 +21,8 @@ pub enum NewDevice {
     Vsock(VsockConfig),
     /// The balloon.
     Balloon(BalloonConfig),
+    /// A network card, and what follows the death of its process.
+    Net(Box<NicConfig>, RestartPolicy),
 }
 
 impl NewDevice {
@@ -30,6 +34,7 @@ impl NewDevice {
             Self::Console => CONSOLE,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
+            Self::Net(nic, _) => &nic.id,
         }
     }
 }
@@ -78,6 +83,11 @@ impl Resources {
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
+            NewDevice::Net(nic, _) => {
+                let mut nic = Nic::open(nic)?;
+                nic.begin()?;
+                self.nics.push(nic);
+            }
         }
         Ok(())
     }
@@ -93,6 +103,7 @@ impl Resources {
         if self.balloon.as_ref().is_some_and(|balloon| balloon.id == id) {
             self.balloon = None;
         }
+        self.nics.retain(|nic| nic.config.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,

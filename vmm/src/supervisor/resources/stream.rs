@@ -148,7 +148,7 @@ pub struct Listener {
 
 impl Listener {
     /// Binds `path`. A socket that a dead process left there is replaced; anything else there is not touched.
-    pub(super) fn bind(field: &'static str, path: &Path) -> Result<Self, ResourceError> {
+    pub fn bind(field: &'static str, path: &Path) -> Result<Self, ResourceError> {
         let failed = |error: io::Error| super::open_error(field, path, &error);
         let socket = match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
