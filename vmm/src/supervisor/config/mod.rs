@@ -414,7 +414,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cmdline_added,
         roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
         smbios,
-        debug_port: args.debug_port.or(file.debug_port),
+        debug_port: args.debug_port.take().or(file.debug_port.take()),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
         cpus,
         topology,
