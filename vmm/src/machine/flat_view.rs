@@ -1,5 +1,7 @@
 //! The flat view: what the tree decodes, as sorted ranges for a quick look-up. Derived from the tree, never changed by itself.
 
+use bulkhead_ipc::memory::PAGE_SIZE;
+
 use super::address::CycleKind;
 use super::host::MappedDoorbell;
 use super::memory_map::MemorySlot;
@@ -117,14 +119,30 @@ impl FlatView {
         let mut cuts: Vec<u64> = ranges.flat_map(|range| [range.first, range.last.wrapping_add(1)]).collect();
         cuts.sort_unstable();
         cuts.dedup();
-        let mut slots: Vec<MemorySlot> = Vec::new();
+        // Joined before they are cut to whole pages: a register that takes writes within a page does not keep reads from it.
+        let mut runs: Vec<((u64, u64), &Endpoint, u64, bool)> = Vec::new();
         for (first, end) in cuts.iter().copied().zip(cuts.iter().copied().skip(1)) {
             let read = self.resolve(CycleKind::MemoryRead, first);
             let write = self.resolve(CycleKind::MemoryWrite, first);
             let Some(endpoint) = read.endpoint else { continue };
             let same = write.offset == read.offset && write.endpoint.is_some_and(|other| other.is(endpoint));
             let writable = same && matches!(endpoint, Endpoint::Dram);
-            let Some(slot) = MemorySlot::new((first, end), endpoint, read.offset, writable) else { continue };
+            match runs.last_mut() {
+                Some(((begin, last), other, source, also))
+                    if *last == first
+                        && !first.is_multiple_of(PAGE_SIZE)
+                        && other.is(endpoint)
+                        && source.wrapping_add(first.wrapping_sub(*begin)) == read.offset
+                        && *also == writable =>
+                {
+                    *last = end;
+                }
+                _ => runs.push(((first, end), endpoint, read.offset, writable)),
+            }
+        }
+        let mut slots: Vec<MemorySlot> = Vec::new();
+        for (range, endpoint, source, writable) in runs {
+            let Some(slot) = MemorySlot::new(range, endpoint, source, writable) else { continue };
             if !slots.last_mut().is_some_and(|last| last.join(&slot)) {
                 slots.push(slot);
             }

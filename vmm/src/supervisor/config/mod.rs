@@ -400,8 +400,6 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = others.chain(nics.iter().map(|nic| nic.id.as_str())).chain(named.ids());
     let restarts = apply(&rules, &mut disks, others.collect())?;
     named.apply(&restarts);
-    let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
-    smbios.check()?;
     let (kernel, initrd, (cmdline, cmdline_added)) =
         direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
     let (cpus, topology) = args.cpus.or(file.cpus).unwrap_or(CpuSpec::from(1)).resolve()?;
@@ -413,7 +411,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         cmdline,
         cmdline_added,
         roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
-        smbios,
+        smbios: smbios(&mut args, &mut file)?,
         debug_port: args.debug_port.take().or(file.debug_port.take()),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
         cpus,
@@ -444,6 +442,12 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
     let name = args.name.take().or(file.name.take());
     check_name("name", name.unwrap_or_else(|| format!("vm-{}", process::id())))
+}
+
+fn smbios(args: &mut RunArgs, file: &mut RunArgs) -> Result<SmbiosSpec, ConfigError> {
+    let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
+    smbios.check()?;
+    Ok(smbios)
 }
 
 fn liveness(args: &RunArgs, file: &RunArgs) -> Liveness {
