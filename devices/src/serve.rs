@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -46,6 +47,9 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The relay ended.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -70,6 +74,7 @@ enum Prepared<'a> {
     Virtio(Daemon, Option<Controller>),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
+    Relay(Box<Relay<'a>>),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -113,6 +118,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Relay(_) => "relay",
     }
 }
 
@@ -135,6 +141,7 @@ pub fn run(
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
+        Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -210,6 +217,13 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Relay(config) => {
+            let back_end = resources.take(config.back_end)?;
+            resources.finish(channel)?;
+            let relay = relay::open(socket, back_end, config, channel);
+            seal(PolicyName::RelayMain, &relay.descriptors(), channel)?;
+            return Ok(Prepared::Relay(Box::new(relay)));
         }
     };
     let mut held = resources.finish(channel)?;

@@ -48,23 +48,25 @@ pub const CORE: Kind =
     Kind { name: "core", main: PolicyName::CoreMain, others: &[(PolicyName::CoreVcpu, "vcpu0")] };
 
 /// The devices.
-pub const DEVICES: [Kind; 5] = [
+pub const DEVICES: [Kind; 6] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
     Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
+    Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
 ];
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash] = DEVICES;
+    let [blk, rng, console, uart, flash, relay] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
         DeviceConfig::Console(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
+        DeviceConfig::Relay(_) => relay,
     }
 }
 

@@ -16,6 +16,7 @@ mod hostile;
 mod inflight;
 mod messages;
 mod qemu;
+mod relay;
 mod rng;
 mod services;
 mod storm;

@@ -177,6 +177,17 @@ pub enum LinkKind {
     Flash,
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
+    /// vhost-user; a back end that is not ours, behind a process that is.
+    Foreign {
+        /// Device type of the virtio specification, section 5.
+        virtio_id: u16,
+        /// Its slot on PCI bus 0, 2–31.
+        slot: u8,
+        /// Queues where the back end cannot tell.
+        queues: u16,
+        /// Bytes of configuration space.
+        config_size: u16,
+    },
 }
 
 /// From the core to the supervisor.
@@ -314,6 +325,8 @@ pub enum DeviceConfig {
     Uart(UartConfig),
     /// Flash with firmware's variables.
     Flash(FlashConfig),
+    /// A back end that is not ours.
+    Relay(RelayConfig),
 }
 
 /// A disk.
@@ -367,6 +380,29 @@ pub struct FlashConfig {
     pub memory: FdIndex,
     /// Size of both in bytes, a multiple of 4 KiB.
     pub size: u64,
+}
+
+/// What stands between the core and a vhost-user back end that is not ours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayConfig {
+    /// The stream to the back end, connected by the supervisor.
+    pub back_end: FdIndex,
+    /// Where it listens, for messages.
+    pub path: String,
+    /// What its type is called, for messages.
+    pub kind: String,
+    /// Device-specific feature bits that the type has (virtio 1.2, section 5; bits 0 to 23).
+    pub features: u64,
+    /// Exactly so many queues; `None`: as many as the back end has.
+    pub queues: Option<u16>,
+    /// The least number of queues that a device of the type has.
+    pub least_queues: u16,
+    /// No device of the type works without a configuration space; it is the back end's unless `config` is it.
+    pub has_config: bool,
+    /// The configuration space, where it is the front end's: fs, net.
+    pub config: Option<Vec<u8>>,
+    /// Features that go with it.
+    pub own_features: u64,
 }
 
 /// From a device process to the supervisor.

@@ -30,11 +30,13 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// What stands before a back end that is not ours: its only thread.
+    RelayMain,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -45,6 +47,7 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::RelayMain,
     ];
 
     /// The policy's file in the source tree.
@@ -80,6 +83,7 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::RelayMain => RELAY_MAIN,
         }
     }
 }

@@ -80,7 +80,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 11] = files![
+const FILES: [(&str, &str); 12] = files![
     "common",
     "core-main",
     "core-vcpu",
@@ -91,7 +91,8 @@ const FILES: [(&str, &str); 11] = files![
     "console-main",
     "console-queue",
     "uart-main",
-    "flash-main"
+    "flash-main",
+    "relay-main"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

@@ -50,12 +50,14 @@ fn greet_one(
     limit: Option<Duration>,
     reports: &Arc<Reports>,
 ) -> Result<Greeted, CoreError> {
-    let (virtio_id, slot) = match link.kind {
-        LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
+    let (kind, slot) = match link.kind {
+        LinkKind::VirtioVhostUser { virtio_id, slot } => (DeviceType::from_id(virtio_id), slot),
+        LinkKind::Foreign { virtio_id, slot, queues, config_size } => {
+            (DeviceType { queues, config_size, multi_queue: true, ..DeviceType::from_id(virtio_id) }, slot)
+        }
         LinkKind::Registers => return greet_registers(&link.id, stream, reports),
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
-    let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
     let mut settings = Settings { hold_on_failure: true, ..Settings::new(&link.id, kind) };
     settings.start_limit = limit.unwrap_or(settings.start_limit);

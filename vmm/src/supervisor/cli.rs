@@ -14,7 +14,9 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{
+    BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget, VhostUserSpec,
+};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -181,7 +183,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; repeat for more disks"
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY], or vhost-user=SOCKET of another back end; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
@@ -244,6 +246,13 @@ pub struct RunArgs {
     /// Append messages to a file and not to standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Devices of other back ends.
+    #[arg(
+        long = "vhost-user",
+        value_name = "type=TYPE,socket=PATH,…",
+        help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
+    )]
+    pub vhost_user: Vec<VhostUserSpec>,
 }
 
 /// Options of `bulkhead ps`.

@@ -80,6 +80,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend((config.serial != Off).then_some(SERIAL));
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));
+    names.extend(config.vhost_user.iter().map(|device| device.id.as_str()));
     names
 }
 
@@ -202,7 +203,7 @@ impl Confinement {
         // without room for all of it would let the guest have a device killed. The UART and the flash
         // chip map none.
         let ram = match role {
-            Role::Uart | Role::Flash => 0,
+            Role::Uart | Role::Flash | Role::Relay => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);

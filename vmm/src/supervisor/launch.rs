@@ -5,25 +5,28 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    RngConfig, ToCore, ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig,
+    LinkKind, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
 use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::pipe2;
 use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
@@ -75,6 +78,16 @@ pub enum LaunchError {
         /// What failed.
         source: ChannelError,
     },
+    /// A back end that is not ours is not there.
+    #[error("device {id}: cannot connect to the back end at '{path}': {reason}", path = path.display())]
+    BackEnd {
+        /// Which device.
+        id: String,
+        /// Where it should listen.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// A descriptor, most likely too many of them.
     #[error("cannot start {id}: {source}")]
     Io {
@@ -103,6 +116,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Foreign(&'a VhostUserConfig),
 }
 
 impl<'a> Plan<'a> {
@@ -113,6 +127,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.foreign.iter().map(Self::Foreign));
         plans
     }
 
@@ -123,6 +138,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Foreign(device) => &device.id,
         }
     }
 
@@ -133,6 +149,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Foreign(_) => Role::Relay,
         }
     }
 
@@ -144,6 +161,12 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Foreign(device) => LinkKind::Foreign {
+                virtio_id: device.device_id,
+                slot,
+                queues: device.queues.unwrap_or(device.least_queues),
+                config_size: device.config_size,
+            },
         }
     }
 
@@ -156,6 +179,7 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Foreign(_) => Some(0),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -163,7 +187,29 @@ impl<'a> Plan<'a> {
         Limits { file_size, locked, ..Limits::default() }
     }
 
-    fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
+    /// A connection to the back end, where it is not ours.
+    fn connect(&self) -> Result<Option<UnixStream>, LaunchError> {
+        let Self::Foreign(device) = self else { return Ok(None) };
+        connect_now(&device.socket).map(Some).map_err(|errno| LaunchError::BackEnd {
+            id: device.id.clone(),
+            path: device.socket.clone(),
+            reason: match errno {
+                Errno::ENOENT => "there is no such socket: start the back end first".to_owned(),
+                Errno::ECONNREFUSED => "nobody listens there: start the back end first".to_owned(),
+                Errno::EAGAIN => {
+                    "it does not accept connections: it serves somebody else, or hangs".to_owned()
+                }
+                Errno::EACCES => "permission denied for this user".to_owned(),
+                Errno::ENAMETOOLONG => "the path is too long for a socket".to_owned(),
+                errno => errno.desc().to_owned(),
+            },
+        })
+    }
+
+    fn config<'b>(&self, cpus: u8, back_end: Option<&'b UnixStream>, fds: &mut Fds<'b>) -> DeviceConfig
+    where
+        'a: 'b,
+    {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(BlkConfig {
                 disk: fds.add(&disk.file),
@@ -187,8 +233,29 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
             }),
+            Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
+                back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
+                path: device.socket.to_string_lossy().into_owned(),
+                kind: device.kind.clone(),
+                features: device.features,
+                queues: device.queues,
+                least_queues: device.least_queues,
+                has_config: device.needs_config,
+                config: device.config.clone(),
+                own_features: device.own_features,
+            }),
         }
     }
+}
+
+/// Connects to a Unix socket without waiting for one that does not accept.
+fn connect_now(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|_| Errno::last())?;
+    Ok(stream)
 }
 
 const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
@@ -258,6 +325,7 @@ fn start_device<'a>(
     plan: &Plan<'a>,
     socket: &'a UnixStream,
 ) -> Result<Process, LaunchError> {
+    let back_end = plan.connect()?;
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
         id: plan.id().to_owned(),
@@ -265,7 +333,7 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, &mut fds),
+        config: plan.config(config.cpus, back_end.as_ref(), &mut fds),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {

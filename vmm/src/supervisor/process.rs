@@ -29,6 +29,8 @@ pub enum Role {
     Flash,
     /// The process that started the others.
     Supervisor,
+    /// What stands before a back end that is not ours.
+    Relay,
 }
 
 impl Role {
@@ -42,6 +44,7 @@ impl Role {
             Self::Uart => "uart",
             Self::Flash => "flash",
             Self::Supervisor => "supervisor",
+            Self::Relay => "relay",
         }
     }
 }
@@ -60,6 +63,7 @@ impl Role {
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
+            (Self::Relay, _) => PolicyName::RelayMain,
         }
     }
 }

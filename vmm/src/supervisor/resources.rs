@@ -23,7 +23,7 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
+use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget, VhostUserConfig};
 use super::confinement::{Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
@@ -206,6 +206,8 @@ pub struct Resources {
     pub variables: Option<Variables>,
     /// The disks.
     pub disks: Vec<Disk>,
+    /// The devices of back ends that are not ours; a connection is made for each process.
+    pub foreign: Vec<VhostUserConfig>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
@@ -250,7 +252,9 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+        let foreign = config.vhost_user.iter().map(|device| &*device.id);
+        let own = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        for id in own.chain(foreign) {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
@@ -265,6 +269,7 @@ impl Resources {
             initrd,
             variables,
             disks,
+            foreign: config.vhost_user.clone(),
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,

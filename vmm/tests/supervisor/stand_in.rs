@@ -172,6 +172,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Relay(relay) => {
+            kept.push(fds.take(relay.back_end).unwrap());
+            PolicyName::RelayMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {

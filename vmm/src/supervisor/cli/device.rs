@@ -58,6 +58,14 @@ pub struct DeviceAddArgs {
         help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]"
     )]
     pub disk: Option<String>,
+    /// A device of another back end, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "type=TYPE,socket=PATH,…",
+        group = "what",
+        help = "Device of a vhost-user back end, as for `bulkhead run`"
+    )]
+    pub vhost_user: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,

@@ -22,6 +22,9 @@ pub struct DiskSpec {
     pub id: Option<String>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// `path` is the socket of a vhost-user back end that is not ours.
+    #[serde(skip)]
+    pub vhost_user: bool,
 }
 
 /// Why a text is not a disk.
@@ -41,6 +44,9 @@ pub enum DiskSpecError {
     /// `readonly` with something other than on or off.
     #[error("readonly={0}: say readonly=on or readonly=off")]
     Readonly(String),
+    /// `readonly` for a disk of another program.
+    #[error("readonly= is the business of the back end behind vhost-user=PATH")]
+    ReadonlyElsewhere,
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
@@ -59,6 +65,7 @@ impl FromStr for DiskSpec {
 
     fn from_str(text: &str) -> Result<Self, DiskSpecError> {
         let (mut path, mut readonly, mut id, mut restart) = (None, None, None, None);
+        let mut vhost_user = false;
         for piece in text.split(',') {
             let (key, value) = match piece.split_once('=') {
                 Some(pair) => pair,
@@ -77,8 +84,12 @@ impl FromStr for DiskSpec {
                 }
                 "id" => id.replace(value.to_owned()).is_some(),
                 "restart" => restart.replace(value.parse()?).is_some(),
+                "vhost-user" => {
+                    vhost_user = true;
+                    path.replace(PathBuf::from(value)).is_some()
+                }
                 _ => {
-                    let hint = hint(key, &["path", "readonly", "id", "restart"]);
+                    let hint = hint(key, &["path", "readonly", "id", "restart", "vhost-user"]);
                     return Err(DiskSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -87,7 +98,10 @@ impl FromStr for DiskSpec {
             }
         }
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(DiskSpecError::NoPath)?;
-        Ok(Self { path, readonly: readonly.unwrap_or(false), id, restart })
+        if vhost_user && readonly.is_some() {
+            return Err(DiskSpecError::ReadonlyElsewhere);
+        }
+        Ok(Self { path, readonly: readonly.unwrap_or(false), id, restart, vhost_user })
     }
 }
 
@@ -103,10 +117,15 @@ mod tests {
     fn reads_all_keys() {
         let disk: DiskSpec = "path=/a.img,readonly=on,id=root,restart=never".parse().unwrap();
         let restart = Some(RestartPolicy::Never);
-        let expected = DiskSpec { path: "/a.img".into(), readonly: true, id: Some("root".into()), restart };
+        let (id, vhost_user) = (Some("root".into()), false);
+        let expected = DiskSpec { path: "/a.img".into(), readonly: true, id, restart, vhost_user };
         assert_eq!(disk, expected);
         let disk: DiskSpec = "path=a=b.img".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "a=b.img".into(), readonly: false, id: None, restart: None });
+        let expected =
+            DiskSpec { path: "a=b.img".into(), readonly: false, id: None, restart: None, vhost_user: false };
+        assert_eq!(disk, expected);
+        let disk: DiskSpec = "vhost-user=/run/x,id=y".parse().unwrap();
+        assert_eq!((disk.vhost_user, disk.path.to_str()), (true, Some("/run/x")));
         assert!("readonly,path=a".parse::<DiskSpec>().unwrap().readonly);
     }
 
@@ -119,5 +138,7 @@ mod tests {
         assert!(refusal("path=a,readonly=maybe").contains("readonly=maybe"));
         assert!(refusal("path=a,restart=often").contains("'often' is not a restart policy"));
         assert!(refusal("path=a,path=b").contains("given twice"));
+        assert!(refusal("path=a,vhost-user=b").contains("given twice"));
+        assert!(refusal("vhost-user=b,readonly=on").contains("back end"));
     }
 }

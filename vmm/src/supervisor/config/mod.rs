@@ -13,6 +13,7 @@ pub mod size;
 pub mod smbios;
 pub mod stream;
 pub mod table;
+pub mod vhost_user;
 
 use std::mem::take;
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
+pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
@@ -93,6 +95,8 @@ pub struct MachineConfig {
     pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
+    /// Devices of back ends that are not ours, in the order of their PCI slots behind all others.
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
     /// The virtio console, `Off` when there is none.
@@ -210,6 +214,9 @@ pub enum ConfigError {
         /// The id.
         id: String,
     },
+    /// A device of another back end.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::VhostUserSpecError),
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
@@ -270,7 +277,8 @@ impl MachineConfig {
     pub fn restart_of(&self, id: &str) -> RestartPolicy {
         let disk = self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.restart);
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
-        disk.or_else(other).unwrap_or(self.restart)
+        let foreign = || self.vhost_user.iter().find(|device| device.id == id).map(|device| device.restart);
+        disk.or_else(other).or_else(foreign).unwrap_or(self.restart)
     }
 }
 
@@ -280,11 +288,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    };
+    let log = log_config(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -292,9 +296,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
     );
     check_streams(&serial, &console)?;
-    let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let (disks, foreign) = disks(&mut args, &mut file);
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
+    let virtio = disks.len() + foreign.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
@@ -302,6 +306,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    let vhost_user = name_foreign(foreign, &disks)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -316,6 +321,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others = others.chain(vhost_user.iter().map(|device| device.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -341,6 +347,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         memory: check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
+        vhost_user,
         rng,
         console,
         serial,
@@ -354,6 +361,25 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     check_limits(&config)?;
     Ok(config)
+}
+
+fn log_config(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
+}
+
+/// The disks, and the devices of other back ends, disks among them.
+fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUserSpec>) {
+    let mut disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
+    let mut foreign = take(foreign);
+    for disk in disks.extract_if(.., |disk| disk.vhost_user) {
+        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+    }
+    (disks, foreign)
 }
 
 /// The four options about the jail.
@@ -493,6 +519,27 @@ fn apply(
         }
     }
     Ok(restarts)
+}
+
+fn name_foreign(
+    specs: Vec<VhostUserSpec>,
+    disks: &[DiskConfig],
+) -> Result<Vec<VhostUserConfig>, ConfigError> {
+    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    taken.extend(disks.iter().map(|disk| disk.id.clone()));
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, spec) in specs.into_iter().enumerate() {
+        let id = match &spec.id {
+            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
+            None => format!("vhost-user{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::DuplicateId { path: spec.socket, id });
+        }
+        taken.push(id.clone());
+        named.push(spec.resolve(id, RestartPolicy::always())?);
+    }
+    Ok(named)
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {

@@ -15,7 +15,8 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, VhostUserConfig,
+    VhostUserSpec, check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -73,6 +74,7 @@ impl EventLoop<'_> {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
+            AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -87,6 +89,7 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::VhostUser(device) => device.restart,
         };
         let stage = Stage::Asked(policy);
         self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
@@ -97,8 +100,24 @@ impl EventLoop<'_> {
         [SERIAL, FLASH, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
     }
 
+    fn new_foreign(&self, spec: &str, folder: &Path) -> Result<VhostUserConfig, String> {
+        let mut spec: VhostUserSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        spec.socket = folder.join(spec.socket);
+        let id = match spec.id.take() {
+            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
+            None => {
+                let names = (0..).map(|index| format!("vhost-user{index}"));
+                names.into_iter().find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        spec.resolve(id, RestartPolicy::always()).map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if disk.vhost_user {
+            return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
+        }
         let id = match disk.id {
             Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));

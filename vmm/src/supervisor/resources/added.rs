@@ -1,7 +1,7 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
 use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget};
+use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget, VhostUserConfig};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub enum NewDevice {
     Rng,
     /// The virtio console.
     Console,
+    /// A device of a back end that is not ours.
+    VhostUser(VhostUserConfig),
 }
 
 impl NewDevice {
@@ -21,6 +23,7 @@ impl NewDevice {
             Self::Disk(disk) => &disk.id,
             Self::Rng => RNG,
             Self::Console => CONSOLE,
+            Self::VhostUser(device) => &device.id,
         }
     }
 }
@@ -47,6 +50,7 @@ impl Resources {
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::VhostUser(device) => self.foreign.push(device.clone()),
         }
         Ok(())
     }
@@ -55,6 +59,7 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.disks.retain(|disk| disk.id != id);
+        self.foreign.retain(|device| device.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
