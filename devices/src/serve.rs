@@ -11,6 +11,7 @@ use bulkhead_ipc::channel::message::{
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
+use bulkhead_ipc::metrics::{Metrics, MetricsError};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
 use nix::errno::Errno;
@@ -50,6 +51,9 @@ pub enum ServeError {
     /// The relay ended.
     #[error(transparent)]
     Relay(#[from] RelayError),
+    /// The counters cannot be mapped.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -187,6 +191,11 @@ fn prepare<'a>(
     }
     let mut resources = Resources { descriptors, taken: Vec::new() };
     let socket = resources.take(start.socket)?;
+    // Only the mapping is kept.
+    let metrics = match start.metrics {
+        Some(index) => Metrics::map(&resources.descriptors.take(index)?)?,
+        None => Metrics::none(),
+    };
     let parts = match &start.config {
         DeviceConfig::Blk(blk) => {
             let disk = resources.take(blk.disk)?.into();
@@ -231,6 +240,7 @@ fn prepare<'a>(
     let policy = parts.queue;
     let enter: EnterThread = Arc::new(move || jail::enter_thread(policy).map_err(io::Error::other));
     let mut daemon = Daemon::new(parts.device, &enter)?;
+    daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
     seal(parts.main, &held, channel)?;
     daemon.connect(Connection::from(socket))?;

@@ -6,5 +6,6 @@ pub mod channel;
 pub mod jail;
 pub mod log;
 pub mod memory;
+pub mod metrics;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -310,6 +310,8 @@ pub struct DeviceStart {
     pub socket: FdIndex,
     /// The device type and its resources.
     pub config: DeviceConfig,
+    /// Where its queues are counted ([`crate::metrics`]).
+    pub metrics: Option<FdIndex>,
 }
 
 /// Device type and what it was given.

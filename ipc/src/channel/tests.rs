@@ -29,6 +29,7 @@ fn start() -> ToDevice {
             queues: 2,
             logical_block_size: 512,
         }),
+        metrics: None,
     })
 }
 

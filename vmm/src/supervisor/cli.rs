@@ -132,6 +132,10 @@ pub enum Command {
     Events(EventsArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
+    /// Print what the devices of a machine have counted: requests, bytes, errors, times
+    Stats(StatsArgs),
+    /// Show machines, processes and what devices do, again and again (end with Ctrl-C)
+    Top(TopArgs),
 }
 
 /// Options of `bulkhead run`. Each may also stand in the configuration file.
@@ -253,6 +257,32 @@ pub struct RunArgs {
         help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
     )]
     pub vhost_user: Vec<VhostUserSpec>,
+}
+
+/// Options of `bulkhead stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The machine
+    pub name: String,
+    /// Print JSON
+    #[arg(long, conflicts_with = "prometheus")]
+    pub json: bool,
+    /// Print the text format of Prometheus
+    #[arg(long)]
+    pub prometheus: bool,
+}
+
+/// Options of `bulkhead top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The machine; without it all machines of this user (of all users for root)
+    pub name: Option<String>,
+    /// Milliseconds between two looks
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    pub interval: u32,
+    /// End after so many looks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
 }
 
 /// Options of `bulkhead ps`.

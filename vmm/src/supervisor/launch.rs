@@ -187,6 +187,11 @@ impl<'a> Plan<'a> {
         Limits { file_size, locked, ..Limits::default() }
     }
 
+    /// Whether its process has queues to count.
+    const fn counts(&self) -> bool {
+        matches!(self, Self::Blk(_) | Self::Rng(_) | Self::Console(_))
+    }
+
     /// A connection to the back end, where it is not ours.
     fn connect(&self) -> Result<Option<UnixStream>, LaunchError> {
         let Self::Foreign(device) = self else { return Ok(None) };
@@ -326,6 +331,7 @@ fn start_device<'a>(
     socket: &'a UnixStream,
 ) -> Result<Process, LaunchError> {
     let back_end = plan.connect()?;
+    let meter = if plan.counts() { resources.meters.of(plan.id()) } else { None };
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
         id: plan.id().to_owned(),
@@ -334,6 +340,7 @@ fn start_device<'a>(
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
         config: plan.config(config.cpus, back_end.as_ref(), &mut fds),
+        metrics: meter.as_deref().map(|meter| fds.add(meter)),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {

@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod meters;
 mod slots;
 mod stream;
 mod variables;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
+use meters::Meters;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use slots::Slots;
@@ -226,6 +228,8 @@ pub struct Resources {
     pub null: File,
     /// Cgroups and users.
     pub confinement: Confinement,
+    /// Memory for what the devices count.
+    pub meters: Meters,
 }
 
 impl Resources {
@@ -277,6 +281,7 @@ impl Resources {
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
             confinement,
+            meters: Meters::default(),
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

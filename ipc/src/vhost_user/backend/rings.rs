@@ -225,7 +225,7 @@ impl Daemon {
             ),
             None => None,
         };
-        let ring = Vring::start(setup, self.memory.ram().clone(), inflight)?;
+        let ring = Vring::start(setup, self.memory.ram().clone(), inflight)?.with_meter(&self.metrics);
         let worker = self.device.worker_of(number);
         let worker = self.workers.get(worker).ok_or(Refusal::State("the queue has no worker"))?;
         worker.start(ring)?;

@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::chain::{Chain, ChainError};
 use super::inflight::InflightQueue;
 use crate::memory::{GuestRam, MemoryError};
+use crate::metrics::{Meter, Metrics};
 
 /// Why a ring cannot run (any longer).
 #[derive(Debug, Error)]
@@ -101,6 +102,7 @@ pub struct Vring {
     /// The used ring has entries of which the driver was not told.
     unsignalled: bool,
     broken: bool,
+    meter: Option<Meter>,
 }
 
 impl Vring {
@@ -148,11 +150,24 @@ impl Vring {
         queue.set_next_avail(next);
         // A predecessor may have died between the used ring and the interrupt.
         let unsignalled = inflight.is_some();
-        let ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
+        let (taken, broken, meter) = (0, false, None);
+        let ring = Self { setup, ram, queue, inflight, resubmit, taken, unsignalled, broken, meter };
         if ring.unsignalled {
             ring.call();
         }
         Ok(ring)
+    }
+
+    /// Counts from here on.
+    #[must_use]
+    pub fn with_meter(mut self, metrics: &Metrics) -> Self {
+        self.meter = Meter::new(metrics, self.setup.index, self.setup.size);
+        self
+    }
+
+    /// A request that is about to be finished has failed.
+    pub fn count_error(&self) {
+        self.meter.iter().for_each(Meter::failed);
     }
 
     /// The queue's number.
@@ -213,7 +228,10 @@ impl Vring {
         } else {
             let memory = self.ram.memory();
             let mut available = self.queue.iter(memory).map_err(VringError::Available)?;
-            let Some(found) = available.next() else { return Ok(false) };
+            let Some(found) = available.next() else {
+                self.meter.iter_mut().for_each(Meter::idle);
+                return Ok(false);
+            };
             let head = found.head_index();
             if let Some(inflight) = self.inflight.as_mut() {
                 inflight.taken(head);
@@ -224,6 +242,7 @@ impl Vring {
             .walk(self.ram.memory(), self.setup.descriptors, self.setup.size, head, self.setup.indirect)
             .map_err(|source| VringError::Chain { head, source })?;
         self.taken = self.taken.saturating_add(1);
+        self.meter.iter_mut().for_each(|meter| meter.taken(head, chain.readable_bytes()));
         Ok(true)
     }
 
@@ -231,12 +250,14 @@ impl Vring {
     /// It stays marked in flight and is the next to be taken.
     pub fn put_back(&mut self, head: u16) {
         self.taken = self.taken.saturating_sub(1);
+        self.meter.iter_mut().for_each(|meter| meter.put_back(head));
         self.resubmit.push_front(head);
     }
 
     /// Request `head` is done and has `written` bytes for the driver. Call [`Self::signal`] after a batch of these.
     pub fn finish(&mut self, head: u16, written: u32) {
         self.taken = self.taken.saturating_sub(1);
+        self.meter.iter_mut().for_each(|meter| meter.finished(head, written));
         if self.broken {
             return;
         }
@@ -256,9 +277,11 @@ impl Vring {
     pub fn signal(&mut self) {
         if self.unsignalled && !self.broken {
             self.unsignalled = false;
-            if self.wants_interrupt() {
+            let wanted = self.wants_interrupt();
+            if wanted {
                 self.call();
             }
+            self.meter.iter_mut().for_each(|meter| meter.signalled(wanted));
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bulkhead_ipc::metrics::Counters;
 use serde::{Deserialize, Serialize};
 
 use crate::supervisor::process::Role;
@@ -58,6 +59,19 @@ pub struct DeviceEntry {
     pub last_end: Option<String>,
     /// The version of its program.
     pub version: String,
+}
+
+/// What a device has counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Its id.
+    pub id: String,
+    /// Its type.
+    pub role: Role,
+    /// How often its process was replaced.
+    pub restarts: u64,
+    /// The counts, all processes of the device together; none for a device that does not count.
+    pub counters: Option<Counters>,
 }
 
 /// What a device does.

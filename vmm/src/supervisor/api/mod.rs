@@ -9,7 +9,7 @@ pub mod device;
 pub mod packet;
 pub mod server;
 
-pub use device::{AddRequest, DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
+pub use device::{AddRequest, DeviceEntry, DeviceState, DeviceStats, EventEntry, EventKind, ProgramInfo};
 use serde::{Deserialize, Serialize};
 
 use super::process::Role;
@@ -82,6 +82,8 @@ pub enum Request {
         /// Go on until the machine has ended.
         follow: bool,
     },
+    /// What the devices have counted.
+    Stats,
 }
 
 /// What the machine answers.
@@ -110,6 +112,11 @@ pub enum Response {
         events: Vec<EventEntry>,
         /// Another packet follows at once.
         more: bool,
+    },
+    /// What the devices have counted.
+    Stats {
+        /// In the order of their places.
+        devices: Vec<DeviceStats>,
     },
     /// Refused.
     Error {

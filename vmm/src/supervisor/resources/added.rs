@@ -58,6 +58,7 @@ impl Resources {
     /// Closes what a device had; a disk is locked no more when the device's process is gone, too.
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
+        self.meters.remove(id);
         self.disks.retain(|disk| disk.id != id);
         self.foreign.retain(|device| device.id != id);
         match id {
