@@ -19,6 +19,11 @@ pub const SERVICE: ServiceType = ServiceType {
     options: &[
         OptionSpec { name: "--blk-file", value: Some("FILE"), help: "the image or block device" },
         OptionSpec { name: "--read-only", value: None, help: "nobody writes to it" },
+        OptionSpec {
+            name: "--unlocked",
+            value: None,
+            help: "do not lock the image: another service has it, as during a live migration",
+        },
         OptionSpec { name: "--serial", value: Some("TEXT"), help: "serial number, up to 20 bytes" },
         OptionSpec { name: "--num-queues", value: Some("N"), help: "request queues, 1 (the default) to 64" },
         OptionSpec {
@@ -34,7 +39,7 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
     let read_only = given.flag("--read-only");
     let queues = given.number("--num-queues", 1)?;
     let logical_block_size = given.number("--block-size", 512)?;
-    let (disk, size) = open_disk(given.required("--blk-file")?, read_only)?;
+    let (disk, size) = open_disk(given.required("--blk-file")?, read_only, !given.flag("--unlocked"))?;
     if !read_only {
         outfit.may_write(Some(size));
     }

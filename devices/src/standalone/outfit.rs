@@ -88,12 +88,12 @@ pub fn open(what: &'static str, path: &str, write: bool) -> Result<File, OutfitE
     Ok(file)
 }
 
-/// Opens a disk image and locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
+/// Opens a disk image and, with `locked`, locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
 /// supervisor does. Returns it with its size in bytes.
 ///
 /// # Errors
 /// [`OutfitError`].
-pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError> {
+pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64), OutfitError> {
     let mut file = open("disk", path, !read_only)?;
     let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
@@ -105,7 +105,7 @@ pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError
         l_pid: 0,
     };
     let end = Instant::now().checked_add(LOCK_PATIENCE);
-    loop {
+    while locked {
         match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
             Ok(_) => break,
             Err(Errno::EAGAIN | Errno::EACCES) if end.is_some_and(|end| Instant::now() < end) => {

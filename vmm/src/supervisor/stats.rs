@@ -78,7 +78,7 @@ fn table(devices: &[DeviceStats]) -> String {
     );
     for DeviceStats { id, restarts, counters, .. } in devices {
         let Some(counters) = counters else {
-            let _infallible = writeln!(text, "{id:<16} {:>12} {restarts:>113}", "-");
+            let _infallible = writeln!(text, "{id:<16} {:>12} {restarts:>99}", "-");
             continue;
         };
         let _infallible = writeln!(
