@@ -33,10 +33,11 @@ const BOOT: &[u8] = &[
     0xF4, 0xEB, 0xFD, // hlt; jmp
 ];
 
-/// Reads sector 1 and checks it, three thousand times; ends the machine with 0, or 1 when something was wrong.
+/// Prints B, reads sector 1 and checks it, three thousand times; ends the machine with 0, or 1 when something was wrong.
 const LOOP: &[u8] = &[
     0x31, 0xC0, 0x8E, 0xD8, 0x8E, 0xC0, // xor ax,ax; mov ds,ax; mov es,ax
     0xB0, b'B', 0xBA, 0x02, 0x04, 0xEE, // mov al,'B'; mov dx,0x402; out dx,al
+    0xB0, b'\n', 0xEE, // mov al,10; out dx,al: whole lines are seen
     0xBD, 0xB8, 0x0B, // mov bp,3000
     0xC6, 0x06, 0x00, 0x7E, 0x00, // again: mov byte [0x7E00],0
     0xB8, 0x01, 0x02, 0xBB, 0x00, 0x7E, 0xB9, 0x02, 0x00, 0xBA, 0x80, 0x00, 0xCD, 0x13, // read a sector
@@ -127,8 +128,9 @@ fn reconnect() -> Outcome {
         if let Ok(Some(status)) = child.try_wait() {
             return Err(format!("the machine has ended: {status}"));
         }
-        // The last word of firmware before it.
-        Ok(String::from_utf8_lossy(&said).contains("0000:7c00\nB"))
+        // The last words of firmware before it.
+        let said = String::from_utf8_lossy(&said);
+        Ok(said.split_once("0000:7c00").is_some_and(|(_, after)| after.contains('B')))
     })?;
     for _ in 0..2 {
         drop(daemon);

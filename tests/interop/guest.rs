@@ -13,9 +13,9 @@ use tempfile::TempDir;
 use crate::program;
 
 /// For anything that happens in a guest.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// What the guest does first: its folders, and the modules of its devices.
-const SET_UP: &str = "/bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
+const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
      export PATH=/bin:/sbin; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev 2>/dev/null; \
      mount -t tmpfs tmpfs /tmp; while read -r module rest; do insmod /modules/$module.ko $rest 2>/dev/null; done </modules/order; \
      stty -echo 2>/dev/null; true";
@@ -33,10 +33,11 @@ impl Service {
         let log = fs::File::options().append(true).create(true).open(folder.join("log")).unwrap();
         let mut command = Command::new(program("bulkhead-device"));
         command.arg(kind).arg("--socket-path").arg(&socket).args(options);
-        let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        let mut child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
         let end = Instant::now() + PATIENCE;
         while !socket.exists() {
-            assert!(Instant::now() < end, "{kind} does not listen");
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none() && Instant::now() < end, "{kind} does not listen: {ended:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
         Self { child, socket }
@@ -117,7 +118,9 @@ impl Guest {
     /// Waits for the shell and loads the modules.
     pub fn boot(&mut self) -> Result<(), String> {
         self.until("# ")?;
-        self.run(SET_UP).map(drop)
+        self.run(SET_UP)?;
+        // What was left of the prompt.
+        self.run("true").map(drop)
     }
 
     fn until(&mut self, word: &str) -> Result<String, String> {

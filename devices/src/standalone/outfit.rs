@@ -96,6 +96,16 @@ pub fn open(what: &'static str, path: &str, write: bool) -> Result<File, OutfitE
 pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64), OutfitError> {
     let mut file = open("disk", path, !read_only)?;
     let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
+    if locked {
+        lock(&file, path, read_only)?;
+    }
+    // A block device has its size at its end.
+    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    Ok((file, size))
+}
+
+fn lock(file: &File, path: &str, read_only: bool) -> Result<(), OutfitError> {
+    let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     let lock = libc::flock {
         l_type: i16::try_from(kind).unwrap_or_default(),
@@ -105,9 +115,9 @@ pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64
         l_pid: 0,
     };
     let end = Instant::now().checked_add(LOCK_PATIENCE);
-    while locked {
+    loop {
         match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(Errno::EAGAIN | Errno::EACCES) if end.is_some_and(|end| Instant::now() < end) => {
                 std::thread::sleep(LOCK_INTERVAL);
             }
@@ -115,7 +125,4 @@ pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64
             Err(errno) => return Err(failed(errno.into())),
         }
     }
-    // A block device has its size at its end.
-    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    Ok((file, size))
 }

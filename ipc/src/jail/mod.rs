@@ -31,7 +31,8 @@ pub use layer::{Layer, LayerError};
 pub use policy::{PolicyName, PolicySummary, policies};
 pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, spawn};
 pub use seal::{
-    Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_thread, open_descriptors, seal, set_enforcement,
+    Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_setup, enter_thread, open_descriptors, seal,
+    set_enforcement,
 };
 pub use steps::Step;
 pub use violation::{Violation, ViolationListener, syscall_name};
