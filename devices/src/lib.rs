@@ -6,6 +6,7 @@ pub mod console;
 pub mod flash;
 pub mod keyboard;
 pub mod rate_limit;
+pub mod relay;
 pub mod rng;
 pub mod segments;
 pub mod serve;

@@ -12,6 +12,7 @@ use bulkhead_ipc::channel::message::{
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
+use bulkhead_ipc::metrics::{Metrics, MetricsError};
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
 use nix::errno::Errno;
@@ -24,6 +25,7 @@ use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
+use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -53,6 +55,12 @@ pub enum ServeError {
     /// The keyboard ended.
     #[error(transparent)]
     Keyboard(#[from] KeyboardError),
+    /// The relay ended.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    /// The counters cannot be mapped.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -81,6 +89,7 @@ enum Prepared<'a> {
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
     Keyboard(Box<Keyboard<'a>>),
+    Relay(Box<Relay<'a>>),
 }
 
 /// What the control channel's messages act on.
@@ -134,6 +143,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
+        DeviceConfig::Relay(_) => "relay",
     }
 }
 
@@ -160,6 +170,7 @@ pub fn run(
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
         Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
+        Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -205,6 +216,11 @@ fn prepare<'a>(
     }
     let mut resources = Resources { descriptors, taken: Vec::new() };
     let socket = resources.take(start.socket)?;
+    // Only the mapping is kept.
+    let metrics = match start.metrics {
+        Some(index) => Metrics::map(&resources.descriptors.take(index)?)?,
+        None => Metrics::none(),
+    };
     let parts = match &start.config {
         DeviceConfig::Blk(blk) => {
             let device = disk(blk, &mut resources)?;
@@ -254,10 +270,18 @@ fn prepare<'a>(
             let control = Control::Balloon(device.controller());
             Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control }
         }
+        DeviceConfig::Relay(config) => {
+            let back_end = resources.take(config.back_end)?;
+            resources.finish(channel)?;
+            let relay = relay::open(socket, back_end, config, channel);
+            seal(PolicyName::RelayMain, &relay.descriptors(), channel)?;
+            return Ok(Prepared::Relay(Box::new(relay)));
+        }
     };
     let mut held = resources.finish(channel)?;
 
     let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
+    daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;

@@ -51,7 +51,7 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 8] = [
+pub const DEVICES: [Kind; 9] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
@@ -60,11 +60,12 @@ pub const DEVICES: [Kind; 8] = [
     Kind { name: "keyboard", main: PolicyName::KeyboardMain, others: &[] },
     Kind { name: "vsock", main: PolicyName::VsockMain, others: &[(PolicyName::VsockQueue, "queue0")] },
     Kind { name: "balloon", main: PolicyName::BalloonMain, others: &[(PolicyName::BalloonQueue, "queue0")] },
+    Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
 ];
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard, vsock, balloon] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, relay] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
@@ -74,6 +75,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Keyboard(_) => keyboard,
         DeviceConfig::Vsock(_) => vsock,
         DeviceConfig::Balloon(_) => balloon,
+        DeviceConfig::Relay(_) => relay,
     }
 }
 

@@ -97,13 +97,23 @@ pub fn open(what: &'static str, path: &str, write: bool) -> Result<File, OutfitE
     Ok(file)
 }
 
-/// Opens a disk image and locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
+/// Opens a disk image and, with `locked`, locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
 /// supervisor does. Returns it with its size in bytes.
 ///
 /// # Errors
 /// [`OutfitError`].
-pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError> {
+pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64), OutfitError> {
     let mut file = open("disk", path, !read_only)?;
+    let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
+    if locked {
+        lock(&file, path, read_only)?;
+    }
+    // A block device has its size at its end.
+    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    Ok((file, size))
+}
+
+fn lock(file: &File, path: &str, read_only: bool) -> Result<(), OutfitError> {
     let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     let lock = libc::flock {
@@ -116,7 +126,7 @@ pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError
     let end = Instant::now().checked_add(LOCK_PATIENCE);
     loop {
         match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(Errno::EAGAIN | Errno::EACCES) if end.is_some_and(|end| Instant::now() < end) => {
                 std::thread::sleep(LOCK_INTERVAL);
             }
@@ -124,7 +134,4 @@ pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError
             Err(errno) => return Err(failed(errno.into())),
         }
     }
-    // A block device has its size at its end.
-    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    Ok((file, size))
 }

@@ -110,6 +110,7 @@ impl Recipe {
             enforcement: Enforcement::Supervised,
             socket: FdIndex(0),
             config: self.config.clone(),
+            metrics: None,
         });
         let descriptors: Vec<_> =
             std::iter::once(front_end.as_fd()).chain(self.outfit.descriptors()).collect();

@@ -21,6 +21,7 @@ mod messages;
 mod options;
 mod power_cut;
 mod qemu;
+mod relay;
 mod rng;
 mod services;
 mod storm;

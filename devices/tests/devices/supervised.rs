@@ -75,6 +75,7 @@ impl Supervised {
             enforcement,
             socket: FdIndex(0),
             config,
+            metrics: None,
         };
         let mut fds = vec![socket.as_fd()];
         fds.extend(resources.iter().map(|fd| fd.as_fd()));

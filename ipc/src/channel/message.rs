@@ -183,6 +183,17 @@ pub enum LinkKind {
     Registers,
     /// vfio-user; the keyboard controller at 60 and 64, IRQ 1.
     Keyboard,
+    /// vhost-user; a back end that is not ours, behind a process that is.
+    Foreign {
+        /// Device type of the virtio specification, section 5.
+        virtio_id: u16,
+        /// Its slot on PCI bus 0, 2–31.
+        slot: u8,
+        /// Queues where the back end cannot tell.
+        queues: u16,
+        /// Bytes of configuration space.
+        config_size: u16,
+    },
 }
 
 /// From the core to the supervisor.
@@ -321,6 +332,8 @@ pub struct DeviceStart {
     pub socket: FdIndex,
     /// The device type and its resources.
     pub config: DeviceConfig,
+    /// Where its queues are counted ([`crate::metrics`]).
+    pub metrics: Option<FdIndex>,
 }
 
 /// Device type and what it was given.
@@ -342,6 +355,8 @@ pub enum DeviceConfig {
     Vsock(VsockConfig),
     /// virtio-balloon.
     Balloon(BalloonConfig),
+    /// A back end that is not ours.
+    Relay(RelayConfig),
 }
 
 /// A disk.
@@ -511,6 +526,29 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// The guest names the pages that it does not use.
     pub free_page_reporting: bool,
+}
+
+/// What stands between the core and a vhost-user back end that is not ours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayConfig {
+    /// The stream to the back end, connected by the supervisor.
+    pub back_end: FdIndex,
+    /// Where it listens, for messages.
+    pub path: String,
+    /// What its type is called, for messages.
+    pub kind: String,
+    /// Device-specific feature bits that the type has (virtio 1.2, section 5; bits 0 to 23).
+    pub features: u64,
+    /// Exactly so many queues; `None`: as many as the back end has.
+    pub queues: Option<u16>,
+    /// The least number of queues that a device of the type has.
+    pub least_queues: u16,
+    /// No device of the type works without a configuration space; it is the back end's unless `config` is it.
+    pub has_config: bool,
+    /// The configuration space, where it is the front end's: fs, net.
+    pub config: Option<Vec<u8>>,
+    /// Features that go with it.
+    pub own_features: u64,
 }
 
 /// From a device process to the supervisor.

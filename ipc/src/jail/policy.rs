@@ -46,11 +46,13 @@ pub enum PolicyName {
     BalloonMain,
     /// virtio-balloon: its queues.
     BalloonQueue,
+    /// What stands before a back end that is not ours: its only thread.
+    RelayMain,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -69,6 +71,7 @@ impl PolicyName {
         Self::VsockQueue,
         Self::BalloonMain,
         Self::BalloonQueue,
+        Self::RelayMain,
     ];
 
     /// The policy's file in the source tree.
@@ -112,6 +115,7 @@ impl PolicyName {
             Self::VsockQueue => VSOCK_QUEUE,
             Self::BalloonMain => BALLOON_MAIN,
             Self::BalloonQueue => BALLOON_QUEUE,
+            Self::RelayMain => RELAY_MAIN,
         }
     }
 }

@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 19] = files![
+const FILES: [(&str, &str); 20] = files![
     "common",
     "core-setup",
     "core-main",
@@ -100,7 +100,8 @@ const FILES: [(&str, &str); 19] = files![
     "vsock-main",
     "vsock-queue",
     "balloon-main",
-    "balloon-queue"
+    "balloon-queue",
+    "relay-main"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

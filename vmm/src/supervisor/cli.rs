@@ -16,7 +16,7 @@ use bulkhead_ipc::jail::Layer;
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
     BalloonSpec, BootOrder, CpuSpec, DiskSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
-    VsockSpec,
+    VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -176,6 +176,10 @@ pub enum Command {
     Sendkey(SendkeyArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
+    /// Print what the devices of a machine have counted: requests, bytes, errors, times
+    Stats(StatsArgs),
+    /// Show machines, processes and what devices do, again and again (end with Ctrl-C)
+    Top(TopArgs),
 }
 
 /// Options of `bulkhead run`. Each may also stand in the configuration file.
@@ -230,7 +234,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below; repeat for more disks"
+        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below, or vhost-user=SOCKET of another back end; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
@@ -313,6 +317,39 @@ pub struct RunArgs {
     /// Append messages to a file and not to standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Devices of other back ends.
+    #[arg(
+        long = "vhost-user",
+        value_name = "type=TYPE,socket=PATH,…",
+        help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
+    )]
+    pub vhost_user: Vec<VhostUserSpec>,
+}
+
+/// Options of `bulkhead stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The machine
+    pub name: String,
+    /// Print JSON
+    #[arg(long, conflicts_with = "prometheus")]
+    pub json: bool,
+    /// Print the text format of Prometheus
+    #[arg(long)]
+    pub prometheus: bool,
+}
+
+/// Options of `bulkhead top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The machine; without it all machines of this user (of all users for root)
+    pub name: Option<String>,
+    /// Milliseconds between two looks
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    pub interval: u32,
+    /// End after so many looks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
 }
 
 /// Options of `bulkhead ps`.

@@ -107,6 +107,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.keyboard.then_some(KEYBOARD));
     names.extend(config.vsock.as_ref().map(|vsock| vsock.id.as_str()));
     names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
+    names.extend(config.vhost_user.iter().map(|device| device.id.as_str()));
     names
 }
 
@@ -298,7 +299,7 @@ impl Confinement {
         // without room for all of it would let the guest have a device killed. The UART, the flash
         // chip and the keyboard map none.
         let ram = match role {
-            Role::Uart | Role::Flash | Role::Keyboard => 0,
+            Role::Uart | Role::Flash | Role::Keyboard | Role::Relay => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);

@@ -145,9 +145,10 @@ fn replace(
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
     let folder = || std::env::current_dir().map_err(ClientError::from);
-    let device = match (&args.disk, &args.vsock) {
-        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
-        (None, Some(spec)) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
+    let device = match (&args.disk, &args.vsock, &args.vhost_user) {
+        (Some(spec), ..) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
+        (_, Some(spec), _) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
+        (.., Some(spec)) => AddRequest::VhostUser { spec: spec.clone(), folder: folder()? },
         _ if args.balloon.is_some() => AddRequest::Balloon { spec: args.balloon.clone().unwrap_or_default() },
         _ if args.rng => AddRequest::Rng,
         _ => AddRequest::Console,

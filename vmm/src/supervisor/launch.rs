@@ -5,26 +5,29 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, RngConfig,
-    ToCore, ToDevice, UartConfig, VsockConfig,
+    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, ImageFormat, KeyboardConfig, LinkKind,
+    RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
 use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::pipe2;
 use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
-use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
@@ -80,6 +83,16 @@ pub enum LaunchError {
         /// What failed.
         source: ChannelError,
     },
+    /// A back end that is not ours is not there.
+    #[error("device {id}: cannot connect to the back end at '{path}': {reason}", path = path.display())]
+    BackEnd {
+        /// Which device.
+        id: String,
+        /// Where it should listen.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// A descriptor, most likely too many of them.
     #[error("cannot start {id}: {source}")]
     Io {
@@ -111,6 +124,7 @@ enum Plan<'a> {
     Keyboard(&'a OwnedFd),
     Vsock(&'a Vsock),
     Balloon(&'a Balloon),
+    Foreign(&'a VhostUserConfig),
 }
 
 impl<'a> Plan<'a> {
@@ -124,6 +138,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans.extend(resources.balloon.as_ref().map(Self::Balloon));
+        plans.extend(resources.foreign.iter().map(Self::Foreign));
         plans
     }
 
@@ -137,6 +152,7 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => KEYBOARD,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
+            Self::Foreign(device) => &device.id,
         }
     }
 
@@ -150,6 +166,7 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => Role::Keyboard,
             Self::Vsock(_) => Role::Vsock,
             Self::Balloon(_) => Role::Balloon,
+            Self::Foreign(_) => Role::Relay,
         }
     }
 
@@ -164,6 +181,12 @@ impl<'a> Plan<'a> {
             Self::Keyboard(_) => LinkKind::Keyboard,
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
             Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
+            Self::Foreign(device) => LinkKind::Foreign {
+                virtio_id: device.device_id,
+                slot,
+                queues: device.queues.unwrap_or(device.least_queues),
+                config_size: device.config_size,
+            },
         }
     }
 
@@ -181,6 +204,7 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
             Self::Keyboard(_) => Some(KEYBOARD_STATE),
+            Self::Foreign(_) => Some(0),
         };
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
@@ -192,7 +216,34 @@ impl<'a> Plan<'a> {
         limits
     }
 
-    fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
+    /// Whether its process has queues to count.
+    const fn counts(&self) -> bool {
+        matches!(self, Self::Blk(_) | Self::Rng(_) | Self::Console(_))
+    }
+
+    /// A connection to the back end, where it is not ours.
+    fn connect(&self) -> Result<Option<UnixStream>, LaunchError> {
+        let Self::Foreign(device) = self else { return Ok(None) };
+        connect_now(&device.socket).map(Some).map_err(|errno| LaunchError::BackEnd {
+            id: device.id.clone(),
+            path: device.socket.clone(),
+            reason: match errno {
+                Errno::ENOENT => "there is no such socket: start the back end first".to_owned(),
+                Errno::ECONNREFUSED => "nobody listens there: start the back end first".to_owned(),
+                Errno::EAGAIN => {
+                    "it does not accept connections: it serves somebody else, or hangs".to_owned()
+                }
+                Errno::EACCES => "permission denied for this user".to_owned(),
+                Errno::ENAMETOOLONG => "the path is too long for a socket".to_owned(),
+                errno => errno.desc().to_owned(),
+            },
+        })
+    }
+
+    fn config<'b>(&self, cpus: u8, back_end: Option<&'b UnixStream>, fds: &mut Fds<'b>) -> DeviceConfig
+    where
+        'a: 'b,
+    {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
             Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
@@ -220,6 +271,17 @@ impl<'a> Plan<'a> {
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
+            }),
+            Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
+                back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
+                path: device.socket.to_string_lossy().into_owned(),
+                kind: device.kind.clone(),
+                features: device.features,
+                queues: device.queues,
+                least_queues: device.least_queues,
+                has_config: device.needs_config,
+                config: device.config.clone(),
+                own_features: device.own_features,
             }),
         }
     }
@@ -261,6 +323,16 @@ fn blk_config<'a>(disk: &'a Disk, cpus: u8, fds: &mut Fds<'a>) -> BlkConfig {
             write_error: options.write_error.0,
         },
     }
+}
+
+/// Connects to a Unix socket without waiting for one that does not accept.
+fn connect_now(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|_| Errno::last())?;
+    Ok(stream)
 }
 
 const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
@@ -331,6 +403,8 @@ fn start_device<'a>(
     plan: &Plan<'a>,
     socket: &'a UnixStream,
 ) -> Result<Process, LaunchError> {
+    let back_end = plan.connect()?;
+    let meter = if plan.counts() { resources.meters.of(plan.id()) } else { None };
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
         id: plan.id().to_owned(),
@@ -338,7 +412,8 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, &mut fds),
+        config: plan.config(config.cpus, back_end.as_ref(), &mut fds),
+        metrics: meter.as_deref().map(|meter| fds.add(meter)),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {

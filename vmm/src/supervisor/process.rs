@@ -35,6 +35,8 @@ pub enum Role {
     Balloon,
     /// The process that started the others.
     Supervisor,
+    /// What stands before a back end that is not ours.
+    Relay,
 }
 
 impl Role {
@@ -51,6 +53,7 @@ impl Role {
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
             Self::Supervisor => "supervisor",
+            Self::Relay => "relay",
         }
     }
 }
@@ -76,6 +79,7 @@ impl Role {
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
             (Self::Balloon, None) => PolicyName::BalloonMain,
             (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
+            (Self::Relay, _) => PolicyName::RelayMain,
         }
     }
 }

@@ -4,6 +4,7 @@
 mod added;
 mod balloon;
 mod disk;
+mod meters;
 mod roms;
 mod slots;
 mod stream;
@@ -22,6 +23,7 @@ use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::Disk;
 use disk::{lock, open_disk};
+use meters::Meters;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -32,7 +34,9 @@ use thiserror::Error;
 pub use variables::Variables;
 pub use vsock::Vsock;
 
-use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget};
+use super::config::{
+    CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
+};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
@@ -243,6 +247,8 @@ pub struct Resources {
     pub roms: Vec<Rom>,
     /// The disks.
     pub disks: Vec<Disk>,
+    /// The devices of back ends that are not ours; a connection is made for each process.
+    pub foreign: Vec<VhostUserConfig>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
@@ -267,6 +273,8 @@ pub struct Resources {
     pub null: File,
     /// Cgroups and users.
     pub confinement: Confinement,
+    /// Memory for what the devices count.
+    pub meters: Meters,
 }
 
 impl Resources {
@@ -295,12 +303,13 @@ impl Resources {
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
         let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
         let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
+        let foreign = config.vhost_user.iter().map(|device| &*device.id);
         let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        for id in ids.chain(vsock).chain(balloon) {
+        for id in ids.chain(vsock).chain(balloon).chain(foreign) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -318,6 +327,7 @@ impl Resources {
             variables,
             roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
             disks,
+            foreign: config.vhost_user.clone(),
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
@@ -327,6 +337,7 @@ impl Resources {
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
             confinement,
+            meters: Meters::default(),
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

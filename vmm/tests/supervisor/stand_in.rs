@@ -168,10 +168,12 @@ pub fn device() {
     let control = Control::new();
     let (message, fds) = control.recv::<ToDevice>();
     let ToDevice::Start(start) = message else { panic!("{message:?}") };
-    let DeviceStart { id, enforcement, config, socket, .. } = start;
+    let DeviceStart { id, enforcement, config, socket, metrics, .. } = start;
     jail::set_enforcement(enforcement);
     let mut fds = Descriptors::from(fds);
     let mut kept = vec![fds.take(socket).unwrap()];
+    // Only the mapping of it would be kept.
+    drop(metrics.map(|metrics| fds.take(metrics).unwrap()));
     let policy = match config {
         DeviceConfig::Blk(blk) => {
             kept.push(fds.take(blk.disk).unwrap());
@@ -209,6 +211,10 @@ pub fn device() {
             PolicyName::VsockMain
         }
         DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
+        DeviceConfig::Relay(relay) => {
+            kept.push(fds.take(relay.back_end).unwrap());
+            PolicyName::RelayMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {

@@ -71,6 +71,14 @@ pub struct DeviceAddArgs {
         group = "what"
     )]
     pub balloon: Option<String>,
+    /// A device of another back end, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "type=TYPE,socket=PATH,…",
+        group = "what",
+        help = "Device of a vhost-user back end, as for `bulkhead run`"
+    )]
+    pub vhost_user: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,

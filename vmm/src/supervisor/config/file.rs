@@ -22,6 +22,7 @@ use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
+use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
 use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
@@ -97,6 +98,7 @@ struct File {
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
     option_rom: Vec<RomSpec>,
+    vhost_user: Vec<VhostUserSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -177,6 +179,10 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_format: file.log_format,
         log_file: file.log_file.map(at),
         roms: file.option_rom.into_iter().map(|rom| rom.at(base)).collect(),
+        vhost_user: {
+            let at = |spec: VhostUserSpec| VhostUserSpec { socket: at(spec.socket), ..spec };
+            file.vhost_user.into_iter().map(at).collect()
+        },
     })
 }
 
@@ -244,6 +250,10 @@ mod tests {
             readonly = true
             id = "root"
             restart = "never"
+            [[vhost-user]]
+            type = "fs"
+            socket = "fs.sock"
+            config-size = 44
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -259,6 +269,8 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
+        let foreign = run.vhost_user.first().unwrap();
+        assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
         assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =

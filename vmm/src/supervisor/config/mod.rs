@@ -18,6 +18,7 @@ pub mod size;
 pub mod smbios;
 pub mod stream;
 pub mod table;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::mem::take;
@@ -41,6 +42,7 @@ pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
+pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::jail::Layer;
@@ -114,6 +116,8 @@ pub struct MachineConfig {
     pub thp: bool,
     /// The disks in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
+    /// Devices of back ends that are not ours, in the order of their PCI slots behind all others.
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
     /// The virtio console, `Off` when there is none.
@@ -252,6 +256,9 @@ pub enum ConfigError {
         /// The id.
         id: String,
     },
+    /// A device of another back end.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::VhostUserSpecError),
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
@@ -334,7 +341,8 @@ impl MachineConfig {
             disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
         let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
-        disk.or_else(other).unwrap_or(self.restart)
+        let foreign = || self.vhost_user.iter().find(|device| device.id == id).map(|device| device.restart);
+        disk.or_else(other).or_else(foreign).unwrap_or(self.restart)
     }
 }
 
@@ -352,7 +360,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
     );
     check_streams(&serial, &console)?;
-    let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let (disks, foreign) = disks(&mut args, &mut file);
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
@@ -360,7 +368,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
+    let vhost_user = name_foreign(foreign, disks.iter().map(|disk| disk.id.as_str()).chain(named.ids()))?;
+    check_count(disks.len() + vhost_user.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -378,7 +387,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others =
         others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
-    let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
+    let others = others.chain(named.ids()).chain(vhost_user.iter().map(|device| device.id.as_str()));
+    let restarts = apply(&rules, &mut disks, others.collect())?;
     named.apply(&restarts);
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
@@ -405,6 +415,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         memory,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
+        vhost_user,
         rng,
         console,
         serial,
@@ -443,6 +454,17 @@ fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
 fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
     let virtio = others + usize::from(*console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
+}
+
+/// The disks, and the devices of other back ends, disks among them.
+fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUserSpec>) {
+    let mut disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
+    let mut foreign = take(foreign);
+    for disk in disks.extract_if(.., |disk| disk.vhost_user) {
+        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+    }
+    (disks, foreign)
 }
 
 /// The four options about the jail.
@@ -586,6 +608,26 @@ fn apply(
 
 /// Ids that no disk may have, for others have them.
 const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
+
+fn name_foreign<'a>(
+    specs: Vec<VhostUserSpec>,
+    others: impl Iterator<Item = &'a str>,
+) -> Result<Vec<VhostUserConfig>, ConfigError> {
+    let mut taken: Vec<String> = RESERVED.into_iter().chain(others).map(str::to_owned).collect();
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, spec) in specs.into_iter().enumerate() {
+        let id = match &spec.id {
+            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
+            None => format!("vhost-user{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::DuplicateId { path: spec.socket, id });
+        }
+        taken.push(id.clone());
+        named.push(spec.resolve(id, RestartPolicy::always())?);
+    }
+    Ok(named)
+}
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();

@@ -17,8 +17,8 @@ use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
     BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress,
-    RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name, name_balloon,
-    name_vsock,
+    RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
+    check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -83,6 +83,7 @@ impl EventLoop<'_> {
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
+            AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -104,6 +105,7 @@ impl EventLoop<'_> {
             NewDevice::Rng | NewDevice::Console => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
+            NewDevice::VhostUser(device) => device.restart,
         };
         if let Err(error) = self.environment.watch_vsock(self.resources) {
             self.resources.remove(id);
@@ -135,8 +137,24 @@ impl EventLoop<'_> {
             .map_err(|error| error.to_string())
     }
 
+    fn new_foreign(&self, spec: &str, folder: &Path) -> Result<VhostUserConfig, String> {
+        let mut spec: VhostUserSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        spec.socket = folder.join(spec.socket);
+        let id = match spec.id.take() {
+            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
+            None => {
+                let names = (0..).map(|index| format!("vhost-user{index}"));
+                names.into_iter().find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        spec.resolve(id, RestartPolicy::always()).map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if disk.vhost_user {
+            return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
+        }
         let id = match disk.id {
             Some(id) if [RNG, CONSOLE, VSOCK, BALLOON].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));

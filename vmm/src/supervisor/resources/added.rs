@@ -3,7 +3,7 @@
 use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk, take_place};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget, VsockConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget, VhostUserConfig, VsockConfig,
 };
 
 /// A device to be added.
@@ -19,6 +19,8 @@ pub enum NewDevice {
     Vsock(VsockConfig),
     /// The balloon.
     Balloon(BalloonConfig),
+    /// A device of a back end that is not ours.
+    VhostUser(VhostUserConfig),
 }
 
 impl NewDevice {
@@ -30,6 +32,7 @@ impl NewDevice {
             Self::Console => CONSOLE,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
+            Self::VhostUser(device) => &device.id,
         }
     }
 }
@@ -78,6 +81,7 @@ impl Resources {
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
+            NewDevice::VhostUser(device) => self.foreign.push(device.clone()),
         }
         Ok(())
     }
@@ -86,6 +90,7 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.confinement.remove(id);
+        self.meters.remove(id);
         self.disks.retain(|disk| disk.id != id);
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
             self.vsock = None;
@@ -93,6 +98,7 @@ impl Resources {
         if self.balloon.as_ref().is_some_and(|balloon| balloon.id == id) {
             self.balloon = None;
         }
+        self.foreign.retain(|device| device.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
