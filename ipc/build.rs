@@ -81,7 +81,7 @@ fn rules(folder: &Path, name: &str) -> Outcome<Vec<Value>> {
         if reason.trim().len() < 8 {
             return Err(format!("{shown}: rule {number} ({syscall}) has no reason in \"comment\"").into());
         }
-        if let Some(fault) = selectors::fault(rule) {
+        if let Some(fault) = selectors::fault(name, rule) {
             return Err(format!("{shown}: rule {number} ({syscall}): {fault}").into());
         }
     }

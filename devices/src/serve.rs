@@ -22,6 +22,7 @@ use tracing::{info, warn};
 use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::fs::{Fs, FsError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -47,6 +48,12 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The directory cannot be shared.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    /// The jail has no directory.
+    #[error("this process was given no directory to share")]
+    NoDirectory,
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -114,6 +121,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Fs(_) => "fs",
     }
 }
 
@@ -211,6 +219,13 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Fs(config) => {
+            let (directory, descriptors) = jail::shared_directory().ok_or(ServeError::NoDirectory)?;
+            let table = resources.take(config.table)?.into();
+            resources.taken.extend([directory.as_raw_fd(), descriptors.as_raw_fd()]);
+            let device = Box::new(Fs::new(directory, descriptors, Some(table), config.into())?);
+            Parts { device, main: PolicyName::FsMain, queue: PolicyName::FsQueue, console: None }
         }
     };
     let mut held = resources.finish(channel)?;

@@ -30,11 +30,15 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// virtio-fs: control channel and vhost-user messages.
+    FsMain,
+    /// virtio-fs: its queues.
+    FsQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::CoreMain,
         Self::CoreVcpu,
         Self::BlkMain,
@@ -45,6 +49,8 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::FsMain,
+        Self::FsQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -80,6 +86,8 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::FsMain => FS_MAIN,
+            Self::FsQueue => FS_QUEUE,
         }
     }
 }

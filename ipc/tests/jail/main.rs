@@ -170,6 +170,7 @@ impl Jailed {
             identity: place.identity,
             subordinate: place.subordinate,
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
+            shared: None,
         })?;
         Ok(Self { process, channel, log })
     }

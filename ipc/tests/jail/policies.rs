@@ -80,7 +80,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 11] = files![
+const FILES: [(&str, &str); 13] = files![
     "common",
     "core-main",
     "core-vcpu",
@@ -91,7 +91,9 @@ const FILES: [(&str, &str); 11] = files![
     "console-main",
     "console-queue",
     "uart-main",
-    "flash-main"
+    "flash-main",
+    "fs-main",
+    "fs-queue"
 ];
 
 fn rules(file: &str) -> Vec<Value> {
@@ -219,6 +221,6 @@ fn refused_rules() {
         ("clone3", vec![], true),
     ] {
         let rule = json!({ "syscall": syscall, "comment": "for the test", "args": arguments });
-        assert_eq!(selectors::fault(&rule).is_some(), refused, "{rule}");
+        assert_eq!(selectors::fault("blk-queue", &rule).is_some(), refused, "{rule}");
     }
 }

@@ -388,6 +388,7 @@ impl Program<'_> {
             identity: place.identity,
             subordinate: place.subordinate,
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
+            shared: None,
         })
         .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
         Ok(Process {
