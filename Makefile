@@ -9,7 +9,7 @@ RELEASE := target/x86_64-unknown-linux-gnu/release
 CARGO := cargo
 LAB := tools/lab --auto
 
-.PHONY: build demo test check bench lab guest help clean-build packages unit machine sanitize fuzz qemu-qtests
+.PHONY: build demo test check bench lab guest install help clean-build packages unit machine sanitize fuzz qemu-qtests
 
 build: packages ## compile everything (the default)
 	$(CARGO) build --release --locked
@@ -61,6 +61,17 @@ guest: build ## the test guest: kernel, initramfs, disk, in build/guest/
 	tools/make-guest
 	tools/make-boot-disks
 	tests/payloads/build.sh build/payloads
+
+PREFIX ?= /usr
+install: build ## put programs, manifests and systemd units below $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/bulkhead $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d
+	install $(addprefix $(RELEASE)/,bulkhead bulkhead-vmm bulkhead-device) $(DESTDIR)$(PREFIX)/bin
+	install -m 644 dist/vhost-user/* $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	install -m 644 dist/systemd/* $(DESTDIR)$(PREFIX)/lib/systemd/system
+	install -m 644 dist/sysusers.d/* $(DESTDIR)$(PREFIX)/lib/sysusers.d
+	sed -n 's|.*"binary": ".*/\(vhost-user-[a-z0-9]*\)".*|\1|p' dist/vhost-user/* | while read -r name; do \
+		ln -sf ../../bin/bulkhead-device $(DESTDIR)$(PREFIX)/libexec/bulkhead/$$name; done
 
 packages:
 	@tools/install-packages build

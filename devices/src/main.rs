@@ -1,12 +1,13 @@
 //! `bulkhead-device TYPE`: one device in a process of its own.
 //!
-//! Under a supervisor: control channel on descriptor 3. With `--socket-path`: a service for any vhost-user front end.
+//! Under a supervisor: control channel on descriptor 3. With options, or a socket from systemd: a service for any vhost-user
+//! front end. A link to this program that is called `vhost-user-TYPE` is the service of that type.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use bulkhead_devices::serve::{self, ServeError};
-use bulkhead_devices::standalone::{self, StandaloneError};
+use bulkhead_devices::standalone::{self, ServiceType, StandaloneError, TYPES, arguments, capabilities};
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::channel::message::{Descriptors, PROTOCOL, ToDevice};
 use bulkhead_ipc::jail;
@@ -19,40 +20,71 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// Exit code for a command line that makes no sense.
 const EXIT_USAGE: u8 = 2;
 
-const USAGE: &str = "usage: bulkhead-device blk|rng|console|uart|flash
+const USAGE: &str = "usage: bulkhead-device TYPE
          under a supervisor, with the control channel on descriptor 3
-       bulkhead-device blk --socket-path PATH --blk-file FILE [--read-only] [--serial TEXT] [--num-queues N] [--block-size 512|4096]
-       bulkhead-device rng --socket-path PATH
-       bulkhead-device console --socket-path PATH
+       bulkhead-device TYPE --socket-path PATH|--fd N [OPTION…]
          as a service for any vhost-user front end
+       bulkhead-device TYPE --help | --print-capabilities
        bulkhead-device --version";
 
+fn usage() -> String {
+    let names: Vec<&str> = TYPES.iter().map(|service| service.name).collect();
+    format!("{USAGE}\ntypes that can be services: {}", names.join(", "))
+}
+
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    let kind = arguments.next().unwrap_or_default();
+    let mut arguments = std::env::args();
+    let title = arguments.next().unwrap_or_default();
+    let linked = capabilities::type_of_link(&title);
+    let kind = match linked {
+        Some(service) => service.name.to_owned(),
+        None => arguments.next().unwrap_or_default(),
+    };
     let rest: Vec<String> = arguments.collect();
     if kind == "--version" {
         // `bulkhead device upgrade` reads this.
         println!("bulkhead-device {} (control protocol {PROTOCOL})", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
+    if kind == "--help" || kind == "-h" {
+        println!("{}", usage());
+        return ExitCode::SUCCESS;
+    }
     if kind.is_empty() || kind.starts_with('-') {
-        eprintln!("{USAGE}");
+        eprintln!("{}", usage());
         return ExitCode::from(EXIT_USAGE);
     }
-    if rest.is_empty() { supervised(&kind) } else { alone(&kind, &rest) }
+    if linked.is_none() && rest.is_empty() && std::env::var_os("LISTEN_FDS").is_none() {
+        return supervised(&kind);
+    }
+    match standalone::find(&kind) {
+        Some(service) => alone(service, rest),
+        None => {
+            eprintln!("bulkhead-device: there is no service {kind:?}\n{}", usage());
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
 }
 
-fn alone(kind: &str, arguments: &[String]) -> ExitCode {
+fn alone(service: &'static ServiceType, arguments: Vec<String>) -> ExitCode {
+    let asks = |words: &[&str]| arguments.iter().any(|argument| words.contains(&argument.as_str()));
+    if asks(&["--print-capabilities"]) {
+        println!("{}", capabilities::capabilities(service));
+        return ExitCode::SUCCESS;
+    }
+    if asks(&["--help", "-h"]) {
+        print!("{}", arguments::help(service));
+        return ExitCode::SUCCESS;
+    }
     log::init(LogLevel::Info);
-    match standalone::run(kind, arguments) {
+    match standalone::run(service, arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(StandaloneError::Usage(message)) => {
-            eprintln!("bulkhead-device: {message}\n{USAGE}");
+            eprintln!("bulkhead-device: {message}\n\n{}", arguments::help(service));
             ExitCode::from(EXIT_USAGE)
         }
         Err(error) => {
-            error!(%error, "the device cannot be served");
+            error!(%error, "the service ends");
             ExitCode::FAILURE
         }
     }
@@ -64,7 +96,7 @@ fn supervised(kind: &str) -> ExitCode {
         Ok(channel) => Channel::from_fd(channel),
         Err(error) => {
             error!(%error, "a device process must be started by its supervisor");
-            eprintln!("{USAGE}");
+            eprintln!("{}", usage());
             return ExitCode::FAILURE;
         }
     };

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -312,9 +311,4 @@ fn control_message(
         (message, _) => warn!(?message, "a control message that this device does not know"),
     }
     Ok(true)
-}
-
-/// A front end's stream as a connection.
-pub(crate) fn connection(stream: UnixStream) -> Connection {
-    stream.into()
 }

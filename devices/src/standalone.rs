@@ -1,22 +1,63 @@
 //! A virtio device as a service of its own, for front ends that are not ours: `bulkhead-device TYPE --socket-path PATH …`
-//! ("Backend programs" of the vhost-user protocol). There is no supervisor, and the process is not jailed by itself.
+//! ("Backend program conventions" of the vhost-user protocol).
+//!
+//! **To plug in a type**: write `pub const SERVICE: ServiceType` in `TYPE/service.rs` and add it to the end of [`TYPES`].
+//!
+//! The program that is started only listens. Each front end gets a process of its own, in the same jail and by the same code as
+//! under a supervisor ([`crate::serve`]): one front end leaves nothing behind for the next, and a process that dies costs a
+//! front end that reconnects a pause. The program that listens reads nothing of a front end or guest.
+//!
+//! - [`arguments`]: the command line; [`capabilities`]: what management software asks;
+//! - [`entrance`]: sockets, by path, descriptor or systemd; `notify`: what systemd is told;
+//! - [`outfit`]: what the device is given; `process`: its process.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+pub mod arguments;
+pub mod capabilities;
+pub mod entrance;
+mod notify;
+pub mod outfit;
+mod process;
 
-use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, VirtioDevice, WorkerError, no_jail};
-use bulkhead_ipc::vhost_user::connection::ConnectionError;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use bulkhead_ipc::channel::ChannelError;
+use bulkhead_ipc::channel::message::DeviceConfig;
+use bulkhead_ipc::jail::JailError;
+use bulkhead_ipc::log::LogLevel;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::blk::{Blk, BlkError};
-use crate::console::Console;
-use crate::rng::Rng;
-use crate::serve::connection;
-use crate::stream::Ends;
+use arguments::{Arguments, Given, OptionSpec};
+use entrance::{Entrance, EntranceError};
+use outfit::{Outfit, OutfitError};
+use process::{End, Served};
+
+/// Every type that can be a service.
+pub const TYPES: &[&ServiceType] = &[&crate::blk::SERVICE, &crate::rng::SERVICE, &crate::console::SERVICE];
+
+/// A device type as a service.
+#[derive(Debug)]
+pub struct ServiceType {
+    /// The word of the command line; the same as in `bulkhead-device TYPE` under a supervisor.
+    pub name: &'static str,
+    /// Its name in `VHostUserBackendType` (docs/interop/vhost-user.json of QEMU). A type that is named there has a manifest in
+    /// `dist/vhost-user/`.
+    pub backend_type: &'static str,
+    /// The features of its type there.
+    pub features: &'static [&'static str],
+    /// One sentence for a person.
+    pub description: &'static str,
+    /// The options beside those of every type.
+    pub options: &'static [OptionSpec],
+    /// Opens what the device needs and says what it is to be.
+    pub prepare: fn(&Given, &mut Outfit) -> Result<DeviceConfig, StandaloneError>,
+}
 
 /// Why the service ends.
 #[derive(Debug, Error)]
@@ -24,155 +65,158 @@ pub enum StandaloneError {
     /// The command line.
     #[error("{0}")]
     Usage(String),
-    /// A file or socket could not be opened.
-    #[error("{what} {path}: {error}")]
-    Open {
-        /// What it is for.
-        what: &'static str,
-        /// Its path.
-        path: String,
-        /// What the kernel said.
-        error: io::Error,
-    },
-    /// The disk cannot be served.
+    /// The socket.
     #[error(transparent)]
-    Blk(#[from] BlkError),
-    /// A queue's thread could not be set up, or has ended.
+    Entrance(#[from] EntranceError),
+    /// A file of the device.
     #[error(transparent)]
-    Worker(#[from] WorkerError),
-    /// A queue's thread has ended.
-    #[error(transparent)]
-    Daemon(#[from] DaemonError),
-    /// No connection could be accepted.
-    #[error("the socket: {0}")]
-    Accept(io::Error),
+    Outfit(#[from] OutfitError),
+    /// The jail of the device's process.
+    #[error("the device's process cannot be started: {0}")]
+    Jail(#[from] JailError),
+    /// Its control channel.
+    #[error("the device's process cannot be told what to do: {0}")]
+    Channel(#[from] ChannelError),
+    /// The device says that it cannot serve.
+    #[error("the device cannot be served: {0}")]
+    Refused(String),
+    /// The process has ended otherwise than it should.
+    #[error("the device's process {0}")]
+    Died(String),
+    /// A system call failed.
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
 }
 
-/// The options of the command line.
-#[derive(Debug)]
-struct Options {
-    socket_path: String,
-    blk_file: Option<String>,
-    read_only: bool,
-    serial: String,
-    queues: u16,
-    block_size: u32,
-}
+impl StandaloneError {
+    /// A sentence about the command line.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::Usage(message.into())
+    }
 
-fn usage(message: impl Into<String>) -> StandaloneError {
-    StandaloneError::Usage(message.into())
-}
-
-impl Options {
-    fn parse(arguments: &[String]) -> Result<Self, StandaloneError> {
-        let mut options = Self {
-            socket_path: String::new(),
-            blk_file: None,
-            read_only: false,
-            serial: String::new(),
-            queues: 1,
-            block_size: 512,
-        };
-        let mut arguments = arguments.iter();
-        while let Some(argument) = arguments.next() {
-            let (name, inline) = match argument.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (argument.as_str(), None),
-            };
-            if name == "--read-only" {
-                options.read_only = true;
-                continue;
-            }
-            let value = inline
-                .or_else(|| arguments.next().cloned())
-                .ok_or_else(|| usage(format!("{name} needs a value")))?;
-            let number = || value.parse().map_err(|_| usage(format!("{name}: {value:?} is not a number")));
-            match name {
-                "--socket-path" => options.socket_path = value,
-                "--blk-file" => options.blk_file = Some(value),
-                "--serial" => options.serial = value,
-                "--num-queues" => {
-                    options.queues =
-                        u16::try_from(number()?).map_err(|_| usage("--num-queues is too large"))?;
-                }
-                "--block-size" => options.block_size = number()?,
-                _ => return Err(usage(format!("unknown option {name}"))),
-            }
-        }
-        if options.socket_path.is_empty() {
-            return Err(usage("--socket-path is needed"));
-        }
-        Ok(options)
+    fn system(what: &'static str) -> impl Fn(Errno) -> Self {
+        move |errno| Self::System(what, errno.into())
     }
 }
 
-fn open(what: &'static str, path: &str, write: bool) -> Result<File, StandaloneError> {
-    OpenOptions::new().read(true).write(write).open(path).map_err(|error| StandaloneError::Open {
-        what,
-        path: path.into(),
-        error,
-    })
+/// The type of this name.
+pub fn find(name: &str) -> Option<&'static ServiceType> {
+    TYPES.iter().copied().find(|service| service.name == name)
 }
 
-/// Standard input and output. A terminal is opened anew for the output, so that it can be made non-blocking without a change of
-/// the shell's flags: one that expands line ends may not take what it polled ready for. Everything else is shared, for its
-/// position in the file counts.
-fn standard_ends() -> io::Result<Ends> {
-    let (stdin, stdout) = (io::stdin(), io::stdout());
-    let output = if stdout.is_terminal() {
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        OpenOptions::new().write(true).custom_flags(flags).open("/dev/stdout")?.into()
-    } else {
-        stdout.as_fd().try_clone_to_owned()?
-    };
-    Ok(Ends::new(Some(stdin.as_fd().try_clone_to_owned()?), Some(output)))
+/// Why nobody is listened to any more.
+enum Heard {
+    /// A front end has connected.
+    FrontEnd(UnixStream),
+    /// SIGTERM or SIGINT.
+    Signal,
 }
 
-fn device(kind: &str, options: &Options) -> Result<Box<dyn VirtioDevice>, StandaloneError> {
-    match kind {
-        "blk" => {
-            let path = options.blk_file.as_deref().ok_or_else(|| usage("--blk-file is needed"))?;
-            let disk = open("disk", path, !options.read_only)?;
-            let Options { read_only, ref serial, queues, block_size, .. } = *options;
-            Ok(Box::new(Blk::new(disk, read_only, serial, queues, block_size)?))
-        }
-        "rng" => Ok(Box::new(Rng::new(open("entropy source", "/dev/urandom", false)?))),
-        "console" => {
-            let ends = standard_ends().map_err(|error| StandaloneError::Open {
-                what: "standard input and output",
-                path: String::new(),
-                error,
-            })?;
-            Ok(Box::new(Console::new(ends, None)))
-        }
-        other => Err(usage(format!("unknown device type {other}"))),
-    }
+/// A service that is set up.
+struct Service {
+    recipe: process::Recipe,
+    signals: SignalFd,
+    persistent: bool,
 }
 
-/// Serves one front end after the other on a socket.
+/// Serves front ends, one after the other, until the first has gone (with `--persistent`: until SIGTERM).
 ///
 /// # Errors
 /// [`StandaloneError`]; the end of a connection is none.
-pub fn run(kind: &str, arguments: &[String]) -> Result<(), StandaloneError> {
-    let options = Options::parse(arguments)?;
-    let device = device(kind, &options)?;
-    // A socket that an earlier process left behind.
-    let _ = std::fs::remove_file(&options.socket_path);
-    let listener = UnixListener::bind(&options.socket_path).map_err(|error| StandaloneError::Open {
-        what: "socket",
-        path: options.socket_path.clone(),
-        error,
-    })?;
-    let mut daemon = Daemon::new(device, &no_jail())?;
-    loop {
-        let (stream, _) = listener.accept().map_err(StandaloneError::Accept)?;
-        info!("a front end has connected");
-        match daemon.run(connection(stream)) {
-            Ok(()) | Err(DaemonError::Connection(ConnectionError::Closed)) => {
-                info!("the front end has gone");
-            }
-            Err(DaemonError::Connection(error)) => warn!(%error, "the front end was let go"),
-            Err(error) => return Err(error.into()),
+pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), StandaloneError> {
+    let Arguments { socket, persistent, log, given } = Arguments::parse(service, arguments)?;
+    let mut outfit = Outfit::default();
+    let config = (service.prepare)(&given, &mut outfit)?;
+    // Before the first process: it must find them blocked, and nobody may end it between the socket's making and its removal.
+    let mask = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    mask.thread_block().map_err(StandaloneError::system("block signals"))?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(StandaloneError::system("signalfd"))?;
+    let recipe = process::Recipe::new(service.name, config, outfit, log)?;
+    let service = Service { recipe, signals, persistent };
+    match Entrance::open(&socket)? {
+        Entrance::Connected(stream) => {
+            notify::ready();
+            service.serve(stream).map(drop)
+        }
+        Entrance::Listening(door) => {
+            // The socket exists already, so that a front end that is started at the same time waits and is not refused.
+            service.rehearse()?;
+            notify::ready();
+            service.listen(door.listener())
         }
     }
+}
+
+impl Service {
+    /// Starts and seals a process for nobody: what is wrong with the device or the host's jails is known before a front end comes.
+    fn rehearse(&self) -> Result<(), StandaloneError> {
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|error| StandaloneError::System("a socket pair", error))?;
+        drop(ours);
+        // A front end that leaves at once is no news here.
+        self.serve_at(theirs, self.recipe.log().min(LogLevel::Warn)).map(drop)
+    }
+
+    fn listen(&self, listener: &UnixListener) -> Result<(), StandaloneError> {
+        loop {
+            let stream = match self.hear(listener)? {
+                Heard::FrontEnd(stream) => stream,
+                Heard::Signal => return Ok(()),
+            };
+            info!("a front end has connected");
+            match self.serve(stream) {
+                Ok(Served::Stopped) => return Ok(()),
+                Ok(Served::Left) if self.persistent => info!("the front end has gone"),
+                Ok(Served::Left) => return Ok(()),
+                Err(error) if self.persistent => warn!(%error, "the front end is let go"),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits for a front end.
+    fn hear(&self, listener: &UnixListener) -> Result<Heard, StandaloneError> {
+        loop {
+            let mut fds = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(StandaloneError::system("poll")(errno)),
+            }
+            let [signal, front_end] = fds.map(|fd| fd.any().unwrap_or(true));
+            if signal && matches!(self.signals.read_signal(), Ok(Some(_))) {
+                return Ok(Heard::Signal);
+            }
+            if front_end {
+                match listener.accept() {
+                    Ok((stream, _)) => return Ok(Heard::FrontEnd(stream)),
+                    // It has gone again, or another process of a shared socket was faster.
+                    Err(error) if is_passing(&error) => {}
+                    Err(error) => return Err(StandaloneError::System("accept", error)),
+                }
+            }
+        }
+    }
+
+    /// Serves one front end until it has gone.
+    fn serve(&self, stream: UnixStream) -> Result<Served, StandaloneError> {
+        self.serve_at(stream, self.recipe.log())
+    }
+
+    fn serve_at(&self, stream: UnixStream, log: LogLevel) -> Result<Served, StandaloneError> {
+        let process = self.recipe.start(&OwnedFd::from(stream), log)?;
+        let End { served, problem } = process.wait(&self.signals)?;
+        match problem {
+            Some(problem) => Err(problem),
+            None => Ok(served),
+        }
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }

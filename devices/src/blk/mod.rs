@@ -11,6 +11,7 @@ mod engine;
 mod errors;
 mod queue;
 mod request;
+mod service;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -23,6 +24,8 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_
 
 use config::{ConfigSpace, WRITEBACK, bit};
 use queue::BlkQueue;
+
+pub use service::SERVICE;
 
 /// Longest serial number, bytes.
 const SERIAL: usize = 20;

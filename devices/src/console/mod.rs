@@ -1,5 +1,7 @@
 //! virtio-console with one port (virtio 1.2, 5.3): a byte stream each way, and the terminal's size.
 
+mod service;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,6 +18,8 @@ use nix::sys::epoll::Epoll;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::stream::{End, Ends, Peer};
+
+pub use service::SERVICE;
 
 /// VIRTIO_CONSOLE_F_SIZE: the configuration space has the terminal's size.
 const F_SIZE: u64 = 1;

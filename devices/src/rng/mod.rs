@@ -1,5 +1,7 @@
 //! virtio-rng: bytes of the host's entropy source (virtio 1.2, 5.4).
 
+mod service;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -11,6 +13,8 @@ use bulkhead_ipc::vhost_user::backend::{
 };
 use nix::sys::epoll::Epoll;
 use tracing::warn;
+
+pub use service::SERVICE;
 
 /// Most bytes in one request; a driver that wants more asks again.
 const MOST: u64 = 64 * 1024;

@@ -60,7 +60,7 @@ impl Service {
 
     pub fn spawn(kind: &str, socket: &Path, arguments: &[String]) -> Child {
         let mut command = Command::new(PROGRAM);
-        command.arg(kind).arg("--socket-path").arg(socket).args(arguments);
+        command.arg(kind).arg("--socket-path").arg(socket).arg("--persistent").args(arguments);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
     }
 

@@ -17,5 +17,6 @@ mod inflight;
 mod messages;
 mod qemu;
 mod rng;
+mod services;
 mod storm;
 mod supervised;
