@@ -21,6 +21,7 @@ mod nodes;
 mod options;
 mod queue;
 mod server;
+mod service;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 
 pub use options::{CacheError, FsCache, FsOptions, FsOwners, TAG, Tag, cache_from_word, switch};
+
+pub use service::SERVICE;
 
 use host::Host;
 use nodes::Nodes;

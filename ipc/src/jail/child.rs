@@ -159,6 +159,10 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
     };
     let (null, log, channel) = (park(plan.null)?, park(plan.log)?, park(plan.channel)?);
     let (program, report) = (park(plan.program)?, park(plan.report)?);
+    let shared = match plan.shared {
+        Some((directory, _)) => Some(park(directory)?),
+        None => None,
+    };
     let places = [
         (null, 0, 0),
         (log, 1, 0),
@@ -171,7 +175,7 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
         // SAFETY: no memory is involved.
         check(step, unsafe { libc::syscall(libc::SYS_dup3, from, to, flags) })?;
     }
-    if let Some((directory, _)) = plan.shared {
+    if let Some(directory) = shared {
         // The new mount namespace has a copy of every mount, and moves the working directory to its copy: the way by which a
         // descriptor of the supervisor's namespace leads into this one.
         // SAFETY: no memory is involved.
