@@ -39,7 +39,8 @@ use outfit::{Outfit, OutfitError};
 use process::{End, Served};
 
 /// Every type that can be a service.
-pub const TYPES: &[&ServiceType] = &[&crate::blk::SERVICE, &crate::rng::SERVICE, &crate::console::SERVICE, &crate::fs::SERVICE];
+pub const TYPES: &[&ServiceType] =
+    &[&crate::blk::SERVICE, &crate::rng::SERVICE, &crate::console::SERVICE, &crate::fs::SERVICE];
 
 /// A device type as a service.
 #[derive(Debug)]

@@ -62,7 +62,9 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
         Some(None) => None,
     };
     if given.value("--owner").is_some() && owner.is_none_or(|(uid, gid)| uid == 0 || gid == 0) {
-        return Err(StandaloneError::usage("--owner needs the numbers of a user and a group, neither 0: 1000:1000"));
+        return Err(StandaloneError::usage(
+            "--owner needs the numbers of a user and a group, neither 0: 1000:1000",
+        ));
     }
     let directory = open_directory("shared directory", given.required("--shared-dir")?)?;
     outfit.shared = Some(Shared { directory, read_only, owner });
