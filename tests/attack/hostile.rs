@@ -56,6 +56,10 @@ pub const DEVICES: [Kind; 5] = [
     Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
 ];
 
+/// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
+pub const FS: Kind =
+    Kind { name: "fs", main: PolicyName::FsMain, others: &[(PolicyName::FsQueue, "queue0")] };
+
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
     let [blk, rng, console, uart, flash] = DEVICES;
@@ -65,6 +69,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Console(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
+        DeviceConfig::Fs(_) => FS,
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{BootOrder, CpuSpec, DiskSpec, FsSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -244,6 +244,13 @@ pub struct RunArgs {
     /// Append messages to a file and not to standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Shared directories.
+    #[arg(
+        long = "fs",
+        value_name = "tag=TAG,path=DIR,…",
+        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY]; repeat for more"
+    )]
+    pub fs: Vec<FsSpec>,
 }
 
 /// Options of `bulkhead ps`.

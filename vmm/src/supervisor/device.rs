@@ -124,13 +124,12 @@ fn replace(
 }
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
-    let device = match &args.disk {
-        Some(spec) => {
-            let folder = std::env::current_dir().map_err(ClientError::from)?;
-            AddRequest::Disk { spec: spec.clone(), folder }
-        }
-        None if args.rng => AddRequest::Rng,
-        None => AddRequest::Console,
+    let folder = || std::env::current_dir().map_err(ClientError::from);
+    let device = match (&args.disk, &args.fs) {
+        (Some(spec), _) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
+        (None, Some(spec)) => AddRequest::Fs { spec: spec.clone(), folder: folder()? },
+        (None, None) if args.rng => AddRequest::Rng,
+        (None, None) => AddRequest::Console,
     };
     done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
 }

@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FlashConfig, LinkKind,
-    RngConfig, ToCore, ToDevice, UartConfig,
+    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig,
+    FsCache, FsConfig, FsOwners, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
-use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits, SharedDirectory};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
@@ -23,12 +23,13 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
+use super::config::fs::Cache;
 use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Stream, Variables};
+use super::resources::{Disk, MOST_FIRMWARE, Resources, Share, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -36,6 +37,7 @@ use super::terminal;
 const VIRTIO_BLOCK: u16 = 2;
 const VIRTIO_CONSOLE: u16 = 3;
 const VIRTIO_ENTROPY: u16 = 4;
+const VIRTIO_FS: u16 = 26;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -103,6 +105,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Fs(&'a Share),
 }
 
 impl<'a> Plan<'a> {
@@ -113,6 +116,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.shares.iter().map(Self::Fs));
         plans
     }
 
@@ -123,6 +127,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Fs(share) => &share.config.id,
         }
     }
 
@@ -133,6 +138,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Fs(_) => Role::Fs,
         }
     }
 
@@ -144,6 +150,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Fs(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_FS, slot },
         }
     }
 
@@ -156,7 +163,12 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Fs(_) => None,
         };
+        if matches!(self, Self::Fs(_)) {
+            // A descriptor for each file that the guest knows, as far as the host allows, and what is known of it.
+            return Limits { file_size, descriptors: 1 << 19, data: Some(512 << 20), ..Limits::default() };
+        }
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
@@ -183,11 +195,32 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Fs(share) => DeviceConfig::Fs(fs_config(share, fds.add(&share.table))),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
             }),
         }
+    }
+}
+
+fn fs_config(share: &Share, table: FdIndex) -> FsConfig {
+    let it = &share.config;
+    let cache = match it.cache {
+        Cache::Auto => FsCache::Auto,
+        Cache::Always => FsCache::Always,
+        Cache::Metadata => FsCache::Metadata,
+        Cache::Never => FsCache::Never,
+    };
+    let one = |(uid, gid)| FsOwners::One { uid, gid, others: it.others };
+    FsConfig {
+        table,
+        tag: it.tag.clone(),
+        read_only: it.readonly,
+        cache,
+        submounts: it.submounts,
+        xattr: it.xattr,
+        owners: share.owner.map_or(FsOwners::All, one),
     }
 }
 
@@ -378,6 +411,9 @@ impl Program<'_> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| io(error.into()))?;
         // Only our end: what a process writes while the pipe is full makes it wait, not lose its last words.
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|error| io(error.into()))?;
+        // A directory is shared by a user who may use it, and not by one of the process's own.
+        let share = self.resources.shares.iter().find(|share| share.config.id == id);
+        let owner = share.and_then(|share| share.owner).map(|(uid, gid)| Identity { uid, gid });
         let jailed = jail::spawn(JailSpec {
             program: self.file.as_fd(),
             arguments: self.arguments,
@@ -385,10 +421,14 @@ impl Program<'_> {
             log: write.as_fd(),
             null: self.resources.null.as_fd(),
             limits: self.limits,
-            identity: place.identity,
-            subordinate: place.subordinate,
+            identity: owner.unwrap_or(place.identity),
+            subordinate: place.subordinate.filter(|_| share.is_none()),
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
-            shared: None,
+            shared: share.map(|share| SharedDirectory {
+                directory: share.directory.as_fd(),
+                read_only: share.config.readonly,
+                all_owners: share.owner.is_none(),
+            }),
         })
         .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
         Ok(Process {

@@ -27,6 +27,8 @@ pub enum Role {
     Uart,
     /// The chip with firmware's variables.
     Flash,
+    /// A shared directory.
+    Fs,
     /// The process that started the others.
     Supervisor,
 }
@@ -41,6 +43,7 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Flash => "flash",
+            Self::Fs => "fs",
             Self::Supervisor => "supervisor",
         }
     }
@@ -60,6 +63,8 @@ impl Role {
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
+            (Self::Fs, None) => PolicyName::FsMain,
+            (Self::Fs, Some(_)) => PolicyName::FsQueue,
         }
     }
 }

@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod share;
 mod slots;
 mod stream;
 mod variables;
@@ -18,6 +19,7 @@ pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+pub use share::Share;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
@@ -158,6 +160,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// An ordinary user acts as nobody else.
+    #[error("fs {0}: owner= is for machines of root; this user shares a directory as itself")]
+    ShareOwner(String),
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
@@ -224,6 +229,8 @@ pub struct Resources {
     pub null: File,
     /// Cgroups and users.
     pub confinement: Confinement,
+    /// The shared directories.
+    pub shares: Vec<Share>,
 }
 
 impl Resources {
@@ -250,7 +257,9 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        for id in disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console) {
+        let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
+        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        for id in ids.chain(shares.iter().map(|share| &*share.config.id)) {
             slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
         }
         let kvm = kvm::open()?;
@@ -272,6 +281,7 @@ impl Resources {
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
             confinement,
+            shares,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

@@ -172,6 +172,12 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Fs(fs) => {
+            kept.push(fds.take(fs.table).unwrap());
+            let (directory, descriptors) = jail::shared_directory().unwrap();
+            kept.extend([directory, descriptors]);
+            PolicyName::FsMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {

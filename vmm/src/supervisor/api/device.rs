@@ -21,6 +21,13 @@ pub enum AddRequest {
     Rng,
     /// The virtio console, for `bulkhead console`.
     Console,
+    /// A shared directory.
+    Fs {
+        /// As after `--fs`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
 }
 
 /// A device program, as it describes itself (`bulkhead-device --version`).

@@ -64,6 +64,14 @@ pub struct DeviceAddArgs {
     /// The virtio console, for `bulkhead console`
     #[arg(long, group = "what")]
     pub console: bool,
+    /// A shared directory, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "tag=TAG,path=DIR,…",
+        group = "what",
+        help = "Shared directory: tag=TAG,path=DIR[,readonly=on]…, as for `bulkhead run`"
+    )]
+    pub fs: Option<String>,
 }
 
 /// Options of `bulkhead device remove`.

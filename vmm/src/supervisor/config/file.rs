@@ -14,6 +14,7 @@ use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
+use super::fs::FsSpec;
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
 use super::size::Size;
@@ -90,6 +91,7 @@ struct File {
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
+    fs: Vec<FsSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -161,6 +163,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
+        fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
     })
 }
 
@@ -227,6 +230,11 @@ mod tests {
             readonly = true
             id = "root"
             restart = "never"
+            [[fs]]
+            tag = "data"
+            path = "shared"
+            cache = "never"
+            owner = "1000:1000"
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -242,6 +250,9 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
+        let fs = run.fs.first().unwrap();
+        assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
+        assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));
         assert_eq!(run.rng, Some(Switch::On));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =

@@ -6,6 +6,7 @@ pub mod cpus;
 pub mod disk;
 pub mod file;
 pub mod firmware;
+pub mod fs;
 pub mod liveness;
 pub mod nearest;
 pub mod restart;
@@ -22,6 +23,7 @@ pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use firmware::{BootOrder, FirmwareConfig};
+pub use fs::FsSpec;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use restart::{RestartPolicy, RestartRule};
@@ -113,6 +115,31 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// The shared directories in the order of their PCI slots.
+    pub shares: Vec<ShareConfig>,
+}
+
+/// A shared directory with its id settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareConfig {
+    /// The name that the guest mounts it by, unique in the machine.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// The guest cannot change anything in it.
+    pub readonly: bool,
+    /// What the guest may keep.
+    pub cache: fs::Cache,
+    /// What is mounted below it is shared, too.
+    pub submounts: bool,
+    /// Extended attributes are shared.
+    pub xattr: bool,
+    /// Whose files are whose.
+    pub owner: Option<fs::Owner>,
+    /// Whom the guest sees as the owner of files of others than the one user.
+    pub others: u32,
+    /// Unique among the processes of the machine.
+    pub id: String,
 }
 
 /// A disk with its id settled.
@@ -203,7 +230,7 @@ pub enum ConfigError {
         name: String,
     },
     /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
+    #[error("'{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
     DuplicateId {
         /// The second of the two.
         path: PathBuf,
@@ -255,6 +282,14 @@ pub enum ConfigError {
         /// Why not.
         reason: &'static str,
     },
+    /// A tag that cannot be one.
+    #[error("fs '{path}': {fault}", path = path.display())]
+    Tag {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        fault: String,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -294,7 +329,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
-    let virtio = disks.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
+    let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
+    let virtio = disks.len() + fs.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES {
         return Err(ConfigError::TooManyDevices(virtio));
     }
@@ -302,6 +338,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
+    let (shares, mut share_restarts) = name_shares(fs, &disks)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -316,7 +353,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others = others.chain(shares.iter().map(|share| share.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
+    share_restarts.retain(|(id, _)| !restarts.iter().any(|(other, _)| other == id));
+    let restarts = [restarts, share_restarts].concat();
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
@@ -351,6 +391,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log,
+        shares,
     };
     check_limits(&config)?;
     Ok(config)
@@ -493,6 +534,44 @@ fn apply(
         }
     }
     Ok(restarts)
+}
+
+impl ShareConfig {
+    /// A directory with its id.
+    pub fn new(spec: FsSpec, id: String) -> Result<Self, ConfigError> {
+        let id = check_name(&format!("id of fs '{}'", spec.path.display()), id)?;
+        if let Some(fault) = fs::tag_fault(&spec.tag) {
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
+        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
+    }
+}
+
+/// Shared directories with their ids, and the restart policies that were said of them.
+type Shares = (Vec<ShareConfig>, Vec<(String, RestartPolicy)>);
+
+fn name_shares(specs: Vec<FsSpec>, disks: &[DiskConfig]) -> Result<Shares, ConfigError> {
+    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    taken.extend(disks.iter().map(|disk| disk.id.clone()));
+    let mut shares: Vec<ShareConfig> = Vec::with_capacity(specs.len());
+    let mut restarts = Vec::new();
+    for (index, mut spec) in specs.into_iter().enumerate() {
+        if let Some(other) = shares.iter().find(|other| other.tag == spec.tag) {
+            let fault = format!("the tag '{}' is already that of {}", spec.tag, other.id);
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let id = spec.id.take().unwrap_or_else(|| format!("fs{index}"));
+        let restart = spec.restart;
+        let share = ShareConfig::new(spec, id)?;
+        if taken.contains(&share.id) {
+            return Err(ConfigError::DuplicateId { path: share.path, id: share.id });
+        }
+        taken.push(share.id.clone());
+        restarts.extend(restart.map(|policy| (share.id.clone(), policy)));
+        shares.push(share);
+    }
+    Ok((shares, restarts))
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {

@@ -15,7 +15,8 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, RNG, RestartPolicy, SERIAL, SUPERVISOR, check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig,
+    check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -73,6 +74,7 @@ impl EventLoop<'_> {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
+            AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -86,7 +88,7 @@ impl EventLoop<'_> {
         self.resources.add(&device).map_err(|error| error.to_string())?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
         };
         let stage = Stage::Asked(policy);
         self.changes.push(Change { id: id.to_owned(), clients: vec![client], stage, failure: None });
@@ -110,6 +112,24 @@ impl EventLoop<'_> {
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
         Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+    }
+
+    fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
+        let mut spec: FsSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if let Some(other) = self.resources.shares.iter().find(|share| share.config.tag == spec.tag) {
+            return Err(format!("the tag '{}' is already that of {}", spec.tag, other.config.id));
+        }
+        if spec.id.as_deref().is_some_and(|id| [RNG, CONSOLE].contains(&id)) {
+            return Err("rng and console are ids of other kinds of devices".to_owned());
+        }
+        if spec.restart.is_some() {
+            return Err("restart= is for `bulkhead run`; an added directory follows the machine's --restart"
+                .to_owned());
+        }
+        spec.path = folder.join(spec.path);
+        let free = || (0..).map(|index| format!("fs{index}")).find(|id| !self.is_taken(id));
+        let id = spec.id.take().or_else(free).unwrap_or_default();
+        ShareConfig::new(spec, id).map_err(|error| error.to_string())
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.

@@ -1,7 +1,7 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Stream, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, StreamTarget};
+use super::{Disk, ResourceError, Resources, Share, Stream, open_device, open_disk};
+use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, ShareConfig, StreamTarget};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub enum NewDevice {
     Rng,
     /// The virtio console.
     Console,
+    /// A shared directory.
+    Share(ShareConfig),
 }
 
 impl NewDevice {
@@ -21,6 +23,7 @@ impl NewDevice {
             Self::Disk(disk) => &disk.id,
             Self::Rng => RNG,
             Self::Console => CONSOLE,
+            Self::Share(share) => &share.id,
         }
     }
 }
@@ -46,6 +49,7 @@ impl Resources {
                 self.disks.push(disk);
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
+            NewDevice::Share(share) => self.shares.push(Share::open(share)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
         }
         Ok(())
@@ -55,6 +59,7 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.disks.retain(|disk| disk.id != id);
+        self.shares.retain(|share| share.config.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,
