@@ -164,6 +164,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_format: file.log_format,
         log_file: file.log_file.map(at),
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
+        ..RunArgs::default()
     })
 }
 

@@ -1,4 +1,4 @@
-//! `--fs tag=…,path=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,id=…][,restart=…]` and the table `[[fs]]`.
+//! `--fs tag=…,path=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,others=…][,id=…][,restart=…]` and the table `[[fs]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,7 +11,8 @@ use super::restart::{RestartError, RestartPolicy};
 
 /// The longest tag, bytes (virtio 1.2, 5.11.4).
 const TAG: usize = 36;
-const KEYS: &[&str] = &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "id", "restart"];
+const KEYS: &[&str] =
+    &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "others", "id", "restart"];
 
 /// What the guest may keep of a shared directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -61,7 +62,7 @@ pub struct FsSpec {
     /// Whose files are whose; default: all for machines of root, else the user's own.
     pub owner: Option<Owner>,
     /// Whom the guest sees as the owner of files of others than the one user.
-    #[serde(skip, default = "nobody")]
+    #[serde(default = "nobody")]
     pub others: u32,
     /// The name in messages and in `bulkhead ps`. Default: fs0, fs1, …
     pub id: Option<String>,
@@ -79,7 +80,7 @@ pub const fn nobody() -> u32 {
 pub enum FsSpecError {
     /// The `tag` or the `path` is missing.
     #[error(
-        "a shared directory needs a tag and a path: tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY]"
+        "a shared directory needs a tag and a path: tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,others=UID][,id=NAME][,restart=POLICY]"
     )]
     Missing,
     /// A key that is none.
@@ -106,6 +107,9 @@ pub enum FsSpecError {
         "owner={0}: say owner=all, or the numbers of a user and a group that are not root's: owner=1000:1000"
     )]
     Owner(String),
+    /// Others that are none.
+    #[error("others={0}: say the number of the user that owns the files of others in the guest")]
+    Others(String),
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
@@ -209,7 +213,8 @@ impl FromStr for FsSpec {
             submounts: on("submounts")?,
             xattr: on("xattr")?,
             owner: value("owner").map(str::parse).transpose()?,
-            others: nobody(),
+            others: value("others")
+                .map_or(Ok(nobody()), |it| it.parse().map_err(|_| FsSpecError::Others(it.to_owned())))?,
             id: value("id").map(str::to_owned),
             restart: value("restart").map(str::parse).transpose()?,
         })
