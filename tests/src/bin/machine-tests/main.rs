@@ -18,6 +18,7 @@ mod limits;
 mod refusals;
 mod restart;
 mod serial;
+mod shared;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -20,6 +20,11 @@ impl Archive {
         self.entry(name, libc::S_IFREG | mode, contents);
     }
 
+    /// A character device.
+    pub fn device(&mut self, name: &str, major: u32, minor: u32) {
+        self.put(name, libc::S_IFCHR | 0o666, &[], (major, minor));
+    }
+
     /// The complete archive.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
@@ -27,11 +32,15 @@ impl Archive {
     }
 
     fn entry(&mut self, name: &str, mode: u32, contents: &[u8]) {
+        self.put(name, mode, contents, (0, 0));
+    }
+
+    fn put(&mut self, name: &str, mode: u32, contents: &[u8], (major, minor): (u32, u32)) {
         self.inodes = self.inodes.saturating_add(1);
         let size = u32::try_from(contents.len()).unwrap_or(u32::MAX);
         let named = u32::try_from(name.len().saturating_add(1)).unwrap_or(u32::MAX);
         // Inode, mode, user, group, links, time, size, device of the file and of what it stands for, name, checksum.
-        let fields = [self.inodes, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, named, 0];
+        let fields = [self.inodes, mode, 0, 0, 1, 0, size, 0, 0, major, minor, named, 0];
         let mut header = String::from("070701");
         for field in fields {
             let _infallible = write!(header, "{field:08X}");

@@ -248,6 +248,8 @@ fn initial(kernel: &Kernel, plan: &[(&'static str, String)]) -> Result<(Vec<u8>,
     for folder in ["dev", "bulkhead"] {
         archive.folder(folder);
     }
+    // A Rust program wants descriptors 0 to 2, and there is no console before its driver is loaded.
+    archive.device("dev/null", 1, 3);
     archive.file("init", &read(&init)?, 0o755);
     let mut text = Vec::new();
     let mut names = Vec::new();
