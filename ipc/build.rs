@@ -1,9 +1,9 @@
 //! Compiles `seccomp-policies/*.json` into BPF programs that `jail::policy` embeds, and the table of system call names.
 //!
 //! A policy is one file in seccompiler's format with a single entry, named like the file. `common.json` holds the rules that
-//! every policy shares; it is merged into each. The build fails, with file and rule, when a rule has no reason (`comment`), when
-//! a system call is both allowed as a whole and with restricted arguments, when an argument that chooses what a call does is
-//! not restricted (`build/selectors.rs`), or when an action is not the expected one.
+//! every policy shares; it is merged into each. A policy may include others (`includes`). The build fails, with file and rule,
+//! when a rule has no reason (`comment`), when a system call is both allowed as a whole and with restricted arguments, when an
+//! argument that chooses what a call does is not restricted (`build/selectors.rs`), or when an action is not the expected one.
 //!
 //! One key is ours: `unseen` says why no workload of the tests shows the rule's use; `unused-rules` reads it.
 
@@ -46,8 +46,14 @@ fn main() -> Outcome<()> {
     names.remove(COMMON);
     let mut source = String::new();
     for name in names {
-        let own = rules(folder, &name)?;
-        let merged: Vec<Value> = common.iter().chain(&own).cloned().collect();
+        let mut merged: Vec<Value> = common.clone();
+        // A rule that several of the included policies have is needed once.
+        for rule in included(folder, &name)?.into_iter().filter(|rule| !is_in(rule, &common)) {
+            if !is_in(&rule, &merged) {
+                merged.push(rule);
+            }
+        }
+        merged.extend(rules(folder, &name)?);
         let allowed = check_merged(&name, &merged)?;
         let program = compile(&name, merged)?;
         write_policy(&mut source, &name, allowed, &program)?;
@@ -55,6 +61,23 @@ fn main() -> Outcome<()> {
     fs::write(Path::new(&target).join("policies.rs"), source)?;
     fs::write(Path::new(&target).join("syscalls.rs"), syscalls()?)?;
     Ok(())
+}
+
+/// The rules of the policies that a policy includes: those that its process will have later.
+fn included(folder: &Path, name: &str) -> Outcome<Vec<Value>> {
+    let policy: Value = serde_json::from_str(&fs::read_to_string(folder.join(format!("{name}.json")))?)?;
+    let names = policy.pointer(&format!("/{name}/includes")).and_then(Value::as_array);
+    let mut all = Vec::new();
+    for other in names.into_iter().flatten().filter_map(Value::as_str) {
+        all.extend(rules(folder, other)?);
+    }
+    Ok(all)
+}
+
+/// Whether a rule for the same call with the same arguments is in the list.
+fn is_in(rule: &Value, list: &[Value]) -> bool {
+    list.iter()
+        .any(|other| rule.get("syscall") == other.get("syscall") && rule.get("args") == other.get("args"))
 }
 
 /// The rules of one file, each with a reason.

@@ -6,5 +6,6 @@ pub mod channel;
 pub mod jail;
 pub mod log;
 pub mod memory;
+mod rights;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -44,8 +44,11 @@ pub struct Kind {
 }
 
 /// The core.
-pub const CORE: Kind =
-    Kind { name: "core", main: PolicyName::CoreMain, others: &[(PolicyName::CoreVcpu, "vcpu0")] };
+pub const CORE: Kind = Kind {
+    name: "core",
+    main: PolicyName::CoreMain,
+    others: &[(PolicyName::CoreDevices, "devices"), (PolicyName::CoreVcpu, "vcpu0")],
+};
 
 /// The devices.
 pub const DEVICES: [Kind; 5] = [

@@ -41,11 +41,17 @@ pub fn tables(bench: &Bench) -> Result<String, String> {
 /// Number of calls that the file and the common one allow with limited arguments alone.
 fn limited(file: &str) -> Result<usize, String> {
     let mut calls = BTreeMap::new();
-    for file in [file, "seccomp-policies/common.json"] {
+    let mut files = vec![file.to_owned(), "seccomp-policies/common.json".to_owned()];
+    // What a file includes is its own as well; nothing that is included includes more.
+    let mut next = 0;
+    while let Some(file) = files.get(next).cloned() {
+        next += 1;
         let path = format!("{}/../{file}", env!("CARGO_MANIFEST_DIR"));
         let text = fs::read_to_string(path).map_err(|error| format!("{file}: {error}"))?;
         let json: Value = serde_json::from_str(&text).map_err(|error| format!("{file}: {error}"))?;
         let entry = json.as_object().and_then(|map| map.values().next()).cloned().unwrap_or_default();
+        let others = entry["includes"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        files.extend(others.map(|other| format!("seccomp-policies/{other}.json")));
         for rule in entry["filter"].as_array().into_iter().flatten() {
             calls.insert(rule["syscall"].to_string(), rule.get("args").is_some());
         }

@@ -22,6 +22,12 @@ const KINDS: [&str; 6] = ["core", "blk", "rng", "console", "uart", "flash"];
 #[derive(Default)]
 pub struct Outcomes(BTreeMap<String, BTreeMap<usize, String>>);
 
+/// The policies of sealed threads. That of the core's set-up lies beneath the others, and the core meets nobody hostile under it
+/// alone but device processes; the jail tests of `ipc` try it.
+fn sealed() -> impl Iterator<Item = PolicyName> {
+    PolicyName::ALL.into_iter().filter(|policy| *policy != PolicyName::CoreSetup)
+}
+
 /// `blk-main` for `seccomp-policies/blk-main.json`.
 fn short(file: &str) -> &str {
     file.trim_start_matches("seccomp-policies/").trim_end_matches(".json")
@@ -44,7 +50,7 @@ impl Outcomes {
     /// Holds each outcome against what its attempt says.
     pub fn check(&self) -> Result<(), String> {
         let mut faults = String::new();
-        for policy in PolicyName::ALL {
+        for policy in sealed() {
             self.check_one(short(policy.file()), true, &mut faults);
         }
         for kind in KINDS {
@@ -75,7 +81,7 @@ impl Outcomes {
         for (theme, attempts) in THEMES {
             let _ = writeln!(table, "| **{theme}** | | |");
             for attempt in *attempts {
-                let policies = PolicyName::ALL.map(|policy| short(policy.file()));
+                let policies = sealed().map(|policy| short(policy.file())).collect::<Vec<_>>();
                 let sealed = self.cell(number, &policies, attempt);
                 let open = self.cell(number, &KINDS, attempt);
                 let _ = writeln!(table, "| {} | {sealed} | {open} |", attempt.goal);

@@ -14,6 +14,7 @@ mod console;
 mod driver;
 mod hostile;
 mod inflight;
+mod malformed;
 mod messages;
 mod qemu;
 mod rng;

@@ -86,6 +86,12 @@ impl Supervised {
         Driver::new(self.stream.take().unwrap(), queues)
     }
 
+    /// Reads the log and forgets it, so that a process with much to say does not wait.
+    pub fn forget_log(&self) {
+        let mut log = self.log.try_clone().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    }
+
     /// Ends the process; returns its exit and its log.
     fn ending(&mut self) -> String {
         let exit = self.process.wait();

@@ -31,8 +31,8 @@ pub use layer::{Layer, LayerError};
 pub use policy::{PolicyName, PolicySummary, policies};
 pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, SharedDirectory, spawn};
 pub use seal::{
-    Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_thread, open_descriptors, seal, set_enforcement,
-    shared_directory,
+    Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_setup, enter_thread, open_descriptors, seal,
+    set_enforcement, shared_directory,
 };
 pub use steps::Step;
 pub use violation::{Violation, ViolationListener, syscall_name};

@@ -10,8 +10,12 @@ include!(concat!(env!("OUT_DIR"), "/policies.rs"));
 /// The policies, one for each kind of process and thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PolicyName {
-    /// Core: event loop, control channel, device connections.
+    /// Core: all threads, while the machine is built; the others lie on top of it.
+    CoreSetup,
+    /// Core: event loop, control channel.
     CoreMain,
+    /// Core: what waits for device processes.
+    CoreDevices,
     /// Core: a vCPU.
     CoreVcpu,
     /// virtio-blk: control channel and vhost-user messages.
@@ -38,8 +42,10 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
+        Self::CoreSetup,
         Self::CoreMain,
+        Self::CoreDevices,
         Self::CoreVcpu,
         Self::BlkMain,
         Self::BlkQueue,
@@ -76,7 +82,9 @@ impl PolicyName {
     /// compile, and a file without a policy leaves a constant unused.
     const fn compiled(self) -> (&'static [Instruction], &'static str, usize) {
         match self {
+            Self::CoreSetup => CORE_SETUP,
             Self::CoreMain => CORE_MAIN,
+            Self::CoreDevices => CORE_DEVICES,
             Self::CoreVcpu => CORE_VCPU,
             Self::BlkMain => BLK_MAIN,
             Self::BlkQueue => BLK_QUEUE,

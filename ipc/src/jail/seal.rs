@@ -98,10 +98,20 @@ pub fn set_enforcement(enforcement: Enforcement) {
 pub fn enter_thread(policy: PolicyName) -> Result<(), JailError> {
     // Room before the filter is in force, so that storing the listener needs no more than a futex.
     LISTENERS.lock().unwrap_or_else(PoisonError::into_inner).reserve(1);
-    if let Some(listener) = load(policy)? {
+    if let Some(listener) = load_final(policy)? {
         LISTENERS.lock().unwrap_or_else(PoisonError::into_inner).push((policy, listener));
     }
     Ok(())
+}
+
+/// Puts the calling thread, and all that it creates later, under a first policy, while the process is still being set up. It has no
+/// listener, since a thread's filters can have but one between them and that belongs to the last: what is forbidden fails with
+/// ENOSYS, and is not reported. Once a thread has entered its own policy, that one judges first.
+///
+/// # Errors
+/// [`JailError::Filter`] when the filter cannot be loaded.
+pub fn enter_setup(policy: PolicyName) -> Result<(), JailError> {
+    load(policy, libc::SECCOMP_RET_USER_NOTIF, 0).map(drop)
 }
 
 /// Seals the process: last step of the main thread, after every other thread has called [`enter_thread`]. Checks that
@@ -119,7 +129,7 @@ pub fn seal(policy: PolicyName, expected: &[impl AsRawFd]) -> Result<Sealed, Jai
     list.dedup();
     compare(&open_descriptors()?, &list)?;
     listeners.reserve(1);
-    if let Some(listener) = load(policy)? {
+    if let Some(listener) = load_final(policy)? {
         listeners.push((policy, listener));
     }
     Ok(Sealed { listeners })
@@ -177,9 +187,19 @@ fn compare(open: &[RawFd], expected: &[RawFd]) -> Result<(), JailError> {
     }
 }
 
-/// Loads the policy on the calling thread; the listener when supervised.
-fn load(policy: PolicyName) -> Result<Option<OwnedFd>, JailError> {
-    let supervised = SUPERVISED.load(Ordering::SeqCst);
+/// Loads the policy on the calling thread for good; the listener when supervised.
+fn load_final(policy: PolicyName) -> Result<Option<OwnedFd>, JailError> {
+    if !SUPERVISED.load(Ordering::SeqCst) {
+        return load(policy, libc::SECCOMP_RET_KILL_PROCESS, 0).map(|_| None);
+    }
+    let result = load(policy, libc::SECCOMP_RET_USER_NOTIF, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)?;
+    let listener = RawFd::try_from(result).map_err(|_| JailError::Filter { policy, errno: Errno::EBADF })?;
+    // SAFETY: with NEW_LISTENER the call returns a new descriptor, which nobody else owns.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(listener) }))
+}
+
+/// Loads the policy on the calling thread; `refusal` is what the filter returns for what it does not allow.
+fn load(policy: PolicyName, refusal: u32, flags: libc::c_ulong) -> Result<libc::c_long, JailError> {
     nix::sys::prctl::set_no_new_privs().map_err(JailError::call("set no_new_privs"))?;
     let mut program: Vec<libc::sock_filter> = policy
         .program()
@@ -187,24 +207,16 @@ fn load(policy: PolicyName) -> Result<Option<OwnedFd>, JailError> {
         .map(|&(code, jt, jf, k)| {
             let refuses =
                 u32::from(code) == libc::BPF_RET | libc::BPF_K && k == libc::SECCOMP_RET_KILL_PROCESS;
-            let k = if supervised && refuses { libc::SECCOMP_RET_USER_NOTIF } else { k };
-            libc::sock_filter { code, jt, jf, k }
+            libc::sock_filter { code, jt, jf, k: if refuses { refusal } else { k } }
         })
         .collect();
     let filter = |errno| JailError::Filter { policy, errno };
     let length = u16::try_from(program.len()).map_err(|_| filter(Errno::E2BIG))?;
     let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
-    let flags = if supervised { libc::SECCOMP_FILTER_FLAG_NEW_LISTENER } else { 0 };
     // SAFETY: the kernel copies a live program of the given length.
     let result =
         unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
-    let result = Errno::result(result).map_err(filter)?;
-    if !supervised {
-        return Ok(None);
-    }
-    let listener = RawFd::try_from(result).map_err(|_| filter(Errno::EBADF))?;
-    // SAFETY: with NEW_LISTENER the call returns a new descriptor, which nobody else owns.
-    Ok(Some(unsafe { OwnedFd::from_raw_fd(listener) }))
+    Errno::result(result).map_err(filter)
 }
 
 /// A panic prints one line and ends the process at once: no unwinding, no backtrace (which opens files that do not exist

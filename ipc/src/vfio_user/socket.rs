@@ -1,23 +1,23 @@
-//! One stream socket with a deadline on every wait. Contains `unsafe`: descriptors that arrive by SCM_RIGHTS are plain
-//! numbers, which are given an owner here, at once.
+//! One stream socket with a deadline on every wait.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockType, SockaddrLike, SockaddrStorage,
-    getsockname, getsockopt, recvmsg, send, sendmsg, setsockopt, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockType, SockaddrLike, SockaddrStorage, getsockname,
+    getsockopt, recvmsg, send, sendmsg, setsockopt, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use rustix::net::RecvFlags;
 
 use super::error::Fault;
+use crate::rights;
 
-/// Descriptors that one message can bring; more are refused, and closed by the kernel.
+/// Descriptors that one message can bring; more are refused, and closed.
 const MAX_DESCRIPTORS: usize = 4;
 
 /// A connected Unix stream socket.
@@ -25,8 +25,6 @@ const MAX_DESCRIPTORS: usize = 4;
 pub(super) struct Socket {
     fd: OwnedFd,
     deadline: Duration,
-    /// Space for control messages, allocated once.
-    control: Vec<u8>,
 }
 
 /// What one receive brought.
@@ -56,7 +54,7 @@ impl Socket {
             fcntl(&fd, FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))
                 .map_err(|error| fault("fcntl", error))?;
         }
-        let mut socket = Self { fd, deadline, control: cmsg_space!([i32; MAX_DESCRIPTORS]) };
+        let mut socket = Self { fd, deadline };
         socket.set_deadline(deadline)?;
         Ok(socket)
     }
@@ -141,42 +139,22 @@ impl Socket {
     }
 
     /// Receives what is there with its descriptors, without waiting.
-    pub fn receive_now(&mut self, buffer: &mut [u8]) -> Result<Received, Fault> {
-        let mut space = [IoSliceMut::new(buffer)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(self.fd.as_raw_fd(), &mut space, Some(&mut self.control), flags) {
-            Ok(message) => message,
+    pub fn receive_now(&self, buffer: &mut [u8]) -> Result<Received, Fault> {
+        let received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS, RecvFlags::empty()) {
+            Ok(received) => received,
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Received::Nothing),
             Err(Errno::ECONNRESET) => return Ok(Received::Closed),
             Err(error) => return Err(fault("recvmsg", error)),
         };
-        let mut descriptors = Vec::new();
-        let mut truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        match message.cmsgs() {
-            Ok(controls) => {
-                for control in controls {
-                    if let ControlMessageOwned::ScmRights(numbers) = control {
-                        for number in numbers {
-                            // SAFETY: the kernel has just installed this descriptor for us through SCM_RIGHTS; nobody else
-                            // in the process knows its number, so this is its only owner.
-                            descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
-                        }
-                    }
-                }
-            }
-            // nix reports a truncated control buffer this way and hands nothing out; the kernel has installed at most
-            // MAX_DESCRIPTORS descriptors, and the connection ends.
-            Err(_) => truncated = true,
+        if received.lost || received.count > MAX_DESCRIPTORS {
+            return Err(Fault::Descriptors { expected: 1, received: received.count });
         }
-        if truncated {
-            let received = descriptors.len().max(MAX_DESCRIPTORS).saturating_add(1);
-            return Err(Fault::Descriptors { expected: 1, received });
-        }
-        Ok(if message.bytes == 0 { Received::Closed } else { Received::Bytes(message.bytes, descriptors) })
+        let bytes = received.bytes;
+        Ok(if bytes == 0 { Received::Closed } else { Received::Bytes(bytes, received.descriptors) })
     }
 
     /// Receives with descriptors, waiting for the first byte until the deadline.
-    pub fn receive_with_descriptors(&mut self, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), Fault> {
+    pub fn receive_with_descriptors(&self, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), Fault> {
         let end = self.end();
         loop {
             match self.receive_now(buffer)? {

@@ -4,7 +4,7 @@
 //! judges only what holds for every message: the version, the size, the number of descriptors. What a request
 //! means is up to the caller.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,13 +12,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use thiserror::Error;
 
 use super::deadline::Deadline;
+use crate::rights;
 
 /// Size of a message header, bytes.
 pub const HEADER_SIZE: usize = 12;
@@ -26,9 +24,6 @@ pub const HEADER_SIZE: usize = 12;
 pub const MAX_PAYLOAD: usize = 0x1000 + 0x100;
 /// Largest number of descriptors accepted or sent with a message: a memory table of 32 regions.
 pub const MAX_DESCRIPTORS: usize = 32;
-/// What the kernel can deliver in one message (SCM_MAX_FD). The receive buffer holds them all, so that surplus
-/// descriptors of a hostile peer are received, and closed, rather than lost track of.
-const KERNEL_MAX_DESCRIPTORS: usize = 253;
 
 /// The protocol's version, bits 0 and 1 of the flags.
 const VERSION: u32 = 0x1;
@@ -299,31 +294,17 @@ impl Connection {
         buffer: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
     ) -> Result<Result<usize, Errno>, ConnectionError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_DESCRIPTORS))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received = match recvmsg(&self.stream, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
+        let mut received = match rights::receive(self.as_fd(), buffer, MAX_DESCRIPTORS, RecvFlags::empty()) {
             Ok(received) => received,
-            Err(errno) => return Ok(Err(to_errno(errno))),
+            Err(errno) => return Ok(Err(errno)),
         };
-        let mut count = 0usize;
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                for descriptor in rights {
-                    count = count.saturating_add(1);
-                    // Beyond the limit they are counted and closed.
-                    if count <= MAX_DESCRIPTORS {
-                        descriptors.push(descriptor);
-                    }
-                }
-            }
+        if received.count > MAX_DESCRIPTORS {
+            return Err(ConnectionError::TooManyDescriptors { count: received.count });
         }
-        if count > MAX_DESCRIPTORS {
-            return Err(ConnectionError::TooManyDescriptors { count });
-        }
-        if received.flags.contains(ReturnFlags::CTRUNC) {
+        if received.lost {
             return Err(ConnectionError::DescriptorsLost);
         }
+        descriptors.append(&mut received.descriptors);
         Ok(Ok(received.bytes))
     }
 }

@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 pub enum Ask {
     /// Seal the process: this policy on a worker, `BlkMain` on the main thread.
     Seal(PolicyName, Enforcement),
+    /// Put a worker under a policy of the set-up, nothing more.
+    SetUp(PolicyName),
     /// Open `file` in the folder whose descriptor comes along to read and to write, open the folder, listen on a TCP port.
     LandlockedCalls,
     /// Try the shared directory, and what lies around it; `file` in another folder, whose descriptor comes along.
@@ -215,11 +217,24 @@ fn serve(channel: &Channel) {
                 to_worker.send((number, arguments)).unwrap();
                 channel.send(&Answer::Returned(results.recv().unwrap()), &[]).unwrap();
             }
+            Ask::SetUp(policy) => {
+                let (calls, to_main) = (calls.take().unwrap(), to_main.clone());
+                std::thread::spawn(move || {
+                    jail::enter_setup(policy).expect("enter_setup");
+                    for (number, arguments) in calls {
+                        to_main.send(call(number, arguments)).unwrap();
+                    }
+                });
+                channel.send(&Answer::Ready(Vec::new()), &[]).unwrap();
+            }
             Ask::Seal(policy, enforcement) => {
                 jail::set_enforcement(enforcement);
                 let (calls, to_main) = (calls.take().unwrap(), to_main.clone());
                 let (entered, has_entered) = mpsc::channel();
                 std::thread::spawn(move || {
+                    if policy.file().contains("core-") {
+                        jail::enter_setup(PolicyName::CoreSetup).expect("enter_setup");
+                    }
                     jail::enter_thread(policy).expect("enter_thread");
                     entered.send(()).unwrap();
                     for (number, arguments) in calls {

@@ -1,9 +1,12 @@
 //! Where the initrd goes.
 
-use bulkhead_ipc::memory::{GuestRam, PAGE_SIZE};
+use bulkhead_ipc::memory::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 use super::image::Image;
 use super::{BootError, BootSource};
+
+/// Bytes of tables that Linux makes before its allocator works, beside page descriptors.
+const FIRST_TABLES: u64 = 8 << 20;
 
 /// An initrd in guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +27,21 @@ pub(super) fn load(
     let Some(file) = source.initrd else { return Ok(None) };
     let image = Image::new(file, "initrd")?;
     let initrd = place(image.size(), kernel_end, limit)?;
+    back_with_huge_pages(ram, initrd.address, limit);
     image.load(ram, 0, initrd.size, initrd.address)?;
     Ok(Some(initrd))
+}
+
+/// Puts what the guest fills at once on huge pages: the initrd with its neighbours, and the top of RAM. Whoever takes an
+/// initrd is a system, and Linux lays its array of page descriptors (64 bytes for each page) and its first tables at the top.
+fn back_with_huge_pages(ram: &GuestRam, initrd: u64, limit: u64) {
+    let start = initrd - initrd % HUGE_PAGE_SIZE;
+    ram.back_with_huge_pages(start, limit.saturating_sub(start));
+    if let Some(last) = ram.regions().last() {
+        let tables = (ram.size() / PAGE_SIZE * 64).saturating_add(FIRST_TABLES).min(last.size);
+        let end = last.guest_address.saturating_add(last.size);
+        ram.back_with_huge_pages(end.saturating_sub(tables), tables);
+    }
 }
 
 fn place(size: u64, kernel_end: u64, limit: u64) -> Result<Initrd, BootError> {

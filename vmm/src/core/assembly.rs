@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
@@ -37,8 +37,8 @@ pub(super) struct Core {
     pub platform: Platform,
     pub ram: GuestRam,
     pub vcpus: VcpuThreads,
-    /// By slot.
-    pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
+    /// By slot. No vCPU comes here.
+    virtio: Mutex<BTreeMap<u8, Arc<VirtioPci>>>,
     pub registers: Vec<Arc<RegisterDevice>>,
     pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
@@ -92,15 +92,26 @@ impl Core {
         held.extend(flash.iter().flat_map(|flash| flash.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(platform.timer.as_fd().as_raw_fd());
+        let virtio = Mutex::new(virtio);
         let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
         Ok(Self { platform, ram, vcpus, virtio, registers, flash, reports, descriptors: held })
     }
 }
 
 impl Core {
+    /// The virtio devices by slot; held for a look, never while somebody is waited for.
+    pub(super) fn virtio(&self) -> MutexGuard<'_, BTreeMap<u8, Arc<VirtioPci>>> {
+        self.virtio.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The virtio device in this slot.
+    pub(super) fn virtio_in(&self, slot: u8) -> Option<Arc<VirtioPci>> {
+        self.virtio().get(&slot).cloned()
+    }
+
     /// The virtio device of this name.
-    pub(super) fn virtio(&self, id: &str) -> Option<&VirtioPci> {
-        self.virtio.values().find(|device| device.id() == id).map(|device| &**device)
+    pub(super) fn virtio_named(&self, id: &str) -> Option<Arc<VirtioPci>> {
+        self.virtio().values().find(|device| device.id() == id).cloned()
     }
 
     /// The chip with firmware's variables, if that is its name.

@@ -22,7 +22,7 @@ use super::reports::Reports;
 use crate::kvm::FunctionMessages;
 use crate::virtio::{Backend, DeviceType, Settings, VirtioPci};
 
-/// How long a device process that is ready may take to open its session: others' events wait meanwhile.
+/// How long a device process that is ready may take to open its session: others' successors wait meanwhile.
 const HOT_PLUG_LIMIT: Duration = Duration::from_secs(1);
 
 /// A device whose process has answered.
@@ -140,18 +140,22 @@ fn attach_virtio(
 }
 
 impl Core {
-    /// Puts the function of a device process, which is ready, into its slot and tells the guest. Returns the slot.
+    /// Puts the function of a device process, which is ready, into its slot and tells the guest.
     ///
     /// # Errors
     /// The process does not answer as it must, the slot is taken, or KVM or the kernel refused something: then nothing is left of it.
-    pub(super) fn add_device(&mut self, link: &DeviceLink, stream: UnixStream) -> Result<u8, CoreError> {
+    pub(super) fn add_device(
+        &self,
+        link: &DeviceLink,
+        stream: UnixStream,
+    ) -> Result<(u8, Arc<VirtioPci>), CoreError> {
         let reports = self.reports.clone();
         match greet_one(link, stream, Some(HOT_PLUG_LIMIT), &reports)? {
             Greeted::Virtio(slot, settings, backend) => {
                 let device = attach_virtio(slot, settings, backend, &self.platform, &self.ram, &reports)?;
-                self.virtio.insert(slot, device);
+                self.virtio().insert(slot, device.clone());
                 self.platform.machine.announce_pci(slot);
-                Ok(slot)
+                Ok((slot, device))
             }
             Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(link.id.clone())),
         }
@@ -163,27 +167,27 @@ impl Core {
     /// # Errors
     /// There is no such device.
     pub(super) fn remove_device(&self, id: &str, force: bool) -> Result<Option<u8>, CoreError> {
-        let found = self.virtio.iter().find(|(_, device)| device.id() == id);
-        let (slot, _) = found.ok_or_else(|| CoreError::NotPluggable(id.to_owned()))?;
+        let found = self.virtio().iter().find(|(_, device)| device.id() == id).map(|(slot, _)| *slot);
+        let slot = found.ok_or_else(|| CoreError::NotPluggable(id.to_owned()))?;
         if !force {
-            self.platform.machine.request_eject(*slot);
+            self.platform.machine.request_eject(slot);
             return Ok(None);
         }
-        self.platform.machine.detach_pci(*slot)?;
-        self.platform.machine.announce_pci(*slot);
-        Ok(Some(*slot))
+        self.platform.machine.detach_pci(slot)?;
+        self.platform.machine.announce_pci(slot);
+        Ok(Some(slot))
     }
 
     /// Takes back the function that was put into a slot a moment ago.
-    pub(super) fn pull_out(&mut self, slot: u8) -> Option<Arc<VirtioPci>> {
+    pub(super) fn pull_out(&self, slot: u8) {
         let _ = self.platform.machine.detach_pci(slot);
-        self.release_slot(slot)
+        self.release_slot(slot);
     }
 
     /// Lets go of all that belonged to the function that was in a slot, which the bus has let go of. Returns it: its
     /// descriptors are closed with it.
-    pub(super) fn release_slot(&mut self, slot: u8) -> Option<Arc<VirtioPci>> {
-        let device = self.virtio.remove(&slot)?;
+    pub(super) fn release_slot(&self, slot: u8) -> Option<Arc<VirtioPci>> {
+        let device = self.virtio().remove(&slot)?;
         self.platform.doorbells.forget(slot);
         device.disconnect_backend();
         Some(device)

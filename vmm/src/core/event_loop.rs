@@ -1,9 +1,11 @@
-//! The core's main thread: control messages, successors of device processes, the machine's end, and what device processes
-//! say outside their data path.
+//! The core's main thread: control messages, the machine's end, and what device processes signal outside their data path.
+//! Where it would have to wait for one of them, it leaves the work to the [`device_thread`].
 //!
 //! While a machine is at work this thread sleeps: notifications and interrupts pass it by (ioeventfd, irqfd).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{Descriptors, FromCore, MachineEnd, ToCore};
@@ -12,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::assembly::Core;
+use super::device_thread::{self, Job};
 use super::reports::Ejected;
 use super::{CoreError, SEND_DEADLINE};
 
@@ -25,31 +28,36 @@ const BATCH: usize = 16;
 
 /// What the main thread waits for. Made before the process is sealed.
 pub(super) struct EventLoop {
-    epoll: Epoll,
+    /// The thread that waits for device processes adds those of devices that come, and removes those that go.
+    epoll: Arc<Epoll>,
+    /// To that thread.
+    jobs: Sender<Job>,
 }
 
 impl EventLoop {
-    /// Registers everything that the loop waits for.
-    pub(super) fn new(channel: &Channel, core: &Core) -> Result<Self, CoreError> {
+    /// Registers everything that the loop waits for, and starts the thread that waits for device processes.
+    pub(super) fn new(channel: &Channel, core: &Arc<Core>) -> Result<Self, CoreError> {
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(CoreError::system("epoll_create1"))?;
-        let this = Self { epoll };
-        this.add(channel.as_fd(), CONTROL)?;
-        this.add(core.reports.as_fd(), REPORTS)?;
-        this.add(core.platform.timer.as_fd(), TIMER)?;
-        for (slot, device) in &core.virtio {
-            this.add(device.as_fd(), token(*slot))?;
+        let own = [
+            (channel.as_fd(), CONTROL),
+            (core.reports.as_fd(), REPORTS),
+            (core.platform.timer.as_fd(), TIMER),
+        ];
+        for (fd, token) in own {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+            epoll.add(fd, event).map_err(CoreError::system("epoll_ctl"))?;
         }
-        Ok(this)
-    }
-
-    fn add(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), CoreError> {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
-        self.epoll.add(fd, event).map_err(CoreError::system("epoll_ctl"))
+        for (slot, device) in &*core.virtio() {
+            watch(&epoll, *slot, device.as_fd())?;
+        }
+        let epoll = Arc::new(epoll);
+        let jobs = device_thread::start(core, &epoll)?;
+        Ok(Self { epoll, jobs })
     }
 
     /// Serves until the machine ends or the supervisor is gone.
-    pub(super) fn run(&self, channel: &Channel, core: &mut Core) -> Result<MachineEnd, CoreError> {
+    pub(super) fn run(&self, channel: &Channel, core: &Core) -> Result<MachineEnd, CoreError> {
         let mut events = [EpollEvent::empty(); BATCH];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -62,13 +70,7 @@ impl EventLoop {
                     REPORTS => {
                         core.reports.acknowledge();
                         while let Some(ejected) = core.reports.next_ejected() {
-                            match ejected {
-                                Ejected::Slot(slot) => self.removed(core, slot),
-                                Ejected::Cpu(index) => {
-                                    core.vcpus.set_online(index.into(), false);
-                                    core.reports.tell(FromCore::CpuRemoved { index });
-                                }
-                            }
+                            self.ejected(core, ejected);
                         }
                         if let Some(end) = send_reports(channel, core)? {
                             // A machine that is off executes nothing more.
@@ -83,46 +85,27 @@ impl EventLoop {
                     }
                     token => {
                         let slot = u8::try_from(token.saturating_sub(DEVICES)).unwrap_or(u8::MAX);
-                        if let Some(device) = core.virtio.get(&slot) {
-                            device.on_event();
+                        if core.virtio_in(slot).is_some_and(|device| device.on_event()) {
+                            self.leave(Job::Request(slot));
                         }
                     }
                 }
             }
         }
     }
-}
 
-impl EventLoop {
-    fn control(&self, channel: &Channel, core: &mut Core) -> Result<(), CoreError> {
+    fn control(&self, channel: &Channel, core: &Core) -> Result<(), CoreError> {
         match channel.recv(Some(Duration::ZERO)) {
             Ok((ToCore::Stop, _)) => core.platform.machine.press_power_button(),
             Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
-                let socket = Descriptors::from(descriptors).take(socket)?;
-                device_replaced(core, &id, socket);
+                self.leave(Job::Replace(id, Descriptors::from(descriptors).take(socket)?));
             }
-            Ok((ToCore::DeviceGivenUp { id }, _)) => {
-                core.virtio(&id).inspect(|device| {
-                    device.disconnect_backend();
-                    device.give_up();
-                });
-                core.registers(&id).inspect(|device| device.give_up());
-                core.flash(&id).inspect(|flash| flash.give_up());
-            }
+            Ok((ToCore::DeviceGivenUp { id }, _)) => self.leave(Job::GiveUp(id)),
             Ok((ToCore::DeviceAdd(link), descriptors)) => {
                 let stream = Descriptors::from(descriptors).take(link.socket)?.into();
-                let added = core.add_device(&link, stream).and_then(|slot| {
-                    let device = core.virtio.get(&slot);
-                    let watched = device.map_or(Ok(()), |device| self.add(device.as_fd(), token(slot)));
-                    watched.inspect_err(|_| drop(core.pull_out(slot)))
-                });
-                core.reports.tell(answer(link.id, added));
+                self.leave(Job::Add(link, stream));
             }
-            Ok((ToCore::DeviceRemove { id, force }, _)) => match core.remove_device(&id, force) {
-                Ok(Some(slot)) => self.removed(core, slot),
-                Ok(None) => {}
-                Err(error) => core.reports.tell(answer(id, Err(error))),
-            },
+            Ok((ToCore::DeviceRemove { id, force }, _)) => self.leave(Job::Remove { id, force }),
             Ok((ToCore::Cpu { index, insert: true }, _)) => {
                 core.vcpus.set_online(index.into(), true);
                 core.platform.machine.insert_cpu(index);
@@ -138,26 +121,26 @@ impl EventLoop {
         Ok(())
     }
 
-    /// A slot is empty: nothing of what was in it stays.
-    fn removed(&self, core: &mut Core, slot: u8) {
-        if let Some(device) = core.release_slot(slot) {
-            let _ = self.epoll.delete(device.as_fd());
-            core.reports.tell(FromCore::DeviceRemoved { id: device.id().to_owned() });
+    fn ejected(&self, core: &Core, what: Ejected) {
+        match what {
+            Ejected::Slot(slot) => self.leave(Job::Release(slot)),
+            Ejected::Cpu(index) => {
+                core.vcpus.set_online(index.into(), false);
+                core.reports.tell(FromCore::CpuRemoved { index });
+            }
         }
     }
-}
 
-/// The token of the device in a slot.
-fn token(slot: u8) -> u64 {
-    DEVICES.saturating_add(slot.into())
-}
-
-/// What the supervisor hears of a device that it wants to add or remove.
-fn answer(id: String, result: Result<(), CoreError>) -> FromCore {
-    match result {
-        Ok(()) => FromCore::DeviceAdded { id },
-        Err(error) => FromCore::DeviceRefused { id, reason: super::chain(&error) },
+    /// The thread that does the jobs never ends: each send succeeds.
+    fn leave(&self, job: Job) {
+        let _ = self.jobs.send(job);
     }
+}
+
+/// Watches the descriptor of the device in a slot.
+pub(super) fn watch(epoll: &Epoll, slot: u8, fd: BorrowedFd<'_>) -> Result<(), CoreError> {
+    let event = EpollEvent::new(EpollFlags::EPOLLIN, DEVICES.saturating_add(slot.into()));
+    epoll.add(fd, event).map_err(CoreError::system("epoll_ctl"))
 }
 
 /// Sends what waits; the machine's end is left to the caller.
@@ -169,26 +152,6 @@ fn send_reports(channel: &Channel, core: &Core) -> Result<Option<MachineEnd>, Co
         }
     }
     Ok(None)
-}
-
-/// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
-fn device_replaced(core: &Core, id: &str, socket: OwnedFd) {
-    let (virtio, registers, flash) = (core.virtio(id), core.registers(id), core.flash(id));
-    // First the predecessor's connection is closed: what fails from here on is the successor's failure.
-    virtio.inspect(|device| device.disconnect_backend());
-    registers.inspect(|device| device.disconnect());
-    flash.inspect(|flash| flash.disconnect());
-    core.reports.tell(FromCore::DeviceReplaced { id: id.to_owned() });
-    let result = match (virtio, registers, flash) {
-        (Some(device), ..) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
-        (_, Some(device), _) => device.replace(socket).map_err(|error| error.to_string()),
-        (_, _, Some(flash)) => flash.replace(socket).map_err(|error| error.to_string()),
-        // It has just been removed, and the supervisor is about to hear of it.
-        (None, None, None) => Ok(()),
-    };
-    if let Err(reason) = result {
-        core.reports.device_failed(id, reason);
-    }
 }
 
 impl AsFd for EventLoop {

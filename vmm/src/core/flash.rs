@@ -72,7 +72,8 @@ impl Flash {
 
     /// Takes a new process in place of one that has ended.
     pub(super) fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
-        self.connect(socket, DEADLINE)
+        // Two exchanges.
+        self.connect(socket, DEADLINE / 2)
     }
 
     fn connect(&self, socket: OwnedFd, patience: Duration) -> Result<(), ClientError> {

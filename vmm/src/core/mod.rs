@@ -5,9 +5,10 @@
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
 //! - `flash`: the chip with firmware's variables, whose commands another process carries out;
-//! - `event_loop`: the main thread while the machine runs.
+//! - `event_loop`: the main thread while the machine runs; `device_thread`: the one that waits for device processes.
 
 mod assembly;
+mod device_thread;
 mod devices;
 mod event_loop;
 mod flash;
@@ -18,6 +19,7 @@ mod reports;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{Descriptors, FromCore, Input, MachineEnd, ToCore};
@@ -162,11 +164,13 @@ fn run(channel: &Channel) -> Result<MachineEnd, CoreError> {
     let ToCore::Start(start) = message else { return Err(CoreError::NotStarted) };
     log::init(start.log);
     jail::set_enforcement(start.enforcement);
-    let mut core = Core::assemble(start, Descriptors::from(descriptors))?;
+    // Before it reads the kernel image, which may be anybody's, and before it hears a device process.
+    jail::enter_setup(PolicyName::CoreSetup)?;
+    let core = Arc::new(Core::assemble(start, Descriptors::from(descriptors))?);
     let events = EventLoop::new(channel, &core)?;
     seal(channel, &core, &events)?;
     core.vcpus.resume();
-    events.run(channel, &mut core)
+    events.run(channel, &core)
 }
 
 /// Locks the process down and tells the supervisor that the machine is complete.

@@ -44,12 +44,12 @@ pub struct RegisterDeviceConfig {
     pub irq: u8,
     /// How long an access may take before the device counts as failed, and how long accesses then wait for a successor.
     pub deadline: Duration,
-    /// How long each exchange may take while a connection is made: the first process may not even be there yet.
+    /// How long the exchanges of a connection's start may take in all: the first process may not even be there yet.
     pub start_deadline: Duration,
 }
 
 impl RegisterDeviceConfig {
-    /// The first serial port of a PC: 3F8, IRQ 4; one second for an access, ten for each step of the start.
+    /// The first serial port of a PC: 3F8, IRQ 4; one second for an access, ten for the start.
     pub fn com1(name: &str) -> Self {
         let (deadline, start_deadline) = (Duration::from_secs(1), Duration::from_secs(10));
         Self { name: name.to_owned(), first_port: 0x3f8, irq: 4, deadline, start_deadline }
@@ -147,7 +147,10 @@ impl Link {
         socket: OwnedFd,
         patience: Duration,
     ) -> Result<Self, ClientError> {
-        let mut client = Client::connect(socket, &config.name, patience)?;
+        // Two exchanges, and then one for each region.
+        let end = end_of(patience);
+        let mut client = Client::connect(socket, &config.name, patience / 2)?;
+        client.set_deadline(left(end))?;
         let unexpected = |field, expected, received| ClientError {
             device: config.name.clone(),
             command: Command::DeviceGetRegionInfo,
@@ -157,6 +160,7 @@ impl Link {
         if ports.size != u64::from(PORTS) {
             return Err(unexpected("size", u64::from(PORTS), ports.size));
         }
+        client.set_deadline(left(end))?;
         let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
         client.set_deadline(config.deadline)?;
         Ok(Self { client, shadow, posted: 0, streamed: 0, characters: 0, last: VecDeque::new() })
@@ -207,6 +211,15 @@ impl Link {
     }
 }
 
+fn end_of(patience: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(patience).unwrap_or(now)
+}
+
+fn left(end: Instant) -> Duration {
+    end.saturating_duration_since(Instant::now())
+}
+
 /// Maps the shadow page; a device that refuses it is read without.
 fn shadow(client: &mut Client) -> Result<Option<ShadowView>, ClientError> {
     match client.map_shadow(REGION_SHADOW) {
@@ -217,7 +230,7 @@ fn shadow(client: &mut Client) -> Result<Option<ShadowView>, ClientError> {
 
 impl RegisterDevice {
     /// Connects to the device's process over `socket`; `interrupt` is an eventfd that the caller has connected to the
-    /// interrupt controller as an edge (an irqfd without resample). Waits for the device at most five start deadlines.
+    /// interrupt controller as an edge (an irqfd without resample). Waits for the device at most one start deadline, and one for the interrupt.
     ///
     /// # Errors
     /// The device does not speak the protocol, has no eight ports, or misses a deadline.
@@ -248,13 +261,15 @@ impl RegisterDevice {
         let mut state = self.lock();
         let [line, settings] = state.journal.replay();
         line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
-        // A process that takes them one by one, each just in time, does not get them all.
-        let end = Instant::now().checked_add(self.config.deadline);
-        let in_time = |_: &&u8| end.is_none_or(|end| Instant::now() < end);
+        // A process that takes them one by one, each just in time, does not get them all; and others wait meanwhile.
+        let end = end_of(self.config.deadline);
+        let in_time = |_: &&u8| !left(end).is_zero();
         let mut characters = state.undelivered.iter().take_while(in_time);
         characters.try_for_each(|character| link.post(THR, *character, true))?;
+        link.client.set_deadline(left(end))?;
         settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
         link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
+        link.client.set_deadline(self.config.deadline)?;
         state.link = Some(link);
         self.settled.notify_all();
         Ok(())

@@ -31,7 +31,7 @@ mod tests;
 mod timers;
 mod tree;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwap;
 use bulkhead_ipc::memory::{Direction, GuestRam};
@@ -76,8 +76,9 @@ pub struct Machine {
     view: ArcSwap<FlatView>,
     /// Held while the view is derived and told to the host, so that the last one told is the last one derived.
     deriving: Mutex<()>,
-    /// Held by an access to configuration space until its effects are complete: there is one configuration mechanism.
-    configuring: Mutex<()>,
+    /// One for each slot, held by an access to its configuration space until its effects are complete. A function that waits
+    /// for its device's process makes no access to another slot wait.
+    configuring: [Mutex<()>; SLOTS as usize],
     /// Held by a write to a firmware chip until the map shows what it did: another write might undo it meanwhile.
     writing_chip: Mutex<()>,
 }
@@ -133,7 +134,7 @@ impl Machine {
             topology,
             view: ArcSwap::default(),
             deriving: Mutex::new(()),
-            configuring: Mutex::new(()),
+            configuring: Default::default(),
             writing_chip: Mutex::new(()),
         });
         machine.follow_topology();
@@ -246,21 +247,24 @@ impl Machine {
     }
 
     fn config_read(&self, lane: u64, data: &mut [u8]) {
-        let _one_at_a_time = lock(&self.configuring);
-        match self.root.mechanism.target(lane) {
-            Some((at, offset)) => self.root.bus.config_read(at, offset, data),
-            None => data.fill(0xFF),
-        }
+        let Some((at, offset)) = self.root.mechanism.target(lane) else { return data.fill(0xFF) };
+        let _one_at_a_time = self.configuring(at.slot);
+        self.root.bus.config_read(at, offset, data);
     }
 
     fn config_write(&self, lane: u64, data: &[u8]) {
-        let _one_at_a_time = lock(&self.configuring);
         if let Some((at, offset)) = self.root.mechanism.target(lane) {
+            let _one_at_a_time = self.configuring(at.slot);
             self.write_register(at, offset, data);
         }
     }
 
-    /// Writes a configuration register with all that follows from it. The caller holds `configuring`.
+    fn configuring(&self, slot: u8) -> Option<MutexGuard<'_, ()>> {
+        self.configuring.get(usize::from(slot)).map(lock)
+    }
+
+    /// Writes a configuration register with all that follows from it. The caller holds the slot's `configuring`, or no
+    /// vCPU runs yet.
     fn write_register(&self, at: SlotFunction, offset: u16, data: &[u8]) {
         let Some(written) = self.root.bus.config_write(at, offset, data) else { return };
         self.follow_topology();
@@ -297,7 +301,7 @@ impl Machine {
         if !(CHIPSET_SLOTS..SLOTS).contains(&slot) {
             return Err(AttachError::NoSuchSlot(slot));
         }
-        let _one_at_a_time = lock(&self.configuring);
+        let _one_at_a_time = self.configuring(slot);
         let pin = function.config().interrupt_pin().unwrap_or(Pin::A);
         let disabled = function.config().command().interrupt_disable();
         if !self.root.bus.attach(SlotFunction { slot, function: 0 }, function) {
@@ -313,7 +317,7 @@ impl Machine {
     /// # Errors
     /// [`AttachError::NoSuchSlot`] when nothing that can be unplugged is there.
     pub fn detach_pci(&self, slot: u8) -> Result<Arc<dyn PciFunction>, AttachError> {
-        let _one_at_a_time = lock(&self.configuring);
+        let _one_at_a_time = self.configuring(slot);
         let at = SlotFunction { slot, function: 0 };
         let pluggable = (CHIPSET_SLOTS..SLOTS).contains(&slot);
         let removed = if pluggable { self.root.bus.detach(at) } else { None };
@@ -374,14 +378,12 @@ impl Machine {
 
     /// Resets every register of every device to its reset value and derives the map anew. The caller has stopped the vCPUs.
     pub fn reset(&self) {
-        let one_at_a_time = lock(&self.configuring);
         self.root.mechanism.reset();
         self.root.bus.reset();
         self.isa.reset();
         self.config.firmware.iter().for_each(|chip| chip.reset());
         self.router.reset();
         self.follow_topology();
-        drop(one_at_a_time);
         self.follow_ejections();
     }
 
@@ -398,7 +400,7 @@ impl Machine {
 
     /// Lets RAM answer everywhere below 1 MiB but at the frame buffer, as firmware leaves it.
     pub fn shadow_ram(&self) {
-        let _one_at_a_time = lock(&self.configuring);
+        let _one_at_a_time = self.configuring(0);
         self.host_bridge.shadow();
         self.follow_topology();
     }

@@ -6,7 +6,6 @@ use super::irq::swizzle;
 use super::pci::{Bar, BarKind, Command, PciFunction, SlotFunction, header};
 use super::piix3::PIRQRC;
 use super::piix4_pm::{PMBASE, PMREGMISC, SCI_IRQ, SMBHSTCFG};
-use super::sync::lock;
 
 /// Where the PM register block goes, as SeaBIOS places it.
 pub(super) const PM_BLOCK: u16 = 0x600;
@@ -73,10 +72,9 @@ impl Windows {
 impl Machine {
     /// Does what firmware does before it starts an operating system: gives every BAR an address, enables I/O and memory
     /// decode (bus mastering is left to drivers), routes PIRQs, fills in interrupt line registers, places the PM block, and lets
-    /// RAM answer below 1 MiB. A BAR for which there is no room stays undecoded, which the log tells.
+    /// RAM answer below 1 MiB. A BAR for which there is no room stays undecoded, which the log tells. No vCPU runs yet.
     pub fn assign_resources(&self) {
         self.shadow_ram();
-        let _one_at_a_time = lock(&self.configuring);
         let bridge = SlotFunction { slot: 1, function: 0 };
         let pm = SlotFunction { slot: 1, function: 3 };
         self.write_register(bridge, PIRQRC, &PIRQ_ROUTES);

@@ -54,6 +54,7 @@ impl Role {
     pub fn policy_of(self, thread: Option<&str>) -> PolicyName {
         match (self, thread) {
             (Self::Core | Self::Supervisor, None) => PolicyName::CoreMain,
+            (Self::Core | Self::Supervisor, Some("devices")) => PolicyName::CoreDevices,
             (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
             (Self::Blk, None) => PolicyName::BlkMain,
             (Self::Blk, Some(_)) => PolicyName::BlkQueue,

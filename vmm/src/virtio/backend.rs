@@ -22,9 +22,6 @@ use super::features::{VERSION_1, visible};
 use super::queues::Queue;
 use super::status;
 
-/// How long a successor, which is ready, may take to open its session: other devices' events wait meanwhile.
-const SUCCESSION: Duration = Duration::from_secs(1);
-
 /// The connection to a back end.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -114,8 +111,7 @@ impl VirtioPci {
         let hang_up = EpollEvent::new(EpollFlags::EPOLLRDHUP, Token::Socket.into());
         self.epoll().add(link.frontend.as_fd(), hang_up).map_err(std::io::Error::from)?;
         if let Some(requests) = &link.requests {
-            let input = EpollEvent::new(EpollFlags::EPOLLIN, Token::Requests.into());
-            self.epoll().add(requests.as_fd(), input).map_err(std::io::Error::from)?;
+            self.epoll().add(requests.as_fd(), Self::next_request()).map_err(std::io::Error::from)?;
         }
         state.link = Some(link);
         Ok(())
@@ -295,7 +291,7 @@ impl VirtioPci {
     /// Lets the back end go, as after a failure but without a word about it. If it still works, it finishes first.
     pub fn disconnect_backend(&self) {
         let mut state = self.state();
-        let _ = self.stop(&mut state);
+        let _ = self.bounded(&mut state, |state| self.stop(state));
         self.disconnect(&mut state);
     }
 
@@ -308,12 +304,10 @@ impl VirtioPci {
     /// without a back end, as after a failure.
     pub fn replace_backend(&self, stream: UnixStream) -> Result<(), VirtioError> {
         self.disconnect_backend();
-        let limits = self.settings.limits;
         // Without the lock: a vCPU that uses the device meanwhile does not wait.
-        let limit = SUCCESSION.min(limits.exchange);
-        let link = Link::open(Frontend::new(&self.device, stream, limits), limit)?;
+        let frontend = Frontend::new(&self.device, stream, self.settings.limits);
+        let link = Link::open(frontend, self.settings.patience)?;
         let mut state = self.state();
-        let state = &mut *state;
         let offered = link.frontend.offered_features();
         if state.status & status::FEATURES_OK != 0 {
             let lost = state.features.accepted() & !visible(offered);
@@ -326,8 +320,19 @@ impl VirtioPci {
             return Err(VirtioError::Queues { got: link.frontend.max_queues(), needed: queues });
         }
         state.features.set_offered(offered);
-        self.adopt(state, link)?;
-        self.refresh_config_within(state, state.status & status::DRIVER_OK != 0, limit)?;
+        // What the predecessor said last is not about this one.
+        self.ring_error.take();
+        self.adopt(&mut state, link)?;
+        self.bounded(&mut state, |state| self.replay(state))?;
+        match state.link {
+            Some(_) => Ok(()),
+            None => Err(VirtioError::HungUp),
+        }
+    }
+
+    /// Brings a successor to where its predecessor was.
+    fn replay(&self, state: &mut State) -> Result<(), FrontendError> {
+        self.refresh_config(state, state.status & status::DRIVER_OK != 0)?;
         for queue in state.queues.iter_mut().filter(|queue| queue.enabled) {
             queue.base = used_index(&self.ram, queue);
         }
@@ -338,10 +343,7 @@ impl VirtioPci {
             // The predecessor may have used buffers and died before it interrupted.
             state.interrupts.queue_used(number);
         }
-        match state.link {
-            Some(_) => Ok(()),
-            None => Err(VirtioError::HungUp),
-        }
+        Ok(())
     }
 
     /// Stops the queues until [`VirtioPci::resume`]; when it returns, the back end touches guest memory no more.

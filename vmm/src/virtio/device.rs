@@ -40,6 +40,8 @@ pub struct Settings {
     pub max_queues: u16,
     /// How long to wait for the back end.
     pub limits: Limits,
+    /// How long one access of a vCPU, or the start of a successor, may wait for the back end in all.
+    pub patience: Duration,
     /// How long to wait for its first answers all together: its process may not even be there yet.
     pub start_limit: Duration,
     /// When the back end fails, keep it from the guest until [`VirtioPci::replace_backend`] or [`VirtioPci::give_up`].
@@ -58,6 +60,7 @@ impl Settings {
             queue_size: 256,
             max_queues: 64,
             limits: Limits::default(),
+            patience: Duration::from_secs(1),
             start_limit: Duration::from_secs(15),
             hold_on_failure: false,
             inflight: Box::new(FromBackend),
@@ -218,6 +221,16 @@ impl VirtioPci {
         Some(Locked::new(guard, &self.events))
     }
 
+    /// Acts with all that is asked of the back end under one deadline: a vCPU may wait for it, and others for this vCPU.
+    pub(super) fn bounded<R>(&self, state: &mut State, act: impl FnOnce(&mut State) -> R) -> R {
+        let bound =
+            |state: &mut State, limit| state.link.iter_mut().for_each(|link| link.frontend.bound(limit));
+        bound(state, Some(self.settings.patience));
+        let result = act(state);
+        bound(state, None);
+        result
+    }
+
     /// Where the device's descriptors are registered.
     pub(super) fn epoll(&self) -> &Epoll {
         self.events.inner()
@@ -259,7 +272,7 @@ impl PciFunction for VirtioPci {
         let mut state = self.state();
         state.bus_master = command.bus_master();
         state.interrupts.set_bus_master(command.bus_master());
-        self.reconcile(&mut state);
+        self.bounded(&mut state, |state| self.reconcile(state));
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
@@ -287,8 +300,12 @@ impl PciFunction for VirtioPci {
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
         let inside = offset % BLOCK;
         match (bar, offset - inside) {
-            (VIRTIO_BAR, COMMON) => self.write_common(&mut self.state(), inside, data),
-            (VIRTIO_BAR, DEVICE) => self.write_config(&mut self.state(), inside, data),
+            (VIRTIO_BAR, COMMON) => {
+                self.bounded(&mut self.state(), |state| self.write_common(state, inside, data));
+            }
+            (VIRTIO_BAR, DEVICE) => {
+                self.bounded(&mut self.state(), |state| self.write_config(state, inside, data));
+            }
             (VIRTIO_BAR, NOTIFY) => self.notify(inside),
             (MSIX_BAR, _) if offset < self.layout.pba => {
                 self.state().interrupts.write_table(offset, data);
@@ -313,7 +330,7 @@ impl PciFunction for VirtioPci {
 
     fn reset(&self) {
         let mut state = self.state();
-        self.reset_device(&mut state);
+        self.bounded(&mut state, |state| self.reset_device(state));
         state.interrupts.reset_function();
         state.bus_master = false;
     }

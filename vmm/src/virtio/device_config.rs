@@ -1,7 +1,5 @@
 //! Device-specific configuration, kept in the core (section 2.5): a read of the driver asks nobody.
 
-use std::time::Duration;
-
 use bulkhead_ipc::vhost_user::frontend::{FrontendError, Problem};
 use bulkhead_ipc::vhost_user::message::VhostUserProtocolFeatures;
 
@@ -31,22 +29,12 @@ impl DeviceConfig {
 impl VirtioPci {
     /// Reads the configuration from the back end. `notify`: interrupt the driver if it differs.
     pub(super) fn refresh_config(&self, state: &mut State, notify: bool) -> Result<(), FrontendError> {
-        self.refresh_config_within(state, notify, self.settings.limits.exchange)
-    }
-
-    /// As [`VirtioPci::refresh_config`], with an answer within `limit`.
-    pub(super) fn refresh_config_within(
-        &self,
-        state: &mut State,
-        notify: bool,
-        limit: Duration,
-    ) -> Result<(), FrontendError> {
         let Some(link) = state.link.as_mut() else { return Ok(()) };
         if state.config.bytes.is_empty() || !link.frontend.has(VhostUserProtocolFeatures::CONFIG) {
             return Ok(());
         }
         let mut bytes = vec![0; state.config.bytes.len()];
-        link.frontend.within(limit, |frontend| frontend.get_config(0, &mut bytes))?;
+        link.frontend.get_config(0, &mut bytes)?;
         if bytes != state.config.bytes {
             state.config.bytes = bytes;
             state.config.generation = state.config.generation.wrapping_add(1);

@@ -61,7 +61,7 @@ impl Token {
     }
 }
 
-/// How much a back end may say of its own accord, and how long the event loop may wait for it because of that: it serves
+/// How much a back end may say of its own accord, and how long it may be waited for because of that: whoever waits serves
 /// other devices as well.
 #[derive(Debug)]
 pub(super) struct RequestBudget {
@@ -85,17 +85,16 @@ impl Default for RequestBudget {
 }
 
 impl RequestBudget {
-    /// Takes one request; says how long the event loop may wait for what follows from it, if there was one left.
-    fn spend(&mut self) -> Option<Duration> {
+    /// Takes one request; says whether there was one left.
+    fn spend(&mut self) -> bool {
         if self.since.elapsed() >= PERIOD {
             *self = Self::default();
         }
         self.spent = self.spent.saturating_add(1);
-        let left = WAITING.saturating_sub(self.waited);
-        (self.spent <= MOST_REQUESTS && !left.is_zero()).then_some(left)
+        self.spent <= MOST_REQUESTS && self.waited < WAITING
     }
 
-    /// The event loop waited that long.
+    /// It was waited for that long.
     fn waited(&mut self, time: Duration) {
         self.waited = self.waited.saturating_add(time);
     }
@@ -187,9 +186,9 @@ impl AsFd for VirtioPci {
 }
 
 impl VirtioPci {
-    /// Handles what is there to handle, a bounded amount. Does not wait for a vCPU that uses the device; waits for the
-    /// back end only when that has something to say, and up to the deadlines.
-    pub fn on_event(&self) {
+    /// Handles what is there to handle, a bounded amount. Waits neither for a vCPU that uses the device nor for the back end.
+    /// True: the back end has asked something; [`VirtioPci::serve_request`] is due, on a thread that may wait for it.
+    pub fn on_event(&self) -> bool {
         // Takes the one shot: quiet from here to `arm`.
         let _ = self.events.outer.wait(&mut [EpollEvent::empty()], EpollTimeout::ZERO);
         let state = self.try_state().or_else(|| {
@@ -197,36 +196,52 @@ impl VirtioPci {
             fence(Ordering::SeqCst);
             self.try_state()
         });
-        if let Some(mut state) = state {
-            self.handle_events(&mut state);
-            drop(state);
-            self.events.arm();
-        }
+        let Some(mut state) = state else { return false };
+        let asked = self.handle_events(&mut state);
+        drop(state);
+        self.events.arm();
+        asked
     }
 
-    fn handle_events(&self, state: &mut State) {
+    fn handle_events(&self, state: &mut State) -> bool {
         // Under the lock: what is reported is still registered when it is handled.
         let mut events = [EpollEvent::empty(); 16];
         let count = self.epoll().wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        let mut asked = false;
         for event in events.iter().take(count) {
             match Token::from_data(event.data()) {
                 Some(Token::Queue(queue)) => state.interrupts.queue_polled(queue),
                 Some(Token::Socket) => self.fail(state, VirtioError::HungUp),
-                Some(Token::Requests) => self.backend_request(state),
+                Some(Token::Requests) => asked = true,
                 Some(Token::RingError) if self.ring_error.take() => self.fail(state, VirtioError::Ring),
                 Some(Token::RingError) | None => {}
             }
         }
+        asked
+    }
+
+    /// Serves one request of the back end; waits for it, up to the deadlines, and then hears of the next.
+    pub fn serve_request(&self) {
+        let mut state = self.state();
+        self.backend_request(&mut state);
+        if let Some(requests) = state.link.as_ref().and_then(|link| link.requests.as_ref()) {
+            let _ = self.epoll().modify(requests.as_fd(), &mut Self::next_request());
+        }
+    }
+
+    /// What to wait for on the back-end channel: one request, and no other until it is served.
+    pub(super) fn next_request() -> EpollEvent {
+        EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, Token::Requests.into())
     }
 
     fn backend_request(&self, state: &mut State) {
         let Some(link) = state.link.as_mut() else { return };
         let Some(requests) = link.requests.as_mut() else { return };
-        let Some(limit) = link.budget.spend() else {
+        if !link.budget.spend() {
             return self.fail(state, VirtioError::Flood);
-        };
+        }
         match requests.receive() {
-            Ok(BackendRequest::ConfigChange) => self.config_changed(state, limit),
+            Ok(BackendRequest::ConfigChange) => self.config_changed(state),
             Ok(BackendRequest::Refused { request }) => {
                 self.complain(state, &format_args!("the device process sent unexpected request {request}"));
             }
@@ -236,10 +251,10 @@ impl VirtioPci {
         }
     }
 
-    /// Reads the changed configuration within `limit`.
-    fn config_changed(&self, state: &mut State, limit: Duration) {
+    /// Reads the changed configuration.
+    fn config_changed(&self, state: &mut State) {
         let start = Instant::now();
-        match self.refresh_config_within(state, true, limit) {
+        match self.bounded(state, |state| self.refresh_config(state, true)) {
             Ok(()) => {
                 if let Some(link) = &mut state.link {
                     link.budget.waited(start.elapsed());

@@ -16,6 +16,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("each_device_is_replaced_whatever_ended_it", whatever_ended_it),
     ("a_device_that_keeps_dying_is_given_up", given_up),
     ("a_device_that_the_core_gives_up_is_replaced", core_gives_up),
+    ("a_device_that_talks_nonsense_is_replaced_and_disturbs_nobody", nonsense),
     ("a_hung_device_is_killed_and_replaced", hung),
     ("a_successor_that_dies_before_it_is_ready_is_followed_by_another", successor_dies),
     ("a_core_that_dies_while_a_successor_starts_ends_the_machine", core_dies_meanwhile),
@@ -106,6 +107,34 @@ fn core_gives_up() {
     assert_eq!(bench.left().len(), 3);
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
+}
+
+/// One that is not even caught at it is killed by the test, so that its successor says something else.
+fn nonsense() {
+    let bench = Bench::new();
+    fs::write(bench.path("often.toml"), OFTEN).unwrap();
+    let options = "--config often.toml --disk path=a.img,id=babbler --rng --console --log-file log";
+    let child = bench.start(options, "");
+    let others = [bench.pid("rng"), bench.pid("console")];
+    let replaced = || count(&bench, "babbler was replaced within");
+    for _ in 0..30 {
+        let before = replaced();
+        let end = Instant::now() + Duration::from_millis(300);
+        while replaced() == before && Instant::now() < end {
+            sleep(Duration::from_millis(5));
+        }
+        if replaced() == before {
+            murder(&bench, "babbler");
+            wait_for("the successor", || replaced() > before);
+        }
+    }
+    let log = fs::read_to_string(bench.path("log")).unwrap();
+    assert!(count(&bench, "babbler sent nonsense on its control channel") > 5, "{log}");
+    assert!(!log.contains('\u{1b}') && log.lines().all(|line| line.len() < 2000));
+    assert_eq!([bench.pid("rng"), bench.pid("console")], others, "{log}");
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+    assert!(bench.left().is_empty());
 }
 
 fn hung() {

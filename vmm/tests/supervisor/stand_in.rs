@@ -3,11 +3,11 @@
 //! Contains unsafe code: one of the ways to misbehave is a crash.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::exit;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_ipc::channel::message::{
     Boot, CoreStart, Descriptors, DeviceConfig, DeviceStart, FromCore, FromDevice, Input, Left, MachineEnd,
@@ -16,6 +16,7 @@ use bulkhead_ipc::channel::message::{
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, PolicyName};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::de::DeserializeOwned;
 
 struct Control {
@@ -49,6 +50,33 @@ impl Control {
         expected.push(self.channel.as_fd());
         let sealed = jail::seal(main, &expected).unwrap();
         self.channel.send(&ready(sealed.policies()), &sealed.descriptors()).unwrap();
+    }
+}
+
+/// Sends what is no message, or not one that is due. Each process something else.
+fn babble(control: &Control) {
+    let send = |bytes: &[u8], fds: &[i32]| {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let rights: &[_] = if fds.is_empty() { &[] } else { &rights };
+        let number = control.channel.as_fd().as_raw_fd();
+        let _full = sendmsg::<()>(number, &[IoSlice::new(bytes)], rights, MsgFlags::MSG_DONTWAIT, None);
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos();
+    let noise: Vec<u8> = (0..200_u32).map(|at| (at.wrapping_mul(now) >> 7).to_le_bytes()[0]).collect();
+    match now / 1000 % 8 {
+        0 => send(&noise[..usize::try_from(now % 200).unwrap()], &[]),
+        1 => send(&[0xff; 4096], &[]),
+        2 => send(&vec![0; 60_000], &[]),
+        3 => drop(control.channel.send(&FromCore::Ended(MachineEnd::PowerOff), &[])),
+        4 => drop(control.channel.send(&FromDevice::Ready { policies: vec![PolicyName::CoreMain] }, &[])),
+        5 => send(&noise, &[0; 60]),
+        6 => {
+            for _ in 0..5000 {
+                send(&[1], &[]);
+            }
+            send(&noise, &[]);
+        }
+        _ => drop(control.channel.send(&FromDevice::Failed("\u{1b}[2J".repeat(500)), &[])),
     }
 }
 
@@ -188,6 +216,10 @@ pub fn device() {
         exit(1);
     }
     control.ready(policy, &kept, |policies| FromDevice::Ready { policies });
+    if id == "babbler" {
+        poll(&mut [], 100u8).unwrap();
+        babble(&control);
+    }
     match id.strip_prefix("late-") {
         Some(word) => {
             // The machine runs by then.

@@ -157,6 +157,23 @@ fn descriptors_where_none_belong_fail_the_connection() {
 }
 
 #[test]
+fn surplus_descriptors_are_closed() {
+    for count in [5, 60, 253] {
+        let (mut end, sent) = std::io::pipe().unwrap();
+        let mut client = connected(move |stream, request| {
+            let numbers = vec![sent.as_raw_fd(); count];
+            let bytes = reply_to(request, &[0; 32]);
+            let rights = [ControlMessage::ScmRights(&numbers)];
+            let parts = [std::io::IoSlice::new(&bytes)];
+            sendmsg::<()>(stream.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();
+        });
+        let fault = client.region_info(1).unwrap_err().fault;
+        assert_eq!(fault, Fault::Descriptors { expected: 1, received: count });
+        assert_eq!(end.read(&mut [0]).unwrap(), 0, "nobody holds one of the {count} any more");
+    }
+}
+
+#[test]
 fn only_a_sealed_memfd_of_full_size_is_mapped() {
     let attempt = |length: i64, seal: bool, size: u64| {
         let mut client = connected(move |stream, request| {

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use nix::fcntl::{FcntlArg, fcntl};
+
 use super::{Frontend, FrontendError};
 use crate::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
@@ -45,7 +47,8 @@ fn parse(payload: &[u8]) -> Option<(u64, u64)> {
 
 impl Frontend {
     /// GET_INFLIGHT_FD: has the back end allocate memory for `queues` queues of `queue_size` entries.
-    /// `None` if it has none to give: it answers with size 0, or with an error code in place of the memory.
+    /// `None` if it has none to give: it answers with size 0, with an error code in place of the memory, or with memory
+    /// that is not sealed against shrinking.
     ///
     /// # Errors
     /// A reply whose memory does not lie in its file, or is larger than any such memory can be.
@@ -77,6 +80,11 @@ impl Frontend {
         let Some(file) = message.descriptors.into_iter().next() else {
             return Err(self.bad_reply(request, "number of descriptors", 0, "1"));
         };
+        // What can be truncated would be a trap for the next process that maps it: better none.
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or(0);
+        if seals & libc::F_SEAL_SHRINK == 0 {
+            return Ok(None);
+        }
         let length = match nix::sys::stat::fstat(&file) {
             Ok(stat) => u64::try_from(stat.st_size).unwrap_or(0),
             Err(_) => 0,

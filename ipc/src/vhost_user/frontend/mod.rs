@@ -146,6 +146,11 @@ impl Frontend {
         result
     }
 
+    /// Puts all exchanges up to the next call under one deadline, `limit` from now; `None`: none but each one's own.
+    pub fn bound(&mut self, limit: Option<Duration>) {
+        self.operation = limit.map(Deadline::after);
+    }
+
     fn deadline(&self, limit: Duration) -> Deadline {
         let limit = match self.operation.and_then(|operation| operation.remaining()) {
             Some(left) => limit.min(left),

@@ -11,6 +11,7 @@ mod bare;
 mod boot;
 mod disk;
 mod firmware;
+mod hostile;
 mod hotplug;
 mod jail;
 mod lifecycle;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         jail::cases(),
         limits::cases(),
         bare::cases(),
+        hostile::cases(),
         serial::cases(),
         refusals::cases(),
         hotplug::cases(),

@@ -102,12 +102,23 @@ fn stopped(status: i32, pid: Pid, threads: &mut HashMap<Pid, Thread>, policies: 
             request = Some(libc::PTRACE_DETACH);
         }
     }
+    if !threads.contains_key(&pid) {
+        threads.insert(pid, Thread { policy: inherited(pid, threads), ..Thread::default() });
+    }
     let thread = threads.get(&pid).copied().unwrap_or_default();
     let watched = thread.policy.is_some() || thread.loading.is_some();
     let request = request.unwrap_or(if watched { libc::PTRACE_SYSCALL } else { libc::PTRACE_CONT });
     // A thread that was killed meanwhile says so itself.
     // SAFETY: no memory is involved.
     unsafe { libc::ptrace(request, pid.as_raw(), 0, deliver) };
+}
+
+/// The policy of a new thread: that of its process's set-up, if it has one.
+fn inherited(pid: Pid, threads: &HashMap<Pid, Thread>) -> Option<PolicyName> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()?;
+    let policy = threads.get(&Pid::from_raw(process))?.policy?;
+    (policy == PolicyName::CoreSetup).then_some(policy)
 }
 
 /// `PTRACE_O_TRACESYSGOOD`.

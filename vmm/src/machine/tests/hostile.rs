@@ -1,5 +1,7 @@
 //! A guest that does anything at all.
 
+use std::sync::Barrier;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -104,4 +106,45 @@ fn several_vcpus_move_bars_and_flip_pam_at_once() {
     assert_eq!(host.recorded().doorbells, machine.view.load().doorbells);
     assert_eq!(host.recorded().slots, machine.view.load().slots);
     assert_eq!(machine.view.load().generation, machine.topology.generation());
+}
+
+/// A function that waits, at its command register, for somebody to let it go on.
+struct Slow {
+    config: ConfigSpace,
+    entered: Barrier,
+    released: Barrier,
+}
+
+impl PciFunction for Slow {
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn command_changed(&self, _command: Command) {
+        self.entered.wait();
+        self.released.wait();
+    }
+
+    fn reset(&self) {}
+}
+
+#[test]
+fn a_function_that_waits_for_its_device_process_holds_up_no_other_slot() {
+    let (_, machine) = machine(2);
+    let identity = Identity { vendor: 0x1234, device: 4, ..Identity::default() };
+    let config = ConfigSpaceBuilder::new(identity).build();
+    let slow = Arc::new(Slow { config, entered: Barrier::new(2), released: Barrier::new(2) });
+    machine.attach_pci(4, slow.clone()).unwrap();
+    machine.attach_pci(5, TestFunction::new(5)).unwrap();
+    let vcpu = {
+        let machine = machine.clone();
+        std::thread::spawn(move || config_write(&machine, (4, 0), 4, 2, 7))
+    };
+    slow.entered.wait();
+    // Would wait for ever if it did.
+    assert_eq!(config_read(&machine, (5, 0), 0, 4), 0x0005_1234);
+    config_write(&machine, (5, 0), 4, 2, 7);
+    assert_eq!(config_read(&machine, (5, 0), 4, 2), 7);
+    slow.released.wait();
+    vcpu.join().unwrap();
 }

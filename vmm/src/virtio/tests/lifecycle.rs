@@ -169,8 +169,7 @@ fn a_back_end_that_hangs_holds_a_vcpu_only_up_to_the_deadline() {
     ] {
         let (stream, peer) = Peer::start(Script { silent_on: Some(request), ..Script::default() });
         let limit = Duration::from_millis(50);
-        let limits = Limits { exchange: limit, stop: limit };
-        let scaffold = scaffold_with(Settings { limits, ..settings() }, stream);
+        let scaffold = scaffold_with(Settings { patience: limit, ..settings() }, stream);
         let start = Instant::now();
         scaffold.driver.start();
         if request == FrontendReq::GET_VRING_BASE {
@@ -199,13 +198,13 @@ fn a_back_end_that_never_stops_talking_is_a_failure() {
         if peer.seen.lock().unwrap().channel.is_some() {
             peer.change_config_quietly();
         }
-        scaffold.device.on_event();
+        serve(&scaffold.device);
     }
     assert!(scaffold.failures.0.lock().unwrap()[0].contains("more of the core's time"));
 }
 
 #[test]
-fn a_back_end_that_dawdles_gets_two_seconds_of_the_event_loop() {
+fn a_back_end_that_dawdles_gets_two_seconds_in_ten() {
     let (scaffold, peer) = scaffold();
     scaffold.driver.start();
     wait_until(&scaffold.device, || peer.seen.lock().unwrap().channel.is_some());
@@ -223,8 +222,7 @@ fn the_event_loop_does_not_wait_for_a_vcpu_that_waits_for_the_back_end() {
     let (stream, peer) =
         Peer::start(Script { silent_on: Some(FrontendReq::GET_VRING_BASE), ..Script::default() });
     let limit = Duration::from_secs(1);
-    let limits = Limits { exchange: limit, stop: limit };
-    let scaffold = scaffold_with(Settings { limits, ..settings() }, stream);
+    let scaffold = scaffold_with(Settings { patience: limit, ..settings() }, stream);
     scaffold.driver.start();
     peer.requests();
     let device = Arc::clone(&scaffold.device);

@@ -104,7 +104,8 @@ struct Scaffold {
 
 fn settings() -> Settings {
     let exchange = Duration::from_secs(10);
-    Settings { limits: Limits { exchange, stop: exchange }, ..Settings::new("disk0", DeviceType::BLOCK) }
+    let limits = Limits { exchange, stop: exchange };
+    Settings { limits, patience: exchange, ..Settings::new("disk0", DeviceType::BLOCK) }
 }
 
 fn scaffold_with(settings: Settings, stream: UnixStream) -> Scaffold {
@@ -132,6 +133,13 @@ fn scaffold() -> (Scaffold, Peer) {
     (scaffold_with(settings(), stream), peer)
 }
 
+/// What the core's two threads do.
+fn serve(device: &VirtioPci) {
+    if device.on_event() {
+        device.serve_request();
+    }
+}
+
 /// Waits until `condition` holds, letting the device handle its events.
 fn wait_until(device: &VirtioPci, mut condition: impl FnMut() -> bool) {
     use std::os::fd::AsFd;
@@ -140,6 +148,6 @@ fn wait_until(device: &VirtioPci, mut condition: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(10), "nothing happened");
         let mut fds = [nix::poll::PollFd::new(device.as_fd(), nix::poll::PollFlags::POLLIN)];
         nix::poll::poll(&mut fds, 20u16).unwrap();
-        device.on_event();
+        serve(device);
     }
 }

@@ -11,6 +11,9 @@ use bulkhead_ipc::vhost_user::deadline::Deadline;
 use bulkhead_ipc::vhost_user::frontend::SUPPORTED_PROTOCOL_FEATURES;
 use bulkhead_ipc::vhost_user::message::{BackendReq, FrontendReq, VhostUserProtocolFeatures};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
 const LONG: Duration = Duration::from_secs(20);
 
 /// How a peer is.
@@ -33,6 +36,8 @@ pub struct Script {
     pub dawdles_on: Option<(FrontendReq, Duration)>,
     /// Has no memory for requests in flight to give: size 0.
     pub no_inflight: bool,
+    /// Seals that memory, so that it cannot take it away again.
+    pub seals_inflight: bool,
 }
 
 /// VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC, RING_PACKED (which must not reach the guest), and three of the device.
@@ -53,6 +58,7 @@ impl Default for Script {
             refuses: None,
             dawdles_on: None,
             no_inflight: false,
+            seals_inflight: true,
         }
     }
 }
@@ -183,9 +189,13 @@ fn serve(connection: &Connection, seen: &Mutex<Seen>, script: &Mutex<Script>) {
                 Some(payload)
             }
             FrontendReq::GET_INFLIGHT_FD => {
-                let memory = tempfile::tempfile().unwrap();
-                memory.set_len(0x1000).unwrap();
-                file = Some(OwnedFd::from(memory));
+                let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+                let memory = memfd_create(c"inflight", flags).unwrap();
+                nix::unistd::ftruncate(&memory, 0x1000).unwrap();
+                if script.seals_inflight {
+                    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+                }
+                file = Some(memory);
                 let mut payload = [0x1000u64, 0].map(u64::to_le_bytes).concat();
                 payload.extend(&message.payload[16..]);
                 Some(payload)

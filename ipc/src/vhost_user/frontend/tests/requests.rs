@@ -11,6 +11,13 @@ fn memory_file(size: u64) -> File {
     file
 }
 
+fn sealed_memory(size: u64) -> File {
+    let file = memfd::MemfdOptions::new().allow_sealing(true).create("memory").unwrap();
+    file.as_file().set_len(size).unwrap();
+    file.add_seals(&[memfd::FileSeal::SealShrink]).unwrap();
+    file.into_file()
+}
+
 #[test]
 fn negotiation_takes_what_both_sides_know() {
     let (mut frontend, peer) = with_peer(LONG, good_peer);
@@ -137,7 +144,7 @@ fn in_flight_memory_must_lie_in_its_file() {
             connection.receive(Deadline::after(LONG)).unwrap();
             let mut payload = [size, offset].map(u64::to_le_bytes).concat();
             payload.extend([2, 0, 0, 1, 0, 0, 0, 0]);
-            let file = file_size.map(memory_file);
+            let file = file_size.map(sealed_memory);
             let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
             let request = FrontendReq::GET_INFLIGHT_FD.into();
             connection.send(request, Kind::Reply, &payload, &fds, Deadline::after(LONG)).unwrap();
