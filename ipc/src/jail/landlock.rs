@@ -10,12 +10,12 @@
 
 use std::ffi::c_long;
 use std::mem;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
 
-use super::JailError;
+use super::{JailError, shared};
 
 /// `struct landlock_ruleset_attr` of <linux/landlock.h>.
 #[repr(C)]
@@ -24,17 +24,6 @@ struct Ruleset {
     network: u64,
     scoped: u64,
 }
-
-/// `struct landlock_path_beneath_attr`.
-#[repr(C, packed)]
-struct PathBeneath {
-    allowed: u64,
-    parent: RawFd,
-}
-
-/// What is withheld below a shared directory, too: EXECUTE, MAKE_CHAR, MAKE_BLOCK, IOCTL_DEV. Whether it may be written is said by its
-/// mount.
-const NEVER: u64 = 1 << 0 | 1 << 6 | 1 << 11 | 1 << 15;
 
 /// What a version of the interface can withhold.
 const fn withheld(version: c_long) -> Ruleset {
@@ -66,7 +55,7 @@ pub fn landlock_version() -> Result<c_long, Errno> {
 }
 
 /// Puts the calling thread and all that it will create under it; nothing where the kernel has none, which the supervisor reports.
-pub(super) fn restrict(shared: Option<BorrowedFd<'_>>) -> Result<(), JailError> {
+pub(super) fn restrict() -> Result<(), JailError> {
     let Ok(version) = landlock_version() else { return Ok(()) };
     let ruleset = withheld(version);
     let size: c_long = match version {
@@ -80,21 +69,7 @@ pub(super) fn restrict(shared: Option<BorrowedFd<'_>>) -> Result<(), JailError> 
     let fd = Errno::result(fd).map_err(JailError::Landlock)?;
     // SAFETY: the call returned a new descriptor, which nobody else owns.
     let fd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) };
-    if let Some(directory) = shared {
-        const PATH_BENEATH: c_long = 1;
-        let rule = PathBeneath { allowed: ruleset.files & !NEVER, parent: directory.as_raw_fd() };
-        // SAFETY: the kernel reads a live structure of the type that the constant names.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_landlock_add_rule,
-                fd.as_raw_fd(),
-                PATH_BENEATH,
-                &raw const rule,
-                0 as c_long,
-            )
-        };
-        Errno::result(result).map_err(JailError::Landlock)?;
-    }
+    shared::allow(fd.as_fd(), ruleset.files).map_err(JailError::Landlock)?;
     // SAFETY: no memory is involved.
     let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, fd.as_raw_fd(), 0 as c_long) };
     Errno::result(result).map(drop).map_err(JailError::Landlock)

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
-use super::{JailError, PolicyName, child, landlock};
+use super::{JailError, PolicyName, landlock, shared};
 use crate::log::Line;
 
 /// Exit code after a panic. Each process is number 1 of its pid namespace, where SIGABRT by itself does nothing.
@@ -39,12 +39,6 @@ pub enum Enforcement {
     Supervised,
 }
 
-/// The shared directory's.
-const SHARED: RawFd = child::SHARED;
-/// That of `/proc/self/fd`, which opens what is held of the directory.
-const SHARED_DESCRIPTORS: RawFd = SHARED + 1;
-
-static SHARES: AtomicBool = AtomicBool::new(false);
 static SUPERVISED: AtomicBool = AtomicBool::new(false);
 static LISTENERS: Mutex<Vec<(PolicyName, OwnedFd)>> = Mutex::new(Vec::new());
 
@@ -60,26 +54,12 @@ pub fn enter() -> Result<OwnedFd, JailError> {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     nix::sys::prctl::set_dumpable(false).map_err(JailError::call("become not dumpable"))?;
     let open = open_descriptors()?;
-    let shares = open.contains(&SHARED);
-    // SAFETY: the descriptor is open, and nothing in this process closes it while it is borrowed.
-    let shared = shares.then(|| unsafe { BorrowedFd::borrow_raw(SHARED) });
-    landlock::restrict(shared)?;
-    let expected = [0, 1, 2, CHANNEL, SHARED, SHARED_DESCRIPTORS];
-    compare(&open, expected.get(..if shares { 6 } else { 4 }).unwrap_or(&expected))?;
-    SHARES.store(shares, Ordering::SeqCst);
+    let given = [&[0, 1, 2, CHANNEL], shared::given(&open)].concat();
+    landlock::restrict()?;
+    compare(&open, &given)?;
     // SAFETY: descriptor 3 is open and by the contract of `spawn` it is ours; the check above would have failed in a program
     // that had opened it for something else before, since that program's own descriptor would then be number 4.
     Ok(unsafe { OwnedFd::from_raw_fd(CHANNEL) })
-}
-
-/// The directory that [`super::SharedDirectory`] gave to this process, and its `/proc/self/fd`, each the root of a mount tree of its own;
-/// once, after [`enter`]. `None`: it was given none.
-#[must_use]
-pub fn shared_directory() -> Option<(OwnedFd, OwnedFd)> {
-    SHARES.swap(false, Ordering::SeqCst).then(|| {
-        // SAFETY: `enter` has seen that both are open, and nobody has taken them before.
-        unsafe { (OwnedFd::from_raw_fd(SHARED), OwnedFd::from_raw_fd(SHARED_DESCRIPTORS)) }
-    })
 }
 
 /// Says what a forbidden system call does, before the first [`enter_thread`] or [`seal`]; [`Enforcement::Standalone`] if

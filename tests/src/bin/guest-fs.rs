@@ -10,6 +10,8 @@
 //! the edges: files that are open and have no name, exclusive making, permissions, times, symbolic links that lead nowhere.
 //!
 //! Exit status 1 and a sentence on a difference.
+//!
+//! Contains unsafe code: mappings, holes, copies within the kernel and pipes, as programs ask for them.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
