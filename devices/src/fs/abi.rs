@@ -150,6 +150,10 @@ pub(super) mod init {
     pub(crate) const MAX_PAGES: u32 = 1 << 22;
     pub(crate) const CACHE_SYMLINKS: u32 = 1 << 23;
     pub(crate) const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
+    /// More flags follow, 32 bits on.
+    pub(crate) const EXT: u32 = 1 << 30;
+    /// `FUSE_DIRECT_IO_ALLOW_MMAP`, among those: files without page cache can be mapped all the same.
+    pub(crate) const DIRECT_IO_ALLOW_MMAP: u32 = 1 << (36 - 32);
 }
 
 /// `valid` of FUSE_SETATTR.

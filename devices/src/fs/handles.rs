@@ -65,7 +65,7 @@ impl Handles {
     ) -> Result<u64, Errno> {
         let (slot, generation) = match self.free.pop() {
             Some((slot, generation)) => (slot, generation.wrapping_add(1)),
-            None if self.slots.len() >= MOST_HANDLES => return Err(Errno::NFILE),
+            None if self.slots.len() >= MOST_HANDLES as usize => return Err(Errno::NFILE),
             None => {
                 self.slots.push(None);
                 (self.slots.len().saturating_sub(1), 0)

@@ -122,7 +122,7 @@ impl VirtioDevice for Fs {
     }
 
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
-        let queue = self.server.take().map(|server| FsQueue::new(server));
+        let queue = self.server.take().map(FsQueue::new);
         queue.into_iter().map(|queue| Box::new(PollWorker::new(queue, QUEUES)) as _).collect()
     }
 

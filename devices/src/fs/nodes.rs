@@ -223,7 +223,7 @@ impl Nodes {
         let parent = slot_of(parent)?;
         let (slot, generation) = match self.free.pop() {
             Some((slot, generation)) => (slot, generation.wrapping_add(1)),
-            None if self.slots.len() >= MOST_NODES => return Err(Errno::NFILE),
+            None if self.slots.len() >= MOST_NODES as usize => return Err(Errno::NFILE),
             None => {
                 self.slots.push(None);
                 (self.slots.len().saturating_sub(1), 0)

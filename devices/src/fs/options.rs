@@ -43,7 +43,7 @@ pub(super) trait Caching {
     /// How long the guest may believe names and attributes.
     fn lifetime(self) -> Duration;
     /// Whether contents are read and written without the guest's page cache.
-    fn is_direct(self) -> bool;
+    fn bypasses_pages(self) -> bool;
 }
 
 impl Caching for FsCache {
@@ -55,7 +55,7 @@ impl Caching for FsCache {
         }
     }
 
-    fn is_direct(self) -> bool {
+    fn bypasses_pages(self) -> bool {
         matches!(self, Self::Never | Self::Metadata)
     }
 }

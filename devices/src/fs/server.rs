@@ -171,6 +171,11 @@ impl Server {
             FsCache::Auto | FsCache::Metadata => init::AUTO_INVAL_DATA,
             FsCache::Always => init::CACHE_SYMLINKS,
         };
+        let mut more = 0;
+        if offered & init::EXT != 0 && self.options.cache.bypasses_pages() {
+            wanted |= init::EXT;
+            more = fields.u32()? & init::DIRECT_IO_ALLOW_MMAP;
+        }
         if self.options.cache != FsCache::Never {
             wanted |= init::DO_READDIRPLUS | init::READDIRPLUS_AUTO;
         }
@@ -186,7 +191,9 @@ impl Server {
         // Times count nanoseconds.
         self.answer.u32(1);
         self.answer.u16(MOST_PAGES);
-        self.answer.put(&[0; 34]);
+        self.answer.u16(0);
+        self.answer.u32(more);
+        self.answer.put(&[0; 28]);
         Ok(())
     }
 
@@ -355,7 +362,7 @@ impl Server {
         match (self.options.cache, directory) {
             (FsCache::Always, true) => KEEP_CACHE | CACHE_DIR,
             (FsCache::Always, false) => KEEP_CACHE,
-            (cache, false) if cache.is_direct() => DIRECT_IO,
+            (cache, false) if cache.bypasses_pages() => DIRECT_IO,
             _ => 0,
         }
     }

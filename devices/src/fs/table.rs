@@ -12,16 +12,18 @@ use std::os::unix::fs::FileExt;
 use super::message::check_name;
 
 /// Most nodes that the guest may hold at a time.
-pub(super) const MOST_NODES: usize = 1 << 20;
+pub(super) const MOST_NODES: u32 = 1 << 20;
 /// Most files and directories that the guest may have open.
-pub(super) const MOST_HANDLES: usize = 1 << 16;
+pub(super) const MOST_HANDLES: u32 = 1 << 16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"bulkfs01");
 const NODES_AT: u64 = 4096;
-const NODE: u64 = 320;
+const NODE_BYTES: usize = 320;
+const NODE: u64 = NODE_BYTES as u64;
 const NODE_NAME: usize = 56;
 const HANDLES_AT: u64 = NODES_AT + NODE * MOST_NODES as u64;
-const HANDLE: u64 = 24;
+const HANDLE_BYTES: usize = 24;
+const HANDLE: u64 = HANDLE_BYTES as u64;
 
 /// What a file is known by, besides its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -109,8 +111,8 @@ impl Table {
         }
         Ok(Agreed {
             begun: u32_at(&bytes, 8) == 1,
-            nodes: u32_at(&bytes, 12).min(MOST_NODES as u32),
-            handles: u32_at(&bytes, 16).min(MOST_HANDLES as u32),
+            nodes: u32_at(&bytes, 12).min(MOST_NODES),
+            handles: u32_at(&bytes, 16).min(MOST_HANDLES),
         })
     }
 
@@ -119,7 +121,7 @@ impl Table {
         if self.file.is_none() {
             return Ok(());
         }
-        let mut bytes = [0; NODE as usize];
+        let mut bytes = [0; NODE_BYTES];
         let name = node.name.get(..node.name.len().min(255)).unwrap_or_default();
         put(&mut bytes, 0, &node.lookups.to_le_bytes());
         put(&mut bytes, 8, &node.parent.to_le_bytes());
@@ -142,7 +144,7 @@ impl Table {
 
     /// The node of a slot as a predecessor noted it, used or not.
     pub(super) fn node(&self, slot: usize) -> io::Result<Option<NodeRecord>> {
-        let mut bytes = [0; NODE as usize];
+        let mut bytes = [0; NODE_BYTES];
         let Some(file) = &self.file else { return Ok(None) };
         if file.read_at(&mut bytes, node_at(slot))? < NODE_NAME {
             return Ok(None);
@@ -166,7 +168,7 @@ impl Table {
 
     /// Notes an open file; `None`: the slot is free.
     pub(super) fn set_handle(&self, slot: usize, handle: Option<HandleRecord>) -> io::Result<()> {
-        let mut bytes = [0; HANDLE as usize];
+        let mut bytes = [0; HANDLE_BYTES];
         if let Some(handle) = handle {
             put(&mut bytes, 0, &1u32.to_le_bytes());
             put(&mut bytes, 4, &handle.node.to_le_bytes());
@@ -179,7 +181,7 @@ impl Table {
 
     /// The open file of a slot as a predecessor noted it.
     pub(super) fn handle(&self, slot: usize) -> io::Result<Option<HandleRecord>> {
-        let mut bytes = [0; HANDLE as usize];
+        let mut bytes = [0; HANDLE_BYTES];
         let Some(file) = &self.file else { return Ok(None) };
         if file.read_at(&mut bytes, handle_at(slot))? < bytes.len() || u32_at(&bytes, 0) != 1 {
             return Ok(None);

@@ -325,7 +325,7 @@ fn edges(folder: &Path) -> Outcome<()> {
     at("pwrite", file.write_all_at(b"end", 1 << 20))?;
     // SAFETY: no memory is involved.
     let data = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_DATA) };
-    ensure(data >= 0 && data <= 1 << 20, format!("SEEK_DATA finds {data}"))?;
+    ensure((0..=1 << 20).contains(&data), format!("SEEK_DATA finds {data}"))?;
     at("unlink", fs::remove_file(path("holes")))?;
     fails("a name of 256 bytes", File::create(path(&"n".repeat(256))), libc::ENAMETOOLONG)
 }

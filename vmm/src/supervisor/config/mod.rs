@@ -315,11 +315,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let log = LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    };
+    let log = log(&mut args, &mut file);
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
     let confinement = confine(
@@ -338,7 +334,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
-    let (shares, mut share_restarts) = name_shares(fs, &disks)?;
+    let shares = name_shares(fs, &disks, &mut rules)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -355,8 +351,6 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
     let others = others.chain(shares.iter().map(|share| share.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
-    share_restarts.retain(|(id, _)| !restarts.iter().any(|(other, _)| other == id));
-    let restarts = [restarts, share_restarts].concat();
     let liveness =
         Liveness::new(args.hang_deadline.or(file.hang_deadline), args.stall_deadline.or(file.stall_deadline));
     let mut smbios = args.smbios.take().or(file.smbios.take()).unwrap_or_default();
@@ -395,6 +389,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     check_limits(&config)?;
     Ok(config)
+}
+
+fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
 }
 
 /// The four options about the jail.
@@ -548,14 +550,15 @@ impl ShareConfig {
     }
 }
 
-/// Shared directories with their ids, and the restart policies that were said of them.
-type Shares = (Vec<ShareConfig>, Vec<(String, RestartPolicy)>);
-
-fn name_shares(specs: Vec<FsSpec>, disks: &[DiskConfig]) -> Result<Shares, ConfigError> {
+/// Gives shared directories their ids. What they say of restarts comes before all other rules.
+fn name_shares(
+    specs: Vec<FsSpec>,
+    disks: &[DiskConfig],
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<ShareConfig>, ConfigError> {
     let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     taken.extend(disks.iter().map(|disk| disk.id.clone()));
     let mut shares: Vec<ShareConfig> = Vec::with_capacity(specs.len());
-    let mut restarts = Vec::new();
     for (index, mut spec) in specs.into_iter().enumerate() {
         if let Some(other) = shares.iter().find(|other| other.tag == spec.tag) {
             let fault = format!("the tag '{}' is already that of {}", spec.tag, other.id);
@@ -568,10 +571,11 @@ fn name_shares(specs: Vec<FsSpec>, disks: &[DiskConfig]) -> Result<Shares, Confi
             return Err(ConfigError::DuplicateId { path: share.path, id: share.id });
         }
         taken.push(share.id.clone());
-        restarts.extend(restart.map(|policy| (share.id.clone(), policy)));
+        let rule = restart.map(|policy| RestartRule { device: Some(share.id.clone()), policy });
+        rules.splice(0..0, rule);
         shares.push(share);
     }
-    Ok((shares, restarts))
+    Ok(shares)
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
