@@ -321,3 +321,77 @@ fn words(args: &RunArgs, contents: &str) -> String {
     let _infallible = write!(text, "\n# the initial RAM file system, made for this run: {contents}\n");
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::supervisor::cli::{Cli, Command};
+
+    fn args(words: &[&str]) -> RunArgs {
+        let all = ["bulkhead", "run"].iter().chain(words);
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(args) => *args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn everything_is_for_reading_but_what_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().canonicalize().unwrap();
+        let mut args = args(&["--rw", path.to_str().unwrap(), "--", "sh", "-c", "exit 7"]);
+        let (cwd, mounts) = share(&mut args, Path::new("/")).unwrap();
+        assert_eq!(cwd, env::current_dir().unwrap().to_str().unwrap());
+        assert_eq!(mounts.len(), 1);
+        assert_eq!((mounts[0].path.as_str(), mounts[0].read_only), (path.to_str().unwrap(), false));
+        let shared: Vec<_> = args.fs.iter().map(|fs| (fs.tag.as_str(), fs.readonly, fs.submounts)).collect();
+        assert_eq!(shared, [("root", true, true), ("mount0", false, false)]);
+        let plan = plan(&args, &cwd, &mounts, Path::new("/"));
+        let all = |key| {
+            plan.iter()
+                .filter(|(other, _)| *other == key)
+                .map(|(_, value)| value.as_str())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(all("arg"), ["sh", "-c", "exit 7"]);
+        assert_eq!(all("mount"), [format!("mount0:rw:{}", path.display())]);
+        assert_eq!(all("cwd"), [cwd]);
+    }
+
+    #[test]
+    fn another_root_still_shows_the_current_directory() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut args = args(&["--", "true"]);
+        let (cwd, mounts) = share(&mut args, folder.path()).unwrap();
+        assert_eq!(mounts.len(), 1);
+        assert!(mounts[0].read_only);
+        assert_eq!(mounts[0].path, cwd);
+    }
+
+    #[test]
+    fn options_without_or_against_a_command_are_refused() {
+        let refusal = |words: &[&str]| prepare(&mut args(words)).unwrap_err().to_string();
+        assert!(refusal(&["--root", "/"]).contains("--root is for `bulkhead run -- COMMAND`"));
+        assert!(refusal(&["--dry-run"]).contains("--dry-run"));
+        assert!(refusal(&["--firmware", "seabios", "--", "true"]).contains("--firmware"));
+        assert!(refusal(&["--rw", "/nonexistent", "--", "true"]).contains("/nonexistent"));
+        assert!(refusal(&["--root", "/dev/null", "--", "true"]).contains("/dev/null"));
+        assert!(prepare(&mut args(&["--kernel", "k"])).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_words_can_be_given_to_a_shell() {
+        assert_eq!(quoted("a=b/c,d"), "a=b/c,d");
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+        assert_eq!(quoted(""), "''");
+        let mut args = args(&["--save-initrd", "/i d", "--", "true"]);
+        args.kernel = Some("/boot/vmlinuz".into());
+        fill(&mut args);
+        share(&mut args, Path::new("/")).unwrap();
+        let words = words(&args, "nothing");
+        assert!(words.starts_with("bulkhead run --kernel /boot/vmlinuz --initrd '/i d' "), "{words}");
+        assert!(words.contains("--fs tag=root,path=/,readonly=on,submounts=on,others=0"), "{words}");
+    }
+}
