@@ -4,6 +4,7 @@ pub mod blk;
 pub mod console;
 pub mod flash;
 pub mod fs;
+pub mod keyboard;
 pub mod rng;
 pub mod serve;
 pub mod standalone;

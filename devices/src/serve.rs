@@ -22,6 +22,7 @@ use crate::blk::{Blk, BlkError};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
+use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -47,6 +48,9 @@ pub enum ServeError {
     /// The flash chip ended.
     #[error(transparent)]
     Flash(#[from] FlashError),
+    /// The keyboard ended.
+    #[error(transparent)]
+    Keyboard(#[from] KeyboardError),
     /// The directory cannot be shared.
     #[error(transparent)]
     Fs(#[from] FsError),
@@ -77,6 +81,7 @@ enum Prepared<'a> {
     Virtio(Daemon, Option<Controller>),
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
+    Keyboard(Box<Keyboard<'a>>),
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -120,6 +125,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Console(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
+        DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Fs(_) => "fs",
     }
 }
@@ -143,6 +149,7 @@ pub fn run(
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
+        Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -218,6 +225,13 @@ fn prepare<'a>(
             let flash = flash::open(socket, file, memory, config, channel)?;
             seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
             return Ok(Prepared::Flash(Box::new(flash)));
+        }
+        DeviceConfig::Keyboard(config) => {
+            let state = resources.take(config.state)?.into();
+            resources.finish(channel)?;
+            let keyboard = keyboard::open(socket, state, channel)?;
+            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
+            return Ok(Prepared::Keyboard(Box::new(keyboard)));
         }
         DeviceConfig::Fs(config) => {
             let (directory, descriptors) = jail::shared_directory().ok_or(ServeError::NoDirectory)?;

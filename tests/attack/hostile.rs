@@ -51,12 +51,13 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 5] = [
+pub const DEVICES: [Kind; 6] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
     Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
+    Kind { name: "keyboard", main: PolicyName::KeyboardMain, others: &[] },
 ];
 
 /// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
@@ -65,13 +66,14 @@ pub const FS: Kind =
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
         DeviceConfig::Console(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
+        DeviceConfig::Keyboard(_) => keyboard,
         DeviceConfig::Fs(_) => FS,
     }
 }

@@ -82,7 +82,7 @@ impl Bench {
             "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1"
                 .split(' '),
         );
-        command.args("--disk path=disk,id=disk0 --rng --console".split(' '));
+        command.args("--disk path=disk,id=disk0 --rng --console --keyboard".split(' '));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command

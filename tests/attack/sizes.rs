@@ -81,5 +81,5 @@ fn descriptors(bench: &Bench) -> Result<Vec<Row>, String> {
     }
     let _gone = child.kill();
     let _reaped = child.wait();
-    if found.len() == 6 { Ok(found) } else { Err(format!("{} processes: {found:?}", found.len())) }
+    if found.len() == 7 { Ok(found) } else { Err(format!("{} processes: {found:?}", found.len())) }
 }

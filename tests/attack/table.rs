@@ -16,7 +16,7 @@ const ATTEMPTS: [&str; 2] = ["<!-- attempts: begin -->\n", "<!-- attempts: end -
 const SIZES: [&str; 2] = ["<!-- sizes: begin -->\n", "<!-- sizes: end -->\n"];
 
 /// Kinds of process that run without policies in the second pass.
-const KINDS: [&str; 6] = ["core", "blk", "rng", "console", "uart", "flash"];
+const KINDS: [&str; 7] = ["core", "blk", "rng", "console", "uart", "flash", "keyboard"];
 
 /// Outcomes of all attempts, by policy file or kind of process.
 #[derive(Default)]

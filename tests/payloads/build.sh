@@ -14,3 +14,5 @@ for payload in garbage memory echo count pam timers exits hotplug peers; do
 done
 gcc -m32 -ffreestanding -fno-pic -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments \
     -Wl,-Ttext=0x100000 -Wl,-e,start -Wl,-N -o "$out/multiboot.elf" "$here/multiboot.S"
+gcc -m32 -ffreestanding -fno-pic -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-Ttext=0 -Wl,-e,start -Wl,--oformat=binary \
+    -o "$out/option_rom.bin" "$here/option_rom.S"

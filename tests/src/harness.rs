@@ -68,6 +68,8 @@ pub struct Case {
     pub group: &'static str,
     /// Why it cannot run here; it is named and counted as skipped then.
     pub skip: Option<&'static str>,
+    /// Runs only when a word selects it.
+    pub long: bool,
     /// The test.
     pub run: Arc<dyn Fn(&Context) -> Outcome + Send + Sync>,
 }
@@ -81,13 +83,28 @@ impl Case {
         run: impl Fn(&Context) -> Outcome + Send + Sync + 'static,
     ) -> Self {
         let (name, deadline) = (name.into(), Duration::from_secs(seconds));
-        Self { name, deadline, group, skip: None, run: Arc::new(run) }
+        Self { name, deadline, group, skip: None, long: false, run: Arc::new(run) }
     }
 
     /// The same case, which is skipped in the lab for this reason.
     #[must_use]
     pub fn not_in_lab(mut self, reason: &'static str) -> Self {
         self.skip = env::var_os("BULKHEAD_IN_LAB").map(|_| reason);
+        self
+    }
+
+    /// The same case, which in the lab needs QEMU to take a lock that it forgets (`tools/lab-bql.c`).
+    #[must_use]
+    pub fn with_lock_in_lab(mut self) -> Self {
+        let lab = env::var_os("BULKHEAD_IN_LAB").filter(|how| how != "locked");
+        self.skip = lab.map(|_| "the lab's QEMU would abort, and is not one that tools/lab-bql.c knows");
+        self
+    }
+
+    /// The same case, which the lab runs only when a word of the command line selects it.
+    #[must_use]
+    pub fn long_in_lab(mut self) -> Self {
+        self.long = env::var_os("BULKHEAD_IN_LAB").is_some();
         self
     }
 }
@@ -193,7 +210,8 @@ pub fn run(cases: &[Case], arguments: impl Iterator<Item = String>) -> bool {
             println!("{} {}", case.group, case.name);
             continue;
         }
-        if let Some(reason) = case.skip {
+        let long = case.long && selection.words.is_empty();
+        if let Some(reason) = case.skip.or(long.then_some("it takes minutes in the lab; a word selects it")) {
             skipped += 1;
             println!("test {} ... SKIPPED: {reason}", case.name);
             continue;

@@ -161,7 +161,7 @@ impl<'a> EventLoop<'a> {
             ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
-            ToDevice::Resize { .. } => {}
+            ToDevice::Resize { .. } | ToDevice::Keys(_) => {}
             ToDevice::Start(_) => tracing::warn!("a second Start is ignored"),
         }
         Ok(Turn::GoOn)

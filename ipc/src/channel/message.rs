@@ -112,6 +112,8 @@ pub enum Boot {
         menu: bool,
         /// What the guest reads of its variables, which lie just below the image; a device of kind [`LinkKind::Flash`] has them.
         variables: Option<FdIndex>,
+        /// Option ROMs that belong to no device, as files with these names; memfds as in [`DeviceLink::rom`].
+        roms: Vec<(String, FdIndex)>,
     },
 }
 
@@ -161,6 +163,8 @@ pub struct DeviceLink {
     pub kind: LinkKind,
     /// The stream.
     pub socket: FdIndex,
+    /// The expansion ROM of a PCI function: a memfd that cannot shrink, whose size is a power of two from 4 KiB to 16 MiB.
+    pub rom: Option<FdIndex>,
 }
 
 /// What is spoken between the core and a device process.
@@ -170,13 +174,15 @@ pub enum LinkKind {
     VirtioVhostUser {
         /// Device type of the virtio specification, section 5: 2 block, 3 console, 4 entropy.
         virtio_id: u16,
-        /// Its slot on PCI bus 0, 2–31.
+        /// Its place on PCI bus 0: the slot, 2–31, in bits 4:0, the function in bits 7:5.
         slot: u8,
     },
     /// vfio-user; the chip with firmware's variables.
     Flash,
     /// vfio-user; registers of a legacy device (UART at 3F8, IRQ 4).
     Registers,
+    /// vfio-user; the keyboard controller at 60 and 64, IRQ 1.
+    Keyboard,
 }
 
 /// From the core to the supervisor.
@@ -282,6 +288,17 @@ pub enum ToDevice {
     Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
+    /// Keys are pressed and released on a keyboard, in this order.
+    Keys(Vec<Key>),
+}
+
+/// A key of a keyboard, going down or up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// Its code in scan code set 2, E0xx with that prefix.
+    pub code: u16,
+    /// It goes down.
+    pub pressed: bool,
 }
 
 /// What a device process needs to serve.
@@ -314,6 +331,8 @@ pub enum DeviceConfig {
     Uart(UartConfig),
     /// Flash with firmware's variables.
     Flash(FlashConfig),
+    /// A keyboard and its controller.
+    Keyboard(KeyboardConfig),
     /// virtio-fs; the directory came with the jail.
     Fs(FsConfig),
 }
@@ -369,6 +388,13 @@ pub struct FlashConfig {
     pub memory: FdIndex,
     /// Size of both in bytes, a multiple of 4 KiB.
     pub size: u64,
+}
+
+/// A keyboard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyboardConfig {
+    /// A file of 4 KiB that keeps the state for a successor; zeros at the start.
+    pub state: FdIndex,
 }
 
 /// A shared directory.

@@ -354,6 +354,31 @@ impl MachineGroup {
         &self.controllers
     }
 
+    /// Turns on what the limits of another process need; returns what cannot be had.
+    pub fn need(&mut self, wanted: &[Controller]) -> Vec<Controller> {
+        let lacks = |has: &[Controller]| -> Vec<Controller> {
+            wanted.iter().filter(|controller| !has.contains(controller)).copied().collect()
+        };
+        let offered = self.folder.parent().map(|parent| enable(parent, &lacks(&self.controllers)));
+        let enabled = enable(&self.folder, &offered.unwrap_or_default());
+        self.controllers.extend(enabled);
+        lacks(&self.controllers)
+    }
+
+    /// Removes the group of a process that has ended: another of its name begins without its limits.
+    pub fn remove_leaf(&self, process: &str) {
+        let folder = self.leaf_folder(process);
+        for _ in 0..REMOVALS {
+            match fs::remove_dir(&folder) {
+                Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
+                    // A process that was reaped a moment ago may still be counted.
+                    thread::sleep(Duration::from_millis(1));
+                }
+                _ => return,
+            }
+        }
+    }
+
     /// The group for a process, made or changed to these limits; those whose controller is missing are left out.
     ///
     /// # Errors

@@ -34,6 +34,8 @@ pub enum PolicyName {
     UartMain,
     /// Flash with firmware's variables: its only thread.
     FlashMain,
+    /// Keyboard: its only thread.
+    KeyboardMain,
     /// virtio-fs: control channel and vhost-user messages.
     FsMain,
     /// virtio-fs: its queues.
@@ -42,7 +44,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -55,6 +57,7 @@ impl PolicyName {
         Self::ConsoleQueue,
         Self::UartMain,
         Self::FlashMain,
+        Self::KeyboardMain,
         Self::FsMain,
         Self::FsQueue,
     ];
@@ -94,6 +97,7 @@ impl PolicyName {
             Self::ConsoleQueue => CONSOLE_QUEUE,
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
+            Self::KeyboardMain => KEYBOARD_MAIN,
             Self::FsMain => FS_MAIN,
             Self::FsQueue => FS_QUEUE,
         }

@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 15] = files![
+const FILES: [(&str, &str); 16] = files![
     "common",
     "core-setup",
     "core-main",
@@ -95,6 +95,7 @@ const FILES: [(&str, &str); 15] = files![
     "console-queue",
     "uart-main",
     "flash-main",
+    "keyboard-main",
     "fs-main",
     "fs-queue"
 ];

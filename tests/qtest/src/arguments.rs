@@ -39,11 +39,19 @@ pub struct Options {
     pub end_at_reset: bool,
     /// What a panic of the guest does.
     pub on_panic: PanicAction,
+    /// The firmware image.
+    pub firmware: Option<PathBuf>,
+    /// Files for firmware, by name.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// Firmware is to offer its boot menu.
+    pub boot_menu: bool,
     /// Options that were not understood, to be told.
     pub warnings: Vec<String>,
 }
 
 const DEFAULT_MEMORY: u64 = 128 << 20;
+/// Firmware waits for ever.
+const NEVER: u32 = u32::MAX;
 
 impl Options {
     /// Parses the words after the program's name. Unknown options become warnings; only what would make another machine
@@ -60,9 +68,12 @@ impl Options {
             end_at_shutdown: true,
             end_at_reset: false,
             on_panic: PanicAction::Shutdown,
+            firmware: None,
+            files: Vec::new(),
+            boot_menu: false,
             warnings: Vec::new(),
         };
-        let mut parser = Parser { qtest: None, chardevs: Vec::new(), monitor: None };
+        let mut parser = Parser { qtest: None, chardevs: Vec::new(), monitor: None, reboot_timeout: NEVER };
         let mut rest = words.iter().map(String::as_str).peekable();
         while let Some(word) = rest.next() {
             let Some(name) = word.strip_prefix('-') else {
@@ -76,6 +87,7 @@ impl Options {
             let value = rest.next_if(|next| !next.starts_with('-') || next.len() == 1);
             options.option(&mut parser, name, value)?;
         }
+        options.files.push(("etc/boot-fail-wait".to_owned(), parser.reboot_timeout.to_le_bytes().to_vec()));
         options.qtest = parser.qtest.ok_or("say -qtest unix:PATH or -qtest stdio")?;
         options.monitor = match parser.monitor {
             Some(Monitor::At(address)) => Some(address),
@@ -116,6 +128,12 @@ impl Options {
             "smp" => self.cpus = cpus(given()?)?,
             "rtc" => self.rtc(given()?)?,
             "action" => self.action(given()?),
+            "bios" | "pflash" => self.firmware = Some(given()?.into()),
+            "drive" if property(given()?, "if") == Some("pflash") => {
+                let file = property(given()?, "file").ok_or("-drive if=pflash needs a file=")?;
+                self.firmware = Some(file.into());
+            }
+            "boot" => self.boot(parser, given()?)?,
             "accel" | "display" | "audio" | "audiodev" | "cpu" | "vga" | "net" | "nic" => {}
             "device" if property(given()?, "driver").or(given()?.split(',').next()) == Some("pvpanic") => {}
             _ => self.warnings.push(format!("-{name} {} ignored", value.unwrap_or_default())),
@@ -135,6 +153,30 @@ impl Options {
         match property(value, "base") {
             None | Some("utc" | "localtime") => {}
             Some(date) => self.wall_clock = date_time(date).ok_or(format!("-rtc: '{date}' is no date"))?,
+        }
+        Ok(())
+    }
+
+    /// What QEMU tells its firmware in the files of the same meaning.
+    fn boot(&mut self, parser: &mut Parser, value: &str) -> Result<(), String> {
+        let number = |key, most| {
+            property(value, key)
+                .map(|text| text.parse::<i64>().ok().filter(|number| (-1..=most).contains(number)))
+                .map(|number| number.ok_or(format!("-boot: {key} is a number up to {most}")))
+                .transpose()
+        };
+        let (timeout, splash) = (number("reboot-timeout", 0xFFFF)?, number("splash-time", 0xFFFF)?);
+        if let Some(timeout) = timeout {
+            parser.reboot_timeout = u32::try_from(timeout).unwrap_or(NEVER);
+        }
+        if let Some(splash) = splash {
+            let wait = u16::try_from(splash).unwrap_or(u16::MAX);
+            self.files.push(("etc/boot-menu-wait".to_owned(), wait.to_le_bytes().to_vec()));
+        }
+        let menu = property(value, "menu");
+        self.boot_menu |= menu == Some("on");
+        if timeout.is_none() && splash.is_none() && menu.is_none() {
+            self.warnings.push(format!("-boot {value} ignored"));
         }
         Ok(())
     }
@@ -161,6 +203,8 @@ struct Parser {
     qtest: Option<Address>,
     chardevs: Vec<(String, Address)>,
     monitor: Option<Monitor>,
+    /// For how long firmware waits when nothing boots, in milliseconds.
+    reboot_timeout: u32,
 }
 
 /// The value of `key=` in a list of properties.
@@ -241,6 +285,21 @@ mod tests {
         assert!(parse("-qtest stdio -machine q35").unwrap_err().contains("unsupported machine type"));
         assert!(parse("-qtest stdio -mon chardev=nobody").unwrap_err().contains("no chardev"));
         assert!(parse("-display none").is_err());
+    }
+
+    #[test]
+    fn firmware_and_what_it_is_told() {
+        let options =
+            parse("-qtest stdio -bios /tmp/rom -boot reboot-timeout=15,splash-time=12,menu=on").unwrap();
+        assert_eq!(options.firmware, Some("/tmp/rom".into()));
+        let files = [("etc/boot-menu-wait", vec![12, 0]), ("etc/boot-fail-wait", vec![15, 0, 0, 0])];
+        assert_eq!(options.files, files.map(|(name, data)| (name.to_owned(), data)));
+        assert!(options.boot_menu && options.warnings.is_empty());
+        let options = parse("-qtest stdio -drive if=pflash,format=raw,file=/tmp/flash").unwrap();
+        assert_eq!(options.firmware, Some("/tmp/flash".into()));
+        assert_eq!(options.files, [("etc/boot-fail-wait".to_owned(), vec![0xFF; 4])]);
+        assert!(parse("-qtest stdio -boot reboot-timeout=soon").unwrap_err().contains("reboot-timeout"));
+        assert!(parse("-qtest stdio -drive if=pflash").is_err());
     }
 
     #[test]

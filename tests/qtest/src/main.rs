@@ -12,10 +12,12 @@ mod qmp;
 mod server;
 mod streams;
 
+use std::fs::File;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
+use bulkhead_vmm::boot::load_firmware;
 use bulkhead_vmm::machine::{Machine, MachineConfig};
 
 use arguments::Options;
@@ -48,7 +50,13 @@ fn run(words: &[String]) -> Result<(), String> {
     }
     let ram = GuestRam::create(options.memory).map_err(|error| error.to_string())?;
     let host = Arc::new(VirtualHost::new(options.wall_clock));
-    let config = MachineConfig::new(options.cpus, ADDRESS_BITS);
+    let mut config = MachineConfig::new(options.cpus, ADDRESS_BITS);
+    if let Some(path) = &options.firmware {
+        let file = File::open(path).map_err(|error| format!("cannot open '{}': {error}", path.display()))?;
+        let rom = load_firmware(&file).map_err(|error| format!("'{}': {error}", path.display()))?;
+        config.firmware = vec![rom];
+    }
     let machine = Machine::new(config, ram, host.clone()).map_err(|error| error.to_string())?;
+    machine.serve_firmware(options.files.clone(), options.boot_menu);
     EventLoop::open(&options)?.run(&mut Server::new(machine, host), &options)
 }

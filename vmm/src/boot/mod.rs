@@ -30,6 +30,7 @@ mod initrd;
 mod map;
 mod multiboot;
 mod paging;
+mod protected;
 mod pvh;
 
 #[cfg(test)]
@@ -81,8 +82,10 @@ pub fn load_kernel(ram: &GuestRam, source: &BootSource<'_>) -> Result<Entry, Boo
     let kernel = Image::new(source.kernel, "kernel")?;
     match kernel.kind()? {
         Kind::BzImage => bzimage::boot(ram, &kernel, source),
-        Kind::Elf if multiboot::recognise(&kernel)? => multiboot::boot(ram, &kernel, source),
-        Kind::Elf => pvh::boot(ram, &kernel, source),
+        Kind::Elf if multiboot::recognise(&kernel)? => {
+            protected::boot(ram, &kernel, source, &multiboot::PROTOCOL)
+        }
+        Kind::Elf => protected::boot(ram, &kernel, source, &pvh::PROTOCOL),
     }
 }
 

@@ -6,23 +6,22 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, DeviceLink, LinkKind, MachineEnd};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, FirmwareFile, LinkKind, MachineEnd};
 use bulkhead_ipc::jail::{self, PolicyName};
 use bulkhead_ipc::memory::{Direction, GuestRam, SharedRegion};
 
 use super::CoreError;
-use super::devices::{self, Attached, Greeted};
+use super::devices::{self, Attached, Greeted, Line};
 use super::flash::Flash;
 use super::platform::Platform;
-use super::register_device::RegisterDevice;
+use super::register_device::RemoteDevice;
 use super::reports::Reports;
 use crate::boot::{BootSource, load_firmware, load_kernel};
 use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
-use crate::machine::{IsaDevice, Machine, MemoryChip};
+use crate::machine::{Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
@@ -39,7 +38,7 @@ pub(super) struct Core {
     pub vcpus: VcpuThreads,
     /// By slot. No vCPU comes here.
     virtio: Mutex<BTreeMap<u8, Arc<VirtioPci>>>,
-    pub registers: Vec<Arc<RegisterDevice>>,
+    pub registers: Vec<Arc<dyn RemoteDevice>>,
     pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
@@ -54,7 +53,7 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let Resources { image, initrd, variables, devices } = Resources::take(&start, descriptors)?;
+        let Resources { image, initrd, variables, roms, devices } = Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         if !start.huge_pages {
             ram.refuse_huge_pages();
@@ -79,7 +78,7 @@ impl Core {
                 boot(&platform.machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
             }
             Boot::Firmware { files, menu, .. } => {
-                let files = files.into_iter().map(|file| (file.name, file.contents)).collect();
+                let files = files.into_iter().chain(roms).map(|file| (file.name, file.contents)).collect();
                 platform.machine.serve_firmware(files, menu);
             }
         }
@@ -120,7 +119,7 @@ impl Core {
     }
 
     /// The register device of this name.
-    pub(super) fn registers(&self, id: &str) -> Option<&RegisterDevice> {
+    pub(super) fn registers(&self, id: &str) -> Option<&dyn RemoteDevice> {
         self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
     }
 }
@@ -149,14 +148,14 @@ fn side_by_side(
     ram: &GuestRam,
     start: &CoreStart,
     firmware: Vec<Arc<dyn MemoryChip>>,
-    links: Vec<(DeviceLink, UnixStream)>,
+    lines: Vec<Line>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
     thread::scope(|scope| {
         let greeter = thread::Builder::new()
             .name("greeter".to_owned())
             .stack_size(GREETER_STACK)
-            .spawn_scoped(scope, || devices::greet(links, reports))
+            .spawn_scoped(scope, || devices::greet(lines, reports))
             .map_err(CoreError::system("clone3"))?;
         let platform = Platform::create(kvm, ram, start, firmware, reports);
         // A panic ends the process, so there is none to pass on.
@@ -173,24 +172,33 @@ struct Resources {
     initrd: Option<File>,
     /// The memory of firmware's variables.
     variables: Option<OwnedFd>,
-    devices: Vec<(DeviceLink, UnixStream)>,
+    /// Option ROMs as firmware's files.
+    roms: Vec<FirmwareFile>,
+    devices: Vec<Line>,
 }
 
 impl Resources {
     fn take(start: &CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
-        let (image, initrd, variables) = match start.boot {
-            Boot::Kernel { kernel, initrd, .. } => (kernel, initrd, None),
-            Boot::Firmware { image, variables, .. } => (image, None, variables),
+        let (image, initrd, variables, roms) = match &start.boot {
+            Boot::Kernel { kernel, initrd, .. } => (*kernel, *initrd, None, &[][..]),
+            Boot::Firmware { image, variables, roms, .. } => (*image, None, *variables, &roms[..]),
         };
+        let roms = roms.iter().map(|(name, rom)| {
+            let memory = devices::map_rom(descriptors.take(*rom)?)?;
+            let mut contents = vec![0; usize::try_from(memory.size()).unwrap_or(0)];
+            memory.view(0, memory.size(), Direction::Read)?.read_bytes(0, &mut contents)?;
+            Ok::<_, CoreError>(FirmwareFile { name: name.clone(), contents })
+        });
+        let roms = roms.collect::<Result<_, _>>()?;
         let variables = variables.map(|memory| descriptors.take(memory)).transpose()?;
         let image = descriptors.take(image)?.into();
         let initrd = initrd.map(|initrd| descriptors.take(initrd)).transpose()?.map(File::from);
         let mut devices = Vec::with_capacity(start.devices.len());
         for link in &start.devices {
-            devices.push((link.clone(), UnixStream::from(descriptors.take(link.socket)?)));
+            devices.push(Line::take(link, &mut descriptors)?);
         }
         descriptors.finish()?;
-        Ok(Self { image, initrd, variables, devices })
+        Ok(Self { image, initrd, variables, roms, devices })
     }
 }
 

@@ -2,16 +2,16 @@
 //! devices in and takes them out. So the main thread never waits for one device while another has an interrupt to deliver.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use bulkhead_ipc::channel::message::{DeviceLink, FromCore};
+use bulkhead_ipc::channel::message::FromCore;
 use bulkhead_ipc::jail::{self, PolicyName};
 use nix::sys::epoll::Epoll;
 
 use super::assembly::Core;
+use super::devices::Line;
 use super::{CoreError, event_loop};
 
 /// Its deepest path is a replay to a successor, with logging.
@@ -26,7 +26,7 @@ pub(super) enum Job {
     /// Serve one request of the back end.
     Request(u8),
     /// Open a session with the process of a new device, and put it into its slot.
-    Add(DeviceLink, UnixStream),
+    Add(Line),
     /// Ask the guest to let a device go; with `force`, take it away and tell the guest.
     Remove { id: String, force: bool },
     /// Let go of what belonged to the device that was in this slot.
@@ -59,9 +59,10 @@ fn serve(core: &Core, epoll: &Epoll, jobs: &Receiver<Job>) {
             Job::Request(slot) => {
                 core.virtio_in(slot).inspect(|device| device.serve_request());
             }
-            Job::Add(link, stream) => {
-                let added = add(core, epoll, &link, stream);
-                core.reports.tell(answer(link.id, added));
+            Job::Add(line) => {
+                let id = line.id().to_owned();
+                let added = add(core, epoll, line);
+                core.reports.tell(answer(id, added));
             }
             Job::Remove { id, force } => match core.remove_device(&id, force) {
                 Ok(Some(slot)) => release(core, epoll, slot),
@@ -102,8 +103,8 @@ fn give_up(core: &Core, id: &str) {
     core.flash(id).inspect(|flash| flash.give_up());
 }
 
-fn add(core: &Core, epoll: &Epoll, link: &DeviceLink, stream: UnixStream) -> Result<(), CoreError> {
-    let (slot, device) = core.add_device(link, stream)?;
+fn add(core: &Core, epoll: &Epoll, line: Line) -> Result<(), CoreError> {
+    let (slot, device) = core.add_device(line)?;
     event_loop::watch(epoll, slot, device.as_fd()).inspect_err(|_| core.pull_out(slot))
 }
 

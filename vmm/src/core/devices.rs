@@ -9,15 +9,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_ipc::channel::message::{DeviceLink, LinkKind};
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::channel::message::{Descriptors, DeviceLink, LinkKind};
+use bulkhead_ipc::memory::{GuestRam, SharedRegion};
 use bulkhead_ipc::vfio_user::ClientError;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::stat::fstat;
 
 use super::CoreError;
 use super::assembly::Core;
+use super::keyboard::{self, Keyboard};
 use super::platform::Platform;
-use super::register_device::{RegisterDevice, RegisterDeviceConfig};
+use super::register_device::{RegisterDevice, RegisterDeviceConfig, RemoteDevice};
 use super::reports::Reports;
 use crate::kvm::FunctionMessages;
 use crate::virtio::{Backend, DeviceType, Settings, VirtioPci};
@@ -28,55 +30,89 @@ const HOT_PLUG_LIMIT: Duration = Duration::from_secs(1);
 /// A device whose process has answered.
 pub(super) enum Greeted {
     /// With its slot.
-    Virtio(u8, Settings, Backend),
+    Virtio(u8, Settings, Box<Backend>),
     /// Which is spoken to when it has its place.
     Flash(UnixStream),
     /// With its ISA interrupt and a duplicate of the eventfd that raises it.
-    Registers(RegisterDevice, u8, OwnedFd),
+    Registers(Arc<dyn RemoteDevice>, u8, OwnedFd),
+}
+
+/// What leads to a device process, descriptors in place of their indices.
+pub(super) struct Line {
+    link: DeviceLink,
+    stream: UnixStream,
+    /// What its function has as expansion ROM.
+    rom: Option<GuestRam>,
+}
+
+impl Line {
+    /// The name of the device.
+    pub(super) fn id(&self) -> &str {
+        &self.link.id
+    }
+
+    /// Takes what `link` names.
+    ///
+    /// # Errors
+    /// A descriptor is missing, or a ROM is none.
+    pub(super) fn take(link: &DeviceLink, descriptors: &mut Descriptors) -> Result<Self, CoreError> {
+        let stream = descriptors.take(link.socket)?.into();
+        let rom = link.rom.map(|rom| map_rom(descriptors.take(rom)?)).transpose()?;
+        Ok(Self { link: link.clone(), stream, rom })
+    }
+}
+
+/// Maps what the supervisor has read from a ROM's file.
+pub(super) fn map_rom(fd: OwnedFd) -> Result<GuestRam, CoreError> {
+    let size = u64::try_from(fstat(&fd).map_err(CoreError::system("fstat"))?.st_size).unwrap_or(0);
+    Ok(GuestRam::attach(vec![SharedRegion { guest_address: 0, size, offset: 0, fd }])?)
 }
 
 /// Opens the sessions with all device processes, one after the other: the last one has been starting meanwhile.
-pub(super) fn greet(
-    links: Vec<(DeviceLink, UnixStream)>,
-    reports: &Arc<Reports>,
-) -> Result<Vec<Greeted>, CoreError> {
-    links.into_iter().map(|(link, stream)| greet_one(&link, stream, None, reports)).collect()
+pub(super) fn greet(lines: Vec<Line>, reports: &Arc<Reports>) -> Result<Vec<Greeted>, CoreError> {
+    lines.into_iter().map(|line| greet_one(line, None, reports)).collect()
 }
 
 /// Opens the session with a device process, for which a virtio device has the usual time or that of `limit`.
-fn greet_one(
-    link: &DeviceLink,
-    stream: UnixStream,
-    limit: Option<Duration>,
-    reports: &Arc<Reports>,
-) -> Result<Greeted, CoreError> {
+fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Result<Greeted, CoreError> {
+    let Line { link, stream, rom } = line;
     let (virtio_id, slot) = match link.kind {
         LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
-        LinkKind::Registers => return greet_registers(&link.id, stream, reports),
+        LinkKind::Registers | LinkKind::Keyboard => return greet_registers(&link, stream, reports),
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
     let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
     let mut settings = Settings { hold_on_failure: true, ..Settings::new(&link.id, kind) };
     settings.start_limit = limit.unwrap_or(settings.start_limit);
+    settings.rom = rom;
     match Backend::open(&settings, stream) {
-        Ok(backend) => Ok(Greeted::Virtio(slot, settings, backend)),
-        Err(source) => Err(CoreError::Virtio { id: link.id.clone(), source }),
+        Ok(backend) => Ok(Greeted::Virtio(slot, settings, Box::new(backend))),
+        Err(source) => Err(CoreError::Virtio { id: link.id, source }),
     }
 }
 
-fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Result<Greeted, CoreError> {
-    let config = RegisterDeviceConfig::com1(id);
-    let irq = config.irq;
+fn greet_registers(
+    link: &DeviceLink,
+    stream: UnixStream,
+    reports: &Arc<Reports>,
+) -> Result<Greeted, CoreError> {
+    let id = link.id.as_str();
     let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
     let interrupt = EventFd::from_flags(flags).map_err(CoreError::system("eventfd2"))?;
     let duplicate = interrupt.as_fd().try_clone_to_owned().map_err(CoreError::system("dup"))?;
+    let failed = |source| CoreError::Register { id: id.to_owned(), source };
+    if link.kind == LinkKind::Keyboard {
+        let device = Keyboard::connect(id, stream.into(), interrupt.into(), reports.clone());
+        return Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), keyboard::IRQ, duplicate));
+    }
+    let config = RegisterDeviceConfig::com1(id);
+    let irq = config.irq;
     let (reports, device_id) = (reports.clone(), id.to_owned());
     let on_failure =
         Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
-    let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure)
-        .map_err(|source| CoreError::Register { id: id.to_owned(), source })?;
-    Ok(Greeted::Registers(device, irq, duplicate))
+    let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure);
+    Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), irq, duplicate))
 }
 
 /// The devices in their places.
@@ -84,7 +120,7 @@ fn greet_registers(id: &str, stream: UnixStream, reports: &Arc<Reports>) -> Resu
 pub(super) struct Attached {
     /// By slot.
     pub virtio: BTreeMap<u8, Arc<VirtioPci>>,
-    pub registers: Vec<Arc<RegisterDevice>>,
+    pub registers: Vec<Arc<dyn RemoteDevice>>,
     pub flash: Option<UnixStream>,
 }
 
@@ -99,13 +135,12 @@ pub(super) fn attach(
     for device in devices {
         match device {
             Greeted::Virtio(slot, settings, backend) => {
-                let device = attach_virtio(slot, settings, backend, platform, ram, reports)?;
+                let device = attach_virtio(slot, settings, *backend, platform, ram, reports)?;
                 attached.virtio.insert(slot, device);
             }
             Greeted::Registers(device, irq, interrupt) => {
                 // What the device signalled before is in the eventfd, and KVM looks at it now.
                 platform.interrupts.connect_line(interrupt.as_fd(), irq)?;
-                let device = Arc::new(device);
                 platform.machine.attach_isa(device.clone())?;
                 attached.registers.push(device);
             }
@@ -144,20 +179,16 @@ impl Core {
     ///
     /// # Errors
     /// The process does not answer as it must, the slot is taken, or KVM or the kernel refused something: then nothing is left of it.
-    pub(super) fn add_device(
-        &self,
-        link: &DeviceLink,
-        stream: UnixStream,
-    ) -> Result<(u8, Arc<VirtioPci>), CoreError> {
-        let reports = self.reports.clone();
-        match greet_one(link, stream, Some(HOT_PLUG_LIMIT), &reports)? {
+    pub(super) fn add_device(&self, line: Line) -> Result<(u8, Arc<VirtioPci>), CoreError> {
+        let (reports, id) = (self.reports.clone(), line.id().to_owned());
+        match greet_one(line, Some(HOT_PLUG_LIMIT), &reports)? {
             Greeted::Virtio(slot, settings, backend) => {
-                let device = attach_virtio(slot, settings, backend, &self.platform, &self.ram, &reports)?;
+                let device = attach_virtio(slot, settings, *backend, &self.platform, &self.ram, &reports)?;
                 self.virtio().insert(slot, device.clone());
                 self.platform.machine.announce_pci(slot);
                 Ok((slot, device))
             }
-            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(link.id.clone())),
+            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(id)),
         }
     }
 

@@ -15,6 +15,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::assembly::Core;
 use super::device_thread::{self, Job};
+use super::devices::Line;
 use super::reports::Ejected;
 use super::{CoreError, SEND_DEADLINE};
 
@@ -102,8 +103,7 @@ impl EventLoop {
             }
             Ok((ToCore::DeviceGivenUp { id }, _)) => self.leave(Job::GiveUp(id)),
             Ok((ToCore::DeviceAdd(link), descriptors)) => {
-                let stream = Descriptors::from(descriptors).take(link.socket)?.into();
-                self.leave(Job::Add(link, stream));
+                self.leave(Job::Add(Line::take(&link, &mut Descriptors::from(descriptors))?));
             }
             Ok((ToCore::DeviceRemove { id, force }, _)) => self.leave(Job::Remove { id, force }),
             Ok((ToCore::Cpu { index, insert: true }, _)) => {

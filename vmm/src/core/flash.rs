@@ -27,8 +27,10 @@ const READ_ARRAY: u8 = 0xFF;
 const READ_STATUS: u8 = 0x70;
 /// So many writes are kept before the chip is asked whether a command is complete.
 const KEPT: usize = 64 << 10;
-/// How long an access may take, and how long accesses then wait for a successor.
+/// How long an access may take.
 const DEADLINE: Duration = Duration::from_secs(1);
+/// How long accesses then wait for a successor: one that has died often starts after a pause of a second, and takes a while.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// How long each exchange may take while the first process starts.
 const START_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -105,7 +107,7 @@ impl Flash {
 
     fn forget(state: &mut State) {
         if state.client.take().is_some() {
-            state.patience = Instant::now().checked_add(DEADLINE);
+            state.patience = Instant::now().checked_add(PATIENCE);
         }
     }
 

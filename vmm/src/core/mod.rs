@@ -4,6 +4,7 @@
 //! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
+//! - `keyboard`: the keyboard controller, whose registers live in another process;
 //! - `flash`: the chip with firmware's variables, whose commands another process carries out;
 //! - `event_loop`: the main thread while the machine runs; `device_thread`: the one that waits for device processes.
 
@@ -13,6 +14,7 @@ mod devices;
 mod event_loop;
 mod flash;
 mod host;
+mod keyboard;
 mod platform;
 pub mod register_device;
 mod reports;

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_ipc::channel::message::{Boot, CoreStart};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, LinkKind};
 use bulkhead_ipc::memory::GuestRam;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
@@ -44,6 +44,7 @@ impl Platform {
             address_bits: address_bits(processors),
             generation: *generation,
             debug_exit: *debug_exit,
+            keyboard: start.devices.iter().any(|link| link.kind == LinkKind::Keyboard),
             firmware,
         };
         let gate = Arc::new(Gate::default());

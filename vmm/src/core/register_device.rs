@@ -337,6 +337,42 @@ impl RegisterDevice {
     }
 }
 
+/// A device on the ISA bus whose process may be replaced.
+pub trait RemoteDevice: IsaDevice {
+    /// Takes a new process in place of one that failed.
+    ///
+    /// # Errors
+    /// It does not answer as it must; accesses go on waiting.
+    fn replace(&self, socket: OwnedFd) -> Result<(), ClientError>;
+
+    /// Lets the process go; accesses wait for [`Self::replace`].
+    fn disconnect(&self);
+
+    /// No successor will come.
+    fn give_up(&self);
+
+    /// Numbers of the descriptors that the device holds now.
+    fn descriptors(&self) -> Vec<RawFd>;
+}
+
+impl RemoteDevice for RegisterDevice {
+    fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
+        self.replace(socket)
+    }
+
+    fn disconnect(&self) {
+        self.disconnect();
+    }
+
+    fn give_up(&self) {
+        self.give_up();
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.descriptors()
+    }
+}
+
 impl IsaDevice for RegisterDevice {
     fn name(&self) -> &str {
         &self.config.name

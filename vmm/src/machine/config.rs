@@ -19,6 +19,8 @@ pub struct MachineConfig {
     pub generation: [u8; 16],
     /// There is a debug exit port.
     pub debug_exit: bool,
+    /// A keyboard controller will be attached, in place of the one without a keyboard that the machine has by itself.
+    pub keyboard: bool,
     /// Firmware on the X-bus, lowest address first. None overlaps another.
     pub firmware: Vec<Arc<dyn MemoryChip>>,
 }
@@ -57,7 +59,8 @@ impl MachineConfig {
     #[must_use]
     pub fn new(cpus: u8, address_bits: u8) -> Self {
         let apic_ids = (0..cpus).collect();
-        Self { cpus, apic_ids, address_bits, generation: [0; 16], debug_exit: false, firmware: Vec::new() }
+        let (generation, debug_exit, keyboard) = ([0; 16], false, false);
+        Self { cpus, apic_ids, address_bits, generation, debug_exit, keyboard, firmware: Vec::new() }
     }
 
     /// Checks the limits.

@@ -170,7 +170,7 @@ fn find_doorbells(root: &impl Node, bus: &PciBus) -> Vec<MappedDoorbell> {
                     claim.is_some_and(|claim| claim.endpoint.is(&endpoint) && claim.offset == offset)
                 };
                 if reaches(address, offset) && reaches(end, offset.saturating_add(span)) {
-                    mapped.push(MappedDoorbell { id, slot: at.slot, space, address, length, datamatch });
+                    mapped.push(MappedDoorbell { id, slot: at.place(), space, address, length, datamatch });
                 }
             }
         }

@@ -54,9 +54,9 @@ pub enum PowerEvent {
 /// A doorbell at the place where the guest sees it now: what an ioeventfd is registered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MappedDoorbell {
-    /// The device's name for it, unique in its slot.
+    /// The device's name for it, unique in its function.
     pub id: DoorbellId,
-    /// The PCI slot (device number on bus 0) that it belongs to.
+    /// The place on PCI bus 0 that it belongs to, as [`super::SlotFunction::place`] names it.
     pub slot: u8,
     /// Its address space.
     pub space: Space,
@@ -79,7 +79,7 @@ pub trait Host: Send + Sync {
     /// The map changed: these are all the doorbells that the guest can reach now, sorted.
     fn topology_changed(&self, doorbells: &[MappedDoorbell]);
 
-    /// The guest ejected what was in a PCI slot: the bus has let go of it.
+    /// The guest ejected the function that was in this place on PCI bus 0: the bus has let go of it.
     fn pci_ejected(&self, _slot: u8) {}
 
     /// The guest let a CPU go, the index of which is given: it must run no more.

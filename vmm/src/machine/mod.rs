@@ -14,6 +14,7 @@ mod address;
 mod config;
 mod dma;
 mod flat_view;
+mod generation;
 mod host;
 mod i440fx;
 mod irq;
@@ -40,6 +41,7 @@ use address::{CycleKind, next_cycle};
 pub use config::{AcpiTables, AttachError, BuildError, MachineConfig};
 pub use dma::{DmaView, NotBusMaster};
 use flat_view::FlatView;
+use generation::Generation;
 pub use host::{Host, MappedDoorbell, PowerEvent, ResetSource, Space};
 use i440fx::{HostBridge, I440Fx};
 use irq::InterruptRouter;
@@ -69,6 +71,7 @@ pub struct Machine {
     host_bridge: Arc<HostBridge>,
     pm: Arc<Piix4Pm>,
     fw_cfg: Arc<FwCfg>,
+    generation: Generation,
     rtc: Arc<Rtc>,
     timers: Arc<Timers>,
     router: Arc<InterruptRouter>,
@@ -120,6 +123,7 @@ impl Machine {
         });
         let root = I440Fx::new(dram.collect(), host_bridge.clone(), bus);
         let machine = Arc::new(Self {
+            generation: Generation::new(config.generation),
             config,
             host,
             ram,
@@ -292,38 +296,41 @@ impl Machine {
         }
     }
 
-    /// Plugs a function into `slot` (2–31) of bus 0 as function 0 and returns its interrupt pin: the one that its
-    /// configuration space names, INTA# when it names none.
+    /// Plugs a function into a place on bus 0, in slots 2–31, and returns its interrupt pin: the one that its configuration
+    /// space names, INTA# when it names none. A `slot` alone means its function 0 (see [`SlotFunction::place`]).
     ///
     /// # Errors
     /// [`AttachError::NoSuchSlot`], [`AttachError::SlotTaken`].
     pub fn attach_pci(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<InterruptPin, AttachError> {
-        if !(CHIPSET_SLOTS..SLOTS).contains(&slot) {
-            return Err(AttachError::NoSuchSlot(slot));
+        let at = SlotFunction::from_place(slot);
+        if !(CHIPSET_SLOTS..SLOTS).contains(&at.slot) {
+            return Err(AttachError::NoSuchSlot(at.slot));
         }
-        let _one_at_a_time = self.configuring(slot);
+        let _one_at_a_time = self.configuring(at.slot);
         let pin = function.config().interrupt_pin().unwrap_or(Pin::A);
         let disabled = function.config().command().interrupt_disable();
-        if !self.root.bus.attach(SlotFunction { slot, function: 0 }, function) {
-            return Err(AttachError::SlotTaken(slot));
+        if !self.root.bus.attach(at, function) {
+            return Err(AttachError::SlotTaken(at.slot));
         }
-        self.router.set_disabled(slot, 0, disabled);
+        self.router.set_disabled(at.slot, at.function, disabled);
         self.follow_topology();
-        Ok(InterruptPin::new(self.router.clone(), slot, 0, pin))
+        Ok(InterruptPin::new(self.router.clone(), at.slot, at.function, pin))
     }
 
-    /// Unplugs the function in `slot` and releases its interrupt pins.
+    /// Unplugs the function in a place (a `slot` alone means its function 0) and releases its interrupt pins.
     ///
     /// # Errors
     /// [`AttachError::NoSuchSlot`] when nothing that can be unplugged is there.
     pub fn detach_pci(&self, slot: u8) -> Result<Arc<dyn PciFunction>, AttachError> {
-        let _one_at_a_time = self.configuring(slot);
-        let at = SlotFunction { slot, function: 0 };
-        let pluggable = (CHIPSET_SLOTS..SLOTS).contains(&slot);
+        let at = SlotFunction::from_place(slot);
+        let _one_at_a_time = self.configuring(at.slot);
+        let pluggable = (CHIPSET_SLOTS..SLOTS).contains(&at.slot);
         let removed = if pluggable { self.root.bus.detach(at) } else { None };
-        let function = removed.ok_or(AttachError::NoSuchSlot(slot))?;
-        self.router.release(slot, 0);
-        self.pm.slot_emptied(slot);
+        let function = removed.ok_or(AttachError::NoSuchSlot(at.slot))?;
+        self.router.release(at.slot, at.function);
+        if self.root.bus.occupants(at.slot) == 0 {
+            self.pm.slot_emptied(at.slot);
+        }
         self.follow_topology();
         Ok(function)
     }
@@ -341,9 +348,13 @@ impl Machine {
     /// Empties the slots that the guest has ejected.
     fn follow_ejections(&self) {
         let slots = self.pm.take_ejected();
-        for slot in (0..SLOTS).filter(|slot| slots >> slot & 1 != 0) {
-            if self.detach_pci(slot).is_ok() {
-                self.host.pci_ejected(slot);
+        if slots == 0 {
+            return;
+        }
+        let ejected = |place: &u8| slots >> SlotFunction::from_place(*place).slot & 1 != 0;
+        for place in (0..=u8::MAX).filter(ejected) {
+            if self.detach_pci(place).is_ok() {
+                self.host.pci_ejected(place);
             }
         }
     }
@@ -358,10 +369,10 @@ impl Machine {
         self.pm.request_cpu_removal(index)
     }
 
-    /// The way to memory of the function in `slot`.
+    /// The way to memory of the function in a place.
     #[must_use]
     pub fn dma_view(&self, slot: u8) -> Option<DmaView> {
-        let function = self.root.bus.function(SlotFunction { slot, function: 0 })?;
+        let function = self.root.bus.function(SlotFunction::from_place(slot))?;
         Some(DmaView::new(function, self.ram.clone()))
     }
 
@@ -437,10 +448,9 @@ fn attach_isa_devices(
     host: &Arc<dyn Host>,
     rtc: Arc<Rtc>,
 ) -> Result<(), BuildError> {
-    let devices: [Arc<dyn IsaDevice>; 7] = [
+    let devices: [Arc<dyn IsaDevice>; 6] = [
         rtc,
         Arc::new(Dma::default()),
-        Arc::new(I8042::new(host.clone())),
         Arc::new(Port92::new(host.clone())),
         fw_cfg,
         Arc::new(DebugPort::new()),
@@ -448,6 +458,9 @@ fn attach_isa_devices(
     ];
     for device in devices {
         isa.attach(device)?;
+    }
+    if !config.keyboard {
+        isa.attach(Arc::new(I8042::new(host.clone())))?;
     }
     if config.debug_exit {
         isa.attach(Arc::new(DebugExit(host.clone())))?;

@@ -14,7 +14,9 @@ use serde::Deserialize;
 use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
-use super::config::{BootOrder, CpuSpec, DiskSpec, FsSpec, RestartRule, Size, SmbiosSpec, StreamTarget};
+use super::config::{
+    BootOrder, CpuSpec, DiskSpec, FsSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
+};
 use super::exit_code;
 
 const ABOUT: &str =
@@ -107,6 +109,17 @@ Examples:
       --disk path=root.img --disk path=data.img,readonly=on,id=data --rng --console
   bulkhead run --config web.toml --memory 4G --serial file=boot.log";
 
+const SENDKEY_HELP: &str = "\
+Names of keys are those of QEMU's sendkey: a-z 0-9 f1-f12 ret esc spc tab backspace shift ctrl alt
+shift_r ctrl_r alt_r meta_l meta_r menu up down left right home end pgup pgdn insert delete minus
+equal comma dot slash semicolon apostrophe grave_accent backslash bracket_left bracket_right less
+caps_lock num_lock scroll_lock kp_0-kp_9 kp_add kp_subtract kp_multiply kp_divide kp_decimal
+kp_enter print pause power
+
+Examples:
+  bulkhead sendkey web ctrl-alt-delete
+  bulkhead sendkey web l s ret";
+
 /// What `bulkhead` was asked to do.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead", version, about = ABOUT, after_help = help_tail(EXAMPLES))]
@@ -138,6 +151,9 @@ pub enum Command {
     Resize(ResizeArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),
+    /// Strike keys of a machine that has a --keyboard
+    #[command(after_help = SENDKEY_HELP)]
+    Sendkey(SendkeyArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
 }
@@ -166,6 +182,9 @@ pub struct RunArgs {
     /// Have firmware offer its boot menu
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub boot_menu: Option<Switch>,
+    /// Option ROM for firmware to run: a file, or a name among Debian's (pxe-virtio.rom); DEVICE= puts it into that device's expansion ROM
+    #[arg(long = "option-rom", value_name = "[DEVICE=]FILE")]
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is: uuid, serial, manufacturer, product, version, sku, family
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub smbios: Option<SmbiosSpec>,
@@ -191,7 +210,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; repeat for more disks"
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom
@@ -203,6 +222,9 @@ pub struct RunArgs {
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
     #[arg(long, value_name = "TARGET")]
     pub serial: Option<StreamTarget>,
+    /// PS/2 keyboard, for `bulkhead sendkey` [default: off]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub keyboard: Option<Switch>,
     /// Read options from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -327,6 +349,16 @@ pub struct ResizeArgs {
     /// Seconds for the guest to let go of CPUs
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub timeout: u32,
+}
+
+/// Options of `bulkhead sendkey`.
+#[derive(Debug, Args)]
+pub struct SendkeyArgs {
+    /// The machine
+    pub name: String,
+    /// Keys to strike one after the other; those joined by - are held together: ctrl-alt-delete
+    #[arg(required = true)]
+    pub keys: Vec<String>,
 }
 
 /// Options of `bulkhead doctor`.

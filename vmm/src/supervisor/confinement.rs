@@ -8,12 +8,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use bulkhead_ipc::jail::cgroup::{CgroupError, Controller, GroupLimits, IoLimits, MachineGroup, Parent};
-use bulkhead_ipc::jail::uids::UidBlock;
+use bulkhead_ipc::jail::uids::{UidBlock, UidError, UidRange};
 use bulkhead_ipc::jail::{Exit, Identity, Layer, Limits, landlock_version};
 use thiserror::Error;
 
 use super::config::confinement::{CgroupChoice, ProcessLimits, UidChoice};
-use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, MachineConfig, RNG, SERIAL, Size};
+use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size};
 use super::process::{Role, describe};
 use super::resources::Disk;
 
@@ -26,6 +26,9 @@ const SHARE_MEMORY: u64 = 1 << 30;
 const OTHER_MEMORY: u64 = 64 << 20;
 /// The kernel's tables for a mapping of guest RAM, one part in so many (8 bytes for each 4 KiB, twice in the core).
 const TABLES: u64 = 128;
+
+/// Host users that are kept for devices to come: as many as bus 0 has slots for them.
+const SPARE_USERS: u32 = 30;
 
 /// A layer that this launch goes without.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +52,25 @@ pub struct Required {
     why: String,
 }
 
+/// Why a device cannot be added to a machine that runs.
+#[derive(Debug, Error)]
+pub enum AddError {
+    /// No host user of its own.
+    #[error(
+        "no host user is left for it: the range of this machine's users ({range}) has none; start the machine with a larger one (--uids FIRST:COUNT), or remove another device"
+    )]
+    Users {
+        /// The machine's users.
+        range: UidRange,
+    },
+    /// A limit that nothing enforces.
+    #[error("its limits cannot be enforced: {why}; `bulkhead doctor` shows what this host offers")]
+    Limits {
+        /// Why not.
+        why: String,
+    },
+}
+
 /// Where a process is to run.
 #[derive(Debug)]
 pub struct Place {
@@ -68,6 +90,8 @@ pub struct Confinement {
     missing: Vec<Missing>,
     /// Devices whose images the io controller can limit.
     devices: BTreeMap<String, (u64, u64)>,
+    /// Devices that were added while the machine runs: the number of each, and its limits.
+    added: BTreeMap<String, (u32, ProcessLimits)>,
     /// Of each process that has ended last: its number, and the kernel's kills for want of memory before and with it.
     killed: RefCell<BTreeMap<String, Killed>>,
 }
@@ -82,6 +106,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend((config.serial != Off).then_some(SERIAL));
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));
+    names.extend(config.keyboard.then_some(KEYBOARD));
     names.extend(config.shares.iter().map(|share| share.id.as_str()));
     names
 }
@@ -124,9 +149,76 @@ impl Confinement {
             UidChoice::Range(range) => Some(range),
         };
         let count = u32::try_from(process_names(config).len()).unwrap_or(u32::MAX);
-        match UidBlock::claim(range, count) {
+        let claimed = match UidBlock::claim(range, count.saturating_add(SPARE_USERS)) {
+            // Then nothing can be added.
+            Err(UidError::UsedUp { .. }) => UidBlock::claim(range, count),
+            other => other,
+        };
+        match claimed {
             Ok(block) => self.users = Some(block),
             Err(error) => self.lack(Layer::DistinctUids, error.to_string(), false),
+        }
+    }
+
+    /// Makes room for the process of a device that is added while the machine runs; `disk` is its image, if it has one.
+    ///
+    /// # Errors
+    /// [`AddError`]: nothing has changed.
+    pub fn add(
+        &mut self,
+        config: &MachineConfig,
+        id: &str,
+        limits: ProcessLimits,
+        disk: Option<&File>,
+    ) -> Result<(), AddError> {
+        let number = self.free_number(config, id)?;
+        let device = if limits.has_io() { Some(disk.and_then(block_device)) } else { None };
+        let mut wanted = Vec::new();
+        wanted.extend((limits.memory.is_some()).then_some(Controller::Memory));
+        wanted.extend((limits.pids.is_some()).then_some(Controller::Pids));
+        wanted.extend((limits.cpu.is_some()).then_some(Controller::Cpu));
+        wanted.extend(device.map(|_| Controller::Io));
+        let lacks = match &mut self.group {
+            Some(group) => group.need(&wanted),
+            None => wanted,
+        };
+        let why = match device {
+            _ if !lacks.is_empty() => {
+                let names: Vec<&str> = lacks.iter().map(|controller| controller.name()).collect();
+                Some(format!("this machine has no cgroup with the controller {}", names.join(", ")))
+            }
+            Some(None) => Some("its file system lies on no block device of its own".to_owned()),
+            _ => None,
+        };
+        if let Some(why) = why {
+            return Err(AddError::Limits { why });
+        }
+        if let Some(device) = device.flatten() {
+            self.devices.insert(id.to_owned(), device);
+        }
+        self.added.insert(id.to_owned(), (number, limits));
+        Ok(())
+    }
+
+    /// The first number that no process has.
+    fn free_number(&self, config: &MachineConfig, id: &str) -> Result<u32, AddError> {
+        let names = process_names(config);
+        let position = names.iter().position(|name| *name == id);
+        let first = u32::try_from(position.unwrap_or(names.len())).unwrap_or(u32::MAX);
+        let taken = |number: &u32| self.added.values().any(|(other, _)| other == number);
+        let number = (first..).find(|number| position.is_some() || !taken(number)).unwrap_or(first);
+        match &self.users {
+            Some(users) if users.uid(number).is_none() => Err(AddError::Users { range: users.range() }),
+            _ => Ok(number),
+        }
+    }
+
+    /// Nothing is left of a device.
+    pub fn remove(&mut self, id: &str) {
+        self.added.remove(id);
+        self.devices.remove(id);
+        if let Some(group) = &self.group {
+            group.remove_leaf(id);
         }
     }
 
@@ -184,6 +276,7 @@ impl Confinement {
     ) -> Result<Place, CgroupError> {
         let number = process_names(config).iter().position(|name| *name == id);
         let number = number.and_then(|number| u32::try_from(number).ok());
+        let number = number.or_else(|| self.added.get(id).map(|(number, _)| *number));
         let user = number.and_then(|number| self.users.as_ref()?.uid(number));
         let subordinate = self.users.as_ref().is_some_and(UidBlock::is_subordinate);
         let limits = self.group_limits(config, id, role, limits);
@@ -195,7 +288,8 @@ impl Confinement {
     }
 
     fn group_limits(&self, config: &MachineConfig, id: &str, role: Role, limits: &Limits) -> GroupLimits {
-        let asked = config.confinement.limits.get(id).copied().unwrap_or_default();
+        let added = self.added.get(id).map(|(_, limits)| *limits);
+        let asked = added.or_else(|| config.confinement.limits.get(id).copied()).unwrap_or_default();
         let own = asked.memory.map(|memory| memory.0).unwrap_or(match role {
             Role::Core => CORE_MEMORY.saturating_add(u64::from(config.cpus) << 22),
             Role::Blk => DISK_MEMORY,
@@ -203,10 +297,10 @@ impl Confinement {
             _ => OTHER_MEMORY,
         });
         // Every page of guest RAM is charged to the process that touches it first, and that may be any that maps it. A limit
-        // without room for all of it would let the guest have a device killed. The UART and the flash
-        // chip map none.
+        // without room for all of it would let the guest have a device killed. The UART, the flash
+        // chip and the keyboard map none.
         let ram = match role {
-            Role::Uart | Role::Flash => 0,
+            Role::Uart | Role::Flash | Role::Keyboard => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);
@@ -271,6 +365,7 @@ mod tests {
 
     use super::*;
     use crate::supervisor::cli::{Cli, Command};
+    use crate::supervisor::config::confinement::LimitSpec;
     use crate::supervisor::config::resolve;
 
     fn config(options: &str) -> MachineConfig {
@@ -299,6 +394,45 @@ mod tests {
         assert_eq!(serial.memory, Some(OTHER_MEMORY));
         assert_eq!((serial.pids, serial.cpu), (Some(Limits::default().threads), Some(50)));
         assert!(limits("core", Role::Core).memory.unwrap() > 1 << 30);
+    }
+
+    #[test]
+    fn a_device_that_is_added_has_a_user_and_limits_of_its_own_until_it_is_removed() {
+        let config = config("--disk path=a,id=a");
+        let mut confinement = Confinement::default();
+        let limits = |text: &str| format!("x:{text}").parse::<LimitSpec>().unwrap().limits;
+        let pids = |confinement: &Confinement, id| {
+            confinement.group_limits(&config, id, Role::Blk, &Limits::default()).pids
+        };
+        for (id, number) in [("b", 3), ("c", 4), ("a", 1)] {
+            confinement.add(&config, id, ProcessLimits::default(), None).unwrap();
+            assert_eq!(confinement.added[id].0, number, "{id}");
+        }
+        confinement.remove("b");
+        // There is no cgroup here that could enforce it.
+        let error = confinement.add(&config, "b", limits("memory=64M,cpu=5"), None).unwrap_err().to_string();
+        assert!(error.contains("controller memory, cpu"), "{error}");
+        assert!(!confinement.added.contains_key("b"));
+        confinement.added.insert("b".to_owned(), (3, limits("pids=7")));
+        assert_eq!(pids(&confinement, "b"), Some(7));
+        confinement.remove("b");
+        assert_eq!(pids(&confinement, "b"), Some(Limits::default().threads));
+    }
+
+    #[test]
+    fn no_device_is_added_without_a_user_where_all_others_have_one() {
+        let range = UidRange { first: 0x7F00_0000, count: 4 };
+        // The host may not allow it at all.
+        let Ok(users) = UidBlock::claim(Some(range), 4) else { return };
+        let config = config("--disk path=a,id=a");
+        let mut confinement = Confinement { users: Some(users), ..Confinement::default() };
+        confinement.add(&config, "b", ProcessLimits::default(), None).unwrap();
+        let error = confinement.add(&config, "c", ProcessLimits::default(), None).unwrap_err().to_string();
+        assert!(error.contains("2130706432:4") && error.contains("--uids"), "{error}");
+        confinement.remove("b");
+        confinement.add(&config, "c", ProcessLimits::default(), None).unwrap();
+        let place = confinement.place(&config, "c", Role::Blk, &Limits::default()).unwrap();
+        assert_eq!(place.identity.uid, range.first + 3);
     }
 
     #[test]

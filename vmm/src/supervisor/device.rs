@@ -131,7 +131,12 @@ fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
         (None, None) if args.rng => AddRequest::Rng,
         (None, None) => AddRequest::Console,
     };
-    done(&Connection::to_name(&args.name)?, &Request::DeviceAdd { device }, None, ADD_DEADLINE)
+    done(
+        &Connection::to_name(&args.name)?,
+        &Request::DeviceAdd { device, limits: args.limit.clone() },
+        None,
+        ADD_DEADLINE,
+    )
 }
 
 fn done(

@@ -4,7 +4,7 @@
 use bulkhead_ipc::channel::message::FirmwareFile;
 
 use super::config::firmware::FirmwareConfig;
-use super::config::{MachineConfig, StreamTarget};
+use super::config::{MachineConfig, PciAddress, StreamTarget};
 use super::smbios::Tables;
 
 /// The first serial port.
@@ -16,7 +16,7 @@ const SLEEP_STATES: [u8; 6] = [0x80, 0, 0, 1, 2, 0x80];
 /// Waits for ever when nothing can be booted, and tries no more.
 const NEVER: u32 = u32::MAX;
 
-/// The files for this machine with these disks, each with its slot.
+/// The files for this machine with these disks, each with its place on PCI bus 0.
 pub fn files(config: &MachineConfig, firmware: &FirmwareConfig, disks: &[(&str, u8)]) -> Vec<FirmwareFile> {
     let tables = Tables::new(config, false);
     let mut files = vec![
@@ -42,7 +42,10 @@ fn boot_order(order: &[String], disks: &[(&str, u8)]) -> Vec<u8> {
         // One that was removed meanwhile is not tried.
         order.iter().filter_map(slot_of).collect()
     };
-    let paths = slots.into_iter().map(|slot| format!("/pci@i0cf8/scsi@{slot:x}/disk@0,0"));
+    let paths = slots.into_iter().map(|place| match PciAddress::from_place(place) {
+        PciAddress { slot, function: 0 } => format!("/pci@i0cf8/scsi@{slot:x}/disk@0,0"),
+        PciAddress { slot, function } => format!("/pci@i0cf8/scsi@{slot:x},{function:x}/disk@0,0"),
+    });
     let mut text = paths.collect::<Vec<_>>().join("\n").into_bytes();
     text.push(0);
     text
@@ -73,6 +76,7 @@ mod tests {
         let only_b = file(&format!("{disks} --boot-order b"), "bootorder").unwrap();
         assert_eq!(only_b, b"/pci@i0cf8/scsi@e/disk@0,0\0");
         assert_eq!(file("", "bootorder").unwrap(), b"\0");
+        assert_eq!(boot_order(&[], &[("a", 0x25)]), b"/pci@i0cf8/scsi@5,1/disk@0,0\0");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
     BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig,
-    FsCache, FsConfig, FsOwners, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
+    FsCache, FsConfig, FsOwners, KeyboardConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -24,12 +24,12 @@ use thiserror::Error;
 
 use super::cli::LogLevel;
 use super::config::fs::Cache;
-use super::config::{CONSOLE, CORE, FLASH, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Disk, MOST_FIRMWARE, Resources, Share, Stream, Variables};
+use super::resources::{Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -105,6 +105,7 @@ enum Plan<'a> {
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
+    Keyboard(&'a OwnedFd),
     Fs(&'a Share),
 }
 
@@ -116,6 +117,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
+        plans.extend(resources.keyboard.as_ref().map(Self::Keyboard));
         plans.extend(resources.shares.iter().map(Self::Fs));
         plans
     }
@@ -127,6 +129,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => CONSOLE,
             Self::Uart(_) => SERIAL,
             Self::Flash(_) => FLASH,
+            Self::Keyboard(_) => KEYBOARD,
             Self::Fs(share) => &share.config.id,
         }
     }
@@ -138,6 +141,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
+            Self::Keyboard(_) => Role::Keyboard,
             Self::Fs(_) => Role::Fs,
         }
     }
@@ -150,6 +154,7 @@ impl<'a> Plan<'a> {
             Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
+            Self::Keyboard(_) => LinkKind::Keyboard,
             Self::Fs(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_FS, slot },
         }
     }
@@ -163,6 +168,7 @@ impl<'a> Plan<'a> {
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
+            Self::Keyboard(_) => Some(KEYBOARD_STATE),
             Self::Fs(_) => None,
         };
         if matches!(self, Self::Fs(_)) {
@@ -195,6 +201,7 @@ impl<'a> Plan<'a> {
                 memory: fds.add(&variables.memory),
                 size: variables.size,
             }),
+            Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
             Self::Fs(share) => DeviceConfig::Fs(fs_config(share, fds.add(&share.table))),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -241,6 +248,7 @@ pub fn launch(
     resources: &Resources,
     programs: &Programs,
 ) -> Result<Vec<Process>, LaunchError> {
+    resources.reset().map_err(|source| LaunchError::Io { id: KEYBOARD.to_owned(), source })?;
     let plans = Plan::all(resources);
     let mut processes = Vec::with_capacity(plans.len() + 1);
     let io = |id: &str, source: io::Error| LaunchError::Io { id: id.to_owned(), source };
@@ -336,6 +344,11 @@ fn start_core(
                 id: plan.id().to_owned(),
                 kind: plan.link(resources),
                 socket: fds.add(socket),
+                rom: resources
+                    .roms
+                    .iter()
+                    .find(|rom| rom.device.as_deref() == Some(plan.id()))
+                    .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
     });
@@ -364,7 +377,9 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
             let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
             let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
             let files = firmware::files(config, firmware, &disks);
-            Boot::Firmware { image, files, menu: firmware.menu, variables }
+            let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
+            let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
+            Boot::Firmware { image, files, menu: firmware.menu, variables, roms }
         }
         None => Boot::Kernel {
             kernel: image,

@@ -18,6 +18,7 @@ pub mod exit_code;
 mod firmware;
 pub mod heap;
 pub mod history;
+pub mod keys;
 pub mod launch;
 pub mod logs;
 pub mod notify;
@@ -76,6 +77,10 @@ pub fn main() -> ExitCode {
         Command::Resize(args) => match device::resize(&args) {
             Ok(text) => print(&text),
             Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Sendkey(args) => match keys::send(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, client_code(&error)),
         },
         Command::Events(args) => match events::events(&args) {
             Ok(()) => ExitCode::Success,

@@ -27,6 +27,8 @@ pub enum Role {
     Uart,
     /// The chip with firmware's variables.
     Flash,
+    /// The keyboard and its controller.
+    Keyboard,
     /// A shared directory.
     Fs,
     /// The process that started the others.
@@ -43,6 +45,7 @@ impl Role {
             Self::Console => "console",
             Self::Uart => "uart",
             Self::Flash => "flash",
+            Self::Keyboard => "keyboard",
             Self::Fs => "fs",
             Self::Supervisor => "supervisor",
         }
@@ -64,6 +67,7 @@ impl Role {
             (Self::Console, Some(_)) => PolicyName::ConsoleQueue,
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
+            (Self::Keyboard, _) => PolicyName::KeyboardMain,
             (Self::Fs, None) => PolicyName::FsMain,
             (Self::Fs, Some(_)) => PolicyName::FsQueue,
         }

@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod roms;
 mod share;
 mod slots;
 mod stream;
@@ -17,19 +18,27 @@ use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::memory::GuestRam;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
+use roms::Rom;
 pub use share::Share;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{CONSOLE, DiskConfig, MachineConfig, RNG, SERIAL, Size, StreamTarget};
-use super::confinement::{Confinement, Required};
+use super::config::{
+    CONSOLE, DiskConfig, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget,
+};
+use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
+/// The most that the keyboard's process keeps for its successor, in bytes.
+pub const KEYBOARD_STATE: u64 = 4096;
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
 /// Firmware consists of pages, in bytes.
@@ -111,6 +120,14 @@ pub enum ResourceError {
     /// A file of variables that somebody else uses.
     #[error("firmware-vars: '{0}' is locked by another machine or program: stop that first")]
     VariablesLocked(PathBuf),
+    /// A file that is no option ROM.
+    #[error("option-rom: '{path}' has {size} bytes; an option ROM begins with 55 AA and has at most 16 MiB: is it the right file?", path = path.display())]
+    Rom {
+        /// The file.
+        path: PathBuf,
+        /// Size in bytes.
+        size: u64,
+    },
     /// A disk without a sector.
     #[error("disk {id}: '{path}' is empty (truncate -s 1G '{path}' makes it 1 GiB long)", path = path.display())]
     DiskEmpty {
@@ -152,6 +169,9 @@ pub enum ResourceError {
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
+    /// The same of a device that is added.
+    #[error(transparent)]
+    Added(#[from] AddError),
     /// A program of Bulkhead is missing.
     #[error("cannot open '{path}': {reason}; it belongs beside the program bulkhead: is Bulkhead installed completely?", path = path.display())]
     Program {
@@ -166,6 +186,26 @@ pub enum ResourceError {
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
+    /// A place that is taken.
+    #[error("device {id}: addr={address} is the place of {other}")]
+    PlaceTaken {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+        /// Who is there.
+        other: String,
+    },
+    /// A place that a device which is added cannot have.
+    #[error(
+        "device {id}: addr={address}: what is added to a machine that runs gets a slot of its own: choose function 0 of an empty one"
+    )]
+    WholeSlot {
+        /// Who wants it.
+        id: String,
+        /// Where.
+        address: PciAddress,
+    },
     /// A socket path in use.
     #[error("{field}: the socket '{path}' is in use by another process: choose another path or stop that process", path = path.display())]
     SocketInUse {
@@ -209,6 +249,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// Firmware's variables.
     pub variables: Option<Variables>,
+    /// Option ROMs.
+    pub roms: Vec<Rom>,
     /// The disks.
     pub disks: Vec<Disk>,
     /// The PCI slots of the virtio devices.
@@ -217,6 +259,8 @@ pub struct Resources {
     pub processors: Processors,
     /// `/dev/urandom`, when there is an entropy device.
     pub urandom: Option<File>,
+    /// What the keyboard's process leaves to its successor, when there is one.
+    pub keyboard: Option<OwnedFd>,
     /// The host's side of the serial port.
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
@@ -257,10 +301,16 @@ impl Resources {
         };
         let mut slots = Slots::default();
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
+        let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
+        for (id, address) in chosen {
+            take_place(&mut slots, id, address)?;
+        }
         let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
         for id in ids.chain(shares.iter().map(|share| &*share.config.id)) {
-            slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            if slots.of(id).is_none() {
+                slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            }
         }
         let kvm = kvm::open()?;
         let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
@@ -273,10 +323,12 @@ impl Resources {
             image,
             initrd,
             variables,
+            roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
             disks,
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            keyboard: config.keyboard.then(keyboard_state).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
@@ -287,6 +339,25 @@ impl Resources {
             console: Stream::open(CONSOLE, &config.console)?,
         })
     }
+
+    /// Forgets what the devices of a machine that is started anew were about.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn reset(&self) -> io::Result<()> {
+        self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
+    }
+}
+
+fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {
+    let taken = |other| ResourceError::PlaceTaken { id: id.to_owned(), address, other };
+    slots.take_at(id, address).map_err(taken)
+}
+
+/// Memory for the keyboard's state.
+fn keyboard_state() -> Result<OwnedFd, ResourceError> {
+    let memory = memfd_create(c"keyboard", MFdFlags::MFD_CLOEXEC);
+    memory.map_err(|errno| ResourceError::Host { what: KEYBOARD.to_owned(), reason: errno.into() })
 }
 
 /// Memory of the host in bytes; no limit where it cannot be read.
@@ -359,6 +430,14 @@ fn open_firmware(path: &Path) -> Result<File, ResourceError> {
         return Err(ResourceError::FirmwareSize { path: path.to_owned(), size });
     }
     Ok(file)
+}
+
+/// Memory of this size that can neither grow nor shrink.
+fn memory(what: &str, size: u64) -> Result<OwnedFd, ResourceError> {
+    let host = |reason| ResourceError::Host { what: what.to_owned(), reason };
+    let memory = GuestRam::create_at(0, size).map_err(|error| host(io::Error::other(error)))?;
+    let region = memory.regions().next().ok_or_else(|| host(io::ErrorKind::InvalidInput.into()))?;
+    region.fd.try_clone_to_owned().map_err(host)
 }
 
 fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {

@@ -1,7 +1,7 @@
 //! Identity, BARs and the capability list of the function (sections 4.1.2 and 4.1.4).
 
 use super::device_type::DeviceType;
-use crate::machine::pci::{BarKind, ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, Pin};
+use crate::machine::pci::{BarKind, ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, Pin, ROM_BAR};
 
 /// The BAR with the virtio register blocks.
 pub(super) const VIRTIO_BAR: u8 = 0;
@@ -64,8 +64,13 @@ fn virtio_capability(kind: u8, length: u64, offset: u64, more: &[u8]) -> Vec<u8>
     body
 }
 
-/// Builds the configuration space of a function with `queues` queues and `vectors` MSI-X vectors.
-pub(super) fn build(kind: &DeviceType, queues: u16, vectors: u16) -> Result<Layout, ConfigError> {
+/// Builds the configuration space of a function with `queues` queues, `vectors` MSI-X vectors and an expansion ROM of so many bytes.
+pub(super) fn build(
+    kind: &DeviceType,
+    queues: u16,
+    vectors: u16,
+    rom: Option<u64>,
+) -> Result<Layout, ConfigError> {
     let mut builder = ConfigSpaceBuilder::new(Identity {
         vendor: VENDOR,
         device: DEVICE_BASE.saturating_add(kind.id),
@@ -80,6 +85,9 @@ pub(super) fn build(kind: &DeviceType, queues: u16, vectors: u16) -> Result<Layo
     let msix_bar_size = (pba + bits).next_power_of_two().max(0x1000);
     builder.bar(VIRTIO_BAR, BarKind::Memory32, VIRTIO_BAR_SIZE)?;
     builder.bar(MSIX_BAR, BarKind::Memory32, msix_bar_size)?;
+    if let Some(size) = rom {
+        builder.bar(ROM_BAR, BarKind::Rom, size)?;
+    }
     let _ = builder.interrupt_pin(Pin::A);
 
     let notify = u64::from(queues) * u64::from(NOTIFY_MULTIPLIER);

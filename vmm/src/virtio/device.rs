@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::memory::{Direction, GuestRam};
 use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
 use bulkhead_ipc::vhost_user::message::VhostUserProtocolFeatures;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -23,7 +23,7 @@ use super::features::Features;
 use super::interrupts::{Interrupts, IntxPin, MsiHost};
 use super::queues::Queue;
 use crate::machine::PciFunction;
-use crate::machine::pci::{Command, ConfigSpace, Doorbell, DoorbellId};
+use crate::machine::pci::{Command, ConfigSpace, Doorbell, DoorbellId, ROM_BAR};
 
 /// A page of a BAR.
 const BLOCK: u64 = 0x1000;
@@ -48,6 +48,8 @@ pub struct Settings {
     pub hold_on_failure: bool,
     /// Who owns the memory for requests in flight.
     pub inflight: Box<dyn InflightSource>,
+    /// What the expansion ROM holds, from address 0 on, if there is one; its size is a power of two.
+    pub rom: Option<GuestRam>,
 }
 
 impl Settings {
@@ -64,6 +66,7 @@ impl Settings {
             start_limit: Duration::from_secs(15),
             hold_on_failure: false,
             inflight: Box::new(FromBackend),
+            rom: None,
         }
     }
 }
@@ -146,7 +149,12 @@ impl VirtioPci {
         };
         let this = Self {
             device,
-            layout: build(&settings.kind, queues, queues.saturating_add(1))?,
+            layout: build(
+                &settings.kind,
+                queues,
+                queues.saturating_add(1),
+                settings.rom.as_ref().map(GuestRam::size),
+            )?,
             settings,
             ram,
             kicks: (0..queues).map(|_| Event::new()).collect::<io::Result<_>>()?,
@@ -191,6 +199,7 @@ impl VirtioPci {
         let link = state.link.as_ref().map(|link| link.frontend.as_fd());
         let requests = state.link.as_ref().and_then(|link| link.requests.as_ref()).map(AsFd::as_fd);
         let kicks = self.kicks.iter().map(AsFd::as_fd);
+        let rom = self.settings.rom.iter().flat_map(|rom| rom.regions().map(|region| region.fd.as_raw_fd()));
         kicks
             .chain([self.ring_error.as_fd()])
             .chain(link)
@@ -198,6 +207,7 @@ impl VirtioPci {
             .chain(state.interrupts.events().map(AsFd::as_fd))
             .map(|fd| fd.as_raw_fd())
             .chain(self.events.descriptors())
+            .chain(rom)
             .collect()
     }
 
@@ -234,6 +244,12 @@ impl VirtioPci {
     /// Where the device's descriptors are registered.
     pub(super) fn epoll(&self) -> &Epoll {
         self.events.inner()
+    }
+
+    fn read_rom(&self, offset: u64, data: &mut [u8]) {
+        let view = self.settings.rom.as_ref().map(|rom| rom.view(offset, data.len() as u64, Direction::Read));
+        // A BAR is as large as its ROM, so that there is nothing to tell of.
+        let _ = view.and_then(Result::ok).map(|view| view.read_bytes(0, data));
     }
 
     /// A write to the doorbells that no ioeventfd caught.
@@ -279,6 +295,7 @@ impl PciFunction for VirtioPci {
         data.fill(0);
         let inside = offset % BLOCK;
         match (bar, offset - inside) {
+            (ROM_BAR, _) => self.read_rom(offset, data),
             (VIRTIO_BAR, COMMON) => self.state().read_common(inside, data),
             (VIRTIO_BAR, ISR) if inside == 0 => {
                 if let Some(byte) = data.first_mut() {

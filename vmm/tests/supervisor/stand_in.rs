@@ -200,6 +200,10 @@ pub fn device() {
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Keyboard(keyboard) => {
+            kept.push(fds.take(keyboard.state).unwrap());
+            PolicyName::KeyboardMain
+        }
         DeviceConfig::Fs(fs) => {
             kept.push(fds.take(fs.table).unwrap());
             let (directory, descriptors) = jail::shared_directory().unwrap();
@@ -264,6 +268,7 @@ fn serve(control: &Control, id: &str) {
                 }
             }
             (ToDevice::Start(_), _) => panic!("twice"),
+            (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }
 }

@@ -30,12 +30,15 @@ fn times(places: &Places, rounds: usize, title: &str, guest: &Guest<'_>, limit: 
     let mut results: Vec<(Contender, Vec<f64>)> =
         Contender::ALL.map(|contender| (contender, Vec::new())).into();
     for round in 1..=rounds {
+        // Another one begins each time, so that nobody always follows the same.
+        results.rotate_left(1);
         for (contender, values) in &mut results {
             let started = measure::until(contender.command(places, guest), Stream::Output, INIT, LIMIT)?;
             eprintln!("round {round}: {} {:.0} ms", contender.name(), started.milliseconds);
             values.push(started.milliseconds);
         }
     }
+    results.sort_by_key(|(contender, _)| Contender::ALL.iter().position(|other| other == contender));
     let base = results.iter().find(|(contender, _)| *contender == Contender::QemuPc);
     let base = base.map_or(1.0, |(_, values)| table::median(values));
     let rows: Vec<_> = results

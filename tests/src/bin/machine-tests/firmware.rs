@@ -19,7 +19,13 @@ const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "SeaBIOS shows its boot menu and boots the disk that is chosen", 90, boot_menu),
-        Case::new("bare", "SeaBIOS boots disks in the order that is given", 90, boot_order),
+        Case::new(
+            "bare",
+            "SeaBIOS boots disks in the order that is given, after option ROMs",
+            90,
+            boot_order,
+        ),
+        Case::new("bare", "SeaBIOS starts iPXE from an option ROM that is found by its name", 60, ipxe),
         Case::new(
             "bare",
             "a multiboot kernel finds its command line and ends by the debug exit port",
@@ -34,7 +40,8 @@ pub fn cases() -> Vec<Case> {
             280,
             ovmf,
         )
-        .not_in_lab("the QEMU that emulates the lab's processor aborts while OVMF runs"),
+        .with_lock_in_lab()
+        .long_in_lab(),
     ]
 }
 
@@ -55,7 +62,7 @@ fn disk(context: &Context, letter: u8, value: u8) -> Outcome<PathBuf> {
     Ok(path)
 }
 
-fn two_disks<'a>(context: &'a Context, arguments: &[&str]) -> Outcome<Machine<'a>> {
+pub fn two_disks<'a>(context: &'a Context, arguments: &[&str]) -> Outcome<Machine<'a>> {
     let mut machine =
         Machine::firmware(context, "seabios")?.arguments(&["--debug-exit"]).arguments(arguments);
     for (letter, value) in [(b'a', 0x10), (b'b', 0x11)] {
@@ -91,8 +98,41 @@ fn boot_menu(context: &Context) -> Outcome {
 }
 
 fn boot_order(context: &Context) -> Outcome {
-    let mut running = two_disks(context, &["--boot-order", "b,a", "--serial", "off"])?.start()?;
-    running.expect_exit(0x11 * 2 + 1)
+    let log = context.folder.join("firmware.log");
+    let (rom, debug) = (option_rom(context)?.display().to_string(), log.display().to_string());
+    let of_device = format!("rng={rom}");
+    let roms = ["--rng", "--option-rom", &rom, "--option-rom", &of_device, "--debug-port", &debug];
+    let machine = two_disks(context, &["--boot-order", "b,a", "--serial", "off"])?.arguments(&roms);
+    machine.start()?.expect_exit(0x11 * 2 + 1)?;
+    let said = fs::read_to_string(&log).map_err(|error| error.to_string())?;
+    // In slot 4, after the disks; and one that belongs to no device.
+    for device in ["20", "0"] {
+        let line = format!("option ROM of the device at {device:0>4}");
+        ensure!(said.contains(&line), "the debug port does not say '{line}'");
+    }
+    Ok(())
+}
+
+fn ipxe(context: &Context) -> Outcome {
+    let machine = Machine::firmware(context, "seabios")?.arguments(&["--option-rom", "pxe-virtio.rom"]);
+    let mut running = machine.start()?;
+    running.wait_for("iPXE (http://ipxe.org)", 1)?;
+    let banner = running.serial().into_iter().find(|line| line.contains("ipxe.org")).unwrap_or_default();
+    ensure!(banner.contains("PnP PMM"), "iPXE does not know this firmware: '{banner}'");
+    Ok(())
+}
+
+/// The option ROM of the payloads with its checksum.
+fn option_rom(context: &Context) -> Outcome<PathBuf> {
+    let source = context.places.payloads.join("option_rom.bin");
+    let mut rom = fs::read(&source).map_err(|error| format!("{}: {error}", source.display()))?;
+    let sum = rom.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+    if let Some(last) = rom.last_mut() {
+        *last = sum.wrapping_neg();
+    }
+    let path = context.folder.join("option.rom");
+    fs::write(&path, rom).map_err(|error| error.to_string())?;
+    Ok(path)
 }
 
 fn multiboot(context: &Context) -> Outcome {
@@ -135,20 +175,27 @@ fn grub(context: &Context) -> Outcome {
 fn ovmf(context: &Context) -> Outcome {
     let variables = context.folder.join("variables.fd").display().to_string();
     let smbios = format!("serial=S42,uuid={UUID}");
-    for (run, expected) in [("first", "written"), ("second", "kept")] {
+    for (run, kept) in [("first", "kept 0"), ("second", "kept 8")] {
         let machine = Machine::firmware(context, "ovmf")?.boot_disk("efi.img")?.named(&format!("ovmf-{run}"));
-        let mut running = machine.arguments(&["--firmware-vars", &variables, "--smbios", &smbios]).start()?;
+        // Without a keyboard it waits for one, a million times.
+        let options = ["--keyboard", "--firmware-vars", &variables, "--smbios", &smbios];
+        let restart = ["--restart", "firmware-vars=always"];
+        let mut running = machine.arguments(&options).arguments(&restart).start()?;
         if run == "first" {
-            // While OVMF writes its first variables.
+            // While OVMF writes its first variables, and while the guest writes its own.
             running.wait_for("BdsDxe", 1)?;
             kill_flash(&running)?;
+            for number in 1..8 {
+                running.wait_for(&format!("guest: variable {number} is written"), 1)?;
+                kill_flash(&running)?;
+            }
         }
         running.wait_for("GRUB loads the kernel", 1)?;
         running.wait_for("guest: done firmware", 1)?;
         running.expect_exit(exit::SUCCESS)?;
         expect_described(&running)?;
-        let variable = running.guest("variable").unwrap_or_default();
-        ensure!(variable == expected, "the {run} run reads its variable as '{variable}'");
+        let said = running.guest("variables").unwrap_or_default();
+        ensure!(said == kept, "the {run} run says of its variables '{said}'");
     }
     Ok(())
 }
@@ -156,7 +203,7 @@ fn ovmf(context: &Context) -> Outcome {
 /// Kills the process of the variables.
 fn kill_flash(running: &Running) -> Outcome {
     let processes = running.processes();
-    let flash = processes.iter().find(|process| process.title().contains("firmware-vars"));
+    let flash = processes.iter().find(|process| process.title().contains("/firmware-vars]"));
     let pid = flash.ok_or("there is no process for firmware's variables")?.pid;
     let pid = i32::try_from(pid).map_err(|error| error.to_string())?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| error.to_string())?;

@@ -220,6 +220,23 @@ fn bare_processors(context: &Context) -> Outcome {
     running.expect_exit(exit::SUCCESS)
 }
 
+/// Where the processes that a machine began with have users of their own, those that came later do, too.
+fn expect_own_users(running: &Running) -> Outcome {
+    let user = |process: &Process| -> Outcome<String> {
+        process.threads()?.first().ok_or("no thread")?.status("Uid")
+    };
+    let mut users = running.processes().iter().skip(1).map(user).collect::<Outcome<Vec<String>>>()?;
+    let own = user(running.processes().first().ok_or("no process")?)?;
+    if users.first() == Some(&own) {
+        return Ok(());
+    }
+    let count = users.len();
+    users.sort();
+    users.dedup();
+    ensure!(users.len() == count, "{count} processes have the users {users:?}");
+    Ok(())
+}
+
 fn pulled_out(context: &Context) -> Outcome {
     let running = deaf(context)?;
     let path = image(&context.folder, "hot.img", 1)?;
@@ -232,6 +249,7 @@ fn pulled_out(context: &Context) -> Outcome {
         succeed(context, &["add", name, "--rng"])?;
         succeed(context, &["add", name, "--console"])?;
         ensure!(running.processes().len() == base + 3, "a process is missing");
+        expect_own_users(&running)?;
         for device in ["hot", "rng", "console"] {
             succeed(context, &["remove", name, device, "--force"])?;
         }
@@ -264,6 +282,14 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["add", name, "--disk", &format!("{spec},readonly=maybe")], "readonly=on")?;
     for id in ["core", "serial", "data", "console"] {
         refuse(context, &["add", name, "--disk", &format!("path={},id={id}", path.display())], "belongs to")?;
+    }
+    for (limit, words) in [
+        ("cpu=0", "the least is 1"),
+        ("read=1M", "read and write are for disks"),
+        ("memroy=1M", "did you mean 'memory'?"),
+        ("pids=many", "is not a whole number"),
+    ] {
+        refuse(context, &["add", name, "--rng", "--limit", limit], words)?;
     }
     succeed(context, &["add", name, "--disk", &spec])?;
     refuse(context, &["add", name, "--disk", &spec], "already belongs")?;

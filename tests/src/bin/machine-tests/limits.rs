@@ -4,7 +4,7 @@
 //! it and its cgroup, as if both had failed. Contains unsafe code: a process that forks and fills memory.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -196,9 +196,32 @@ fn groups(context: &Context) -> Outcome {
     let shown = String::from_utf8_lossy(&shown.map_err(|error| error.to_string())?.stdout).into_owned();
     context.log(&shown);
     ensure!(shown.contains("rng: memory.max 289406976, memory.current "), "{shown}");
+    added(context, &running, &folder)?;
     running.signal(Signal::SIGTERM)?;
     running.wait()?;
     ensure!(!folder.exists(), "{} is left", folder.display());
+    Ok(())
+}
+
+/// The limits of a device that is added later, and what is left of them when it is removed.
+fn added(context: &Context, running: &Running, folder: &Path) -> Outcome {
+    let device = |arguments: &[&str]| -> Outcome {
+        let output = bulkhead(context).arg("device").args(arguments).output().map_err(|e| e.to_string())?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "device {arguments:?}: {said}");
+        Ok(())
+    };
+    let image = context.folder.join("hot.img");
+    fs::write(&image, [0; 65536]).map_err(|error| error.to_string())?;
+    let spec = format!("path={},id=hot", image.display());
+    let read = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default().trim().to_owned();
+    for (limit, pids, cpu) in [("pids=9,cpu=40", "9", "40000 100000"), ("pids=8", "8", "max 100000")] {
+        device(&["add", &running.name, "--disk", &spec, "--limit", limit])?;
+        ensure!(read("hot/pids.max") == pids, "{limit}: {}", read("hot/pids.max"));
+        ensure!(read("hot/cpu.max") == cpu, "{limit}: {}", read("hot/cpu.max"));
+        device(&["remove", &running.name, "hot", "--force"])?;
+        ensure!(!folder.join("hot").exists(), "the group of the removed device is left");
+    }
     Ok(())
 }
 

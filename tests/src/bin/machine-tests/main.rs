@@ -14,6 +14,7 @@ mod firmware;
 mod hostile;
 mod hotplug;
 mod jail;
+mod keyboard;
 mod lifecycle;
 mod limits;
 mod refusals;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         refusals::cases(),
         hotplug::cases(),
         restart::cases(),
+        keyboard::cases(),
         shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

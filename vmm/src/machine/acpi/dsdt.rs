@@ -27,6 +27,8 @@ pub(super) struct Platform<'a> {
     pub(super) high_window: Option<(u64, u64)>,
     /// There is a UART at 3F8.
     pub(super) serial: bool,
+    /// There is a keyboard.
+    pub(super) keyboard: bool,
 }
 
 /// The last address of the window for BARs below 4 GiB.
@@ -183,7 +185,7 @@ fn isa_bridge(platform: &Platform<'_>) -> Raw {
         Raw(bytes(&region)),
         Raw(bytes(&registers)),
         clock(),
-        keyboard(),
+        keyboard(platform.keyboard),
         panic_device(),
         motherboard_resources(platform.pm_block),
     ];
@@ -198,11 +200,12 @@ fn clock() -> Raw {
     device("RTC_", &[named("_HID", &EISAName::new("PNP0B00")), resources])
 }
 
-/// The keyboard, which is not plugged in.
-fn keyboard() -> Raw {
+/// The keyboard, plugged in or not.
+fn keyboard(present: bool) -> Raw {
+    let status = if present { STA_PRESENT } else { 0 };
     let resources =
         named("_CRS", &ResourceTemplate::new(vec![&ports(0x60, 1), &ports(0x64, 1), &isa_interrupt(1)]));
-    device("KBD_", &[named("_HID", &EISAName::new("PNP0303")), named("_STA", &Zero {}), resources])
+    device("KBD_", &[named("_HID", &EISAName::new("PNP0303")), named("_STA", &status), resources])
 }
 
 fn serial_port() -> Raw {

@@ -13,12 +13,14 @@ const RESET_VALUE: u8 = 0x06;
 /// Latencies that say: there is no such C-state (C2 above 100 µs, C3 above 1000 µs).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
-/// IAPC_BOOT_ARCH: there are devices on the ISA bus; there is no VGA. Bit 1, an 8042 with a keyboard, stays clear: nothing
-/// is plugged into it, and a driver would wait for answers.
+/// IAPC_BOOT_ARCH: there are devices on the ISA bus; there is no VGA. Without a keyboard bit 1 stays clear: a driver would wait
+/// for answers.
 const BOOT_ARCH: u16 = 1 << 0 | 1 << 2;
+/// IAPC_BOOT_ARCH: there is an 8042 with a keyboard.
+const BOOT_ARCH_8042: u16 = 1 << 1;
 
 /// The table. The power button is a fixed one; there is no sleep button, and the RTC cannot wake the machine.
-pub(super) fn table(facs: u32, dsdt: u32, pm_block: u16) -> FADT {
+pub(super) fn table(facs: u32, dsdt: u32, pm_block: u16, keyboard: bool) -> FADT {
     let port = |offset: u64, bits, access| {
         GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(pm_block).saturating_add(offset))
     };
@@ -59,7 +61,7 @@ pub(super) fn table(facs: u32, dsdt: u32, pm_block: u16) -> FADT {
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
     fadt.century = CENTURY_REGISTER;
-    fadt.iapc_boot_arch = BOOT_ARCH.into();
+    fadt.iapc_boot_arch = (BOOT_ARCH | if keyboard { BOOT_ARCH_8042 } else { 0 }).into();
     fadt.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_CONTROL_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.finalize()

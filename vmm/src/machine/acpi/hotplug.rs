@@ -1,4 +1,4 @@
-//! AML of hot-plug: what the handlers of GPE.1 (PCI) and GPE.2 (CPUs) do with QEMU's registers (ACPI 6.5, sections 5.6.4 and 6.3).
+//! AML of hot-plug: what the handlers of GPE.1 (PCI), GPE.2 (CPUs) and GPE.5 (generation id) do with QEMU's registers (ACPI 6.5, sections 5.6.4 and 6.3).
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -16,6 +16,8 @@ use super::madt;
 /// What a handler tells a driver: look at the device again, or let go of it.
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
+/// What it tells the driver of the generation id: that it is another one.
+const CHANGED: u8 = 0x80;
 /// The mutex of the CPU registers, and an `Acquire` that waits for ever.
 const CPU_LOCK: &str = "\\_SB_.CPLK";
 const FOR_EVER: u16 = 0xFFFF;
@@ -79,6 +81,7 @@ pub(super) fn events(cpus: bool) -> Vec<Raw> {
     if cpus {
         handlers.push(method("_E02", 0, &[call("\\_SB_.CSCN")]));
     }
+    handlers.push(method("_E05", 0, &[raw(&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED))]));
     handlers
 }
 

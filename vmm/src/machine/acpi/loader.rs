@@ -98,7 +98,7 @@ impl Machine {
         let rsdp = blob.get(..RSDP).unwrap_or_default().to_vec();
         blob.resize(blob.len().saturating_add(SLACK).next_multiple_of(PAGE), 0);
         let mut generation = vec![0; PAGE];
-        for (to, from) in generation.iter_mut().skip(GENERATION_ID).zip(self.config.generation) {
+        for (to, from) in generation.iter_mut().skip(GENERATION_ID).zip(self.generation.id()) {
             *to = from;
         }
         [

@@ -93,7 +93,8 @@ impl Machine {
     #[must_use]
     pub fn acpi_tables(&self) -> AcpiTables {
         let mut placed = self.place_tables(ADDRESS);
-        placed.set(GENERATION_ID, &self.config.generation);
+        placed.set(GENERATION_ID, &self.generation.id());
+        self.generation.placed_at(u64::from(ADDRESS).saturating_add(GENERATION_ID as u64));
         AcpiTables { address: ADDRESS.into(), rsdp: ADDRESS.into(), blob: placed.blob }
     }
 
@@ -108,12 +109,16 @@ impl Machine {
             low_window: low_ram.max(LOW_WINDOW),
             high_window: self.high_bars().or_else(|| high_window(&self.config, self.ram.end())),
             serial: self.isa.decodes(0x3F8),
+            keyboard: self.config.keyboard,
         };
         let blob = vec![0; GENERATION_ID.saturating_add(16)];
         let mut placed = Placed { base, blob, ..Placed::default() };
         let facs = placed.add(&bytes(&FACS::new()), &[]);
         let dsdt = placed.add_dsdt(&dsdt::table(&platform));
-        let fadt = placed.add(&bytes(&fadt::table(facs, dsdt, pm_block)), &[(36, 4), (40, 4), (140, 8)]);
+        let fadt = placed.add(
+            &bytes(&fadt::table(facs, dsdt, pm_block, self.config.keyboard)),
+            &[(36, 4), (40, 4), (140, 8)],
+        );
         let madt = placed.add(&madt::table(self.config.cpus, &self.config.apic_ids), &[]);
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt.into());

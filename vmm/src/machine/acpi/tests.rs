@@ -15,7 +15,15 @@ fn tables(cpus: u8) -> AcpiTables {
 }
 
 fn platform(cpus: u8, apic_ids: &[u8], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
-    dsdt::Platform { cpus, apic_ids, pm_block: 0x600, low_window: 0xC000_0000, high_window, serial: true }
+    dsdt::Platform {
+        cpus,
+        apic_ids,
+        pm_block: 0x600,
+        low_window: 0xC000_0000,
+        high_window,
+        serial: true,
+        keyboard: false,
+    }
 }
 
 fn at(tables: &AcpiTables, address: u64) -> &[u8] {
@@ -271,6 +279,25 @@ mod firmware {
         let pointer = u64::from(u32_at(&dsdt[named..], 8));
         assert_eq!(page[usize::try_from(pointer - guid).unwrap()..][..16], [7; 16]);
         assert_eq!(back, [("etc/vmgenid_addr".to_owned(), pointer)]);
+    }
+
+    #[test]
+    fn another_generation_id_goes_where_firmware_has_placed_the_first() {
+        let firmware = Firmware::new();
+        firmware.0.renew_generation([8; 16]).unwrap();
+        let (_, page) = link(&firmware).0["etc/vmgenid_guid"].clone();
+        assert!(page.windows(16).any(|id| id == [8; 16]), "firmware had not asked yet");
+        let key = firmware.directory()["etc/vmgenid_addr"].0;
+        firmware.dma(key, WRITE, &0x3000_u64.to_le_bytes());
+        firmware.0.renew_generation([9; 16]).unwrap();
+        let mut id = [0; 16];
+        firmware.1.view(0x3000, 16, Direction::Read).unwrap().read_bytes(0, &mut id).unwrap();
+        assert_eq!(id, [9; 16]);
+        let mut status = [0];
+        firmware.0.read(Space::Port, 0xAFE0, &mut status);
+        assert_eq!(status, [0x20]);
+        firmware.dma(key, WRITE, &u64::MAX.to_le_bytes());
+        firmware.0.renew_generation([10; 16]).unwrap_err();
     }
 
     #[test]

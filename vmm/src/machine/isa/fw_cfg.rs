@@ -18,6 +18,7 @@ const DMA_LOW: u16 = 0x518;
 mod key {
     pub(super) const SIGNATURE: u16 = 0x00;
     pub(super) const ID: u16 = 0x01;
+    pub(super) const RAM_SIZE: u16 = 0x03;
     pub(super) const NO_GRAPHIC: u16 = 0x04;
     pub(super) const NB_CPUS: u16 = 0x05;
     pub(super) const BOOT_MENU: u16 = 0x0E;
@@ -140,6 +141,8 @@ impl FwCfg {
         let mut state = State::default();
         state.set_item(key::SIGNATURE, b"QEMU".to_vec());
         state.set_item(key::ID, ID.to_le_bytes().to_vec());
+        let size = memory.iter().fold(0_u64, |sum, range| sum.saturating_add(range.length));
+        state.set_item(key::RAM_SIZE, size.to_le_bytes().to_vec());
         state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
         state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
@@ -170,6 +173,15 @@ impl FwCfg {
         }
         state.add_file(GENERATION_ADDRESS, vec![0; ADDRESS]);
         let _ = self.tables.set(tables);
+    }
+
+    /// Where firmware has placed the generation id, once it has.
+    pub(in super::super) fn generation_address(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        let (_, file, _) = state.file(GENERATION_ADDRESS)?;
+        let (_, bytes) = state.items.iter().find(|(key, _)| key == file)?;
+        let address = u64::from_le_bytes(bytes.as_slice().try_into().ok()?);
+        (address != 0).then_some(address)
     }
 
     /// Tells firmware to offer its boot menu.

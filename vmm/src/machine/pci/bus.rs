@@ -18,6 +18,20 @@ pub struct SlotFunction {
     pub function: u8,
 }
 
+impl SlotFunction {
+    /// From one byte: the slot in bits 4:0, the function in bits 7:5. So the slot alone names its function 0.
+    #[must_use]
+    pub const fn from_place(place: u8) -> Self {
+        Self { slot: place & 0x1F, function: place >> 5 }
+    }
+
+    /// As one byte.
+    #[must_use]
+    pub const fn place(self) -> u8 {
+        self.slot & 0x1F | self.function << 5
+    }
+}
+
 /// A function in its place.
 #[derive(Clone)]
 struct Attached {
@@ -87,6 +101,11 @@ impl PciBus {
         lock(&self.functions).iter().find(|entry| entry.at == at).map(|entry| entry.function.clone())
     }
 
+    /// How many functions are in a slot.
+    pub(in super::super) fn occupants(&self, slot: u8) -> usize {
+        lock(&self.functions).iter().filter(|entry| entry.at.slot == slot).count()
+    }
+
     /// Puts a function into a place. Refused (false) when the place is taken.
     pub(in super::super) fn attach(&self, at: SlotFunction, function: Arc<dyn PciFunction>) -> bool {
         let mut functions = lock(&self.functions);
@@ -118,6 +137,11 @@ impl PciBus {
         };
         function.config_will_read(offset, data.len());
         function.config().read(offset, data);
+        // Bit 7 of the header type says in function 0 that there are others (section 6.2.1).
+        let kind = header::HEADER_TYPE.checked_sub(offset).and_then(|index| data.get_mut(usize::from(index)));
+        if let Some(kind) = kind.filter(|_| at.function == 0 && self.occupants(at.slot) > 1) {
+            *kind |= 1 << 7;
+        }
         // Interrupt status, bit 3 of the status register, follows the pin even while INTx# is disabled (section 6.2.3).
         let status = header::STATUS.checked_sub(offset).and_then(|index| data.get_mut(usize::from(index)));
         if let Some(status) = status.filter(|_| self.router.is_asserted(at.slot, at.function)) {

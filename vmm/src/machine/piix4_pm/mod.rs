@@ -33,6 +33,8 @@ pub(super) const SMBHSTCFG: u16 = 0xD2;
 pub(super) const SCI_IRQ: u8 = 9;
 /// Where the general-purpose event block lies on this platform, and its length in bytes.
 pub(super) const GPE0_BLOCK: (u16, u8) = (0xAFE0, 4);
+/// The bit of GPE0 that tells of another generation id, which is QEMU's.
+const GPE_GENERATION: u16 = 1 << 5;
 /// Advanced power management control port; its status port follows.
 pub(super) const APM_CONTROL: u16 = 0xB2;
 /// Written to [`APM_CONTROL`]: firmware hands the PM registers to the operating system.
@@ -204,6 +206,11 @@ impl Piix4Pm {
     /// Asks the guest to let a CPU go. False when it is not there, or is the boot processor.
     pub(super) fn request_cpu_removal(&self, index: u8) -> bool {
         self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.request_removal(index))
+    }
+
+    /// Tells the guest that its generation id is another one.
+    pub(super) fn announce_generation(&self) {
+        self.tell(GPE_GENERATION, |_| true);
     }
 
     /// Where the register block is, whether or not it is decoded.

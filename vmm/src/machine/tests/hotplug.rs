@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use super::super::{AttachError, SlotFunction};
 use super::*;
 
 const UP: u64 = 0xAE00;
@@ -71,6 +72,34 @@ fn an_ejected_function_is_gone_before_the_write_is_over() {
     assert_eq!(host.recorded().doorbells, []);
     outl(&machine, EJECT, 0x20);
     assert_eq!(host.recorded().ejected, [5], "it is gone already");
+}
+
+#[test]
+fn the_functions_of_a_slot_are_found_one_by_one_and_ejected_together() {
+    let (host, machine) = machine(1);
+    let header = |function| config_read(&machine, (5, function), 0x0E, 1);
+    let second = SlotFunction { slot: 5, function: 1 }.place();
+    machine.attach_pci(5, TestFunction::new(5)).unwrap();
+    assert_eq!(header(0), 0x00, "it is alone");
+    let pin = machine.attach_pci(second, TestFunction::new(6)).unwrap();
+    assert_eq!((header(0), header(1)), (0x80, 0x00));
+    assert_eq!(config_read(&machine, (5, 0), 0x0C, 4) >> 16 & 0xFF, 0x80, "by a dword as well");
+    assert_eq!(config_read(&machine, (5, 1), 0, 4), 0x0006_1234);
+    assert_eq!(config_read(&machine, (6, 0), 0, 4), 0xFFFF_FFFF);
+    assert!(matches!(machine.attach_pci(second, TestFunction::new(7)), Err(AttachError::SlotTaken(5))));
+    let chipset = SlotFunction { slot: 1, function: 4 }.place();
+    assert!(matches!(machine.attach_pci(chipset, TestFunction::new(7)), Err(AttachError::NoSuchSlot(1))));
+    listening(&machine);
+    pin.set(true);
+    assert_eq!(config_read(&machine, (5, 1), 6, 2) & 8, 8, "interrupt status of its own");
+    assert_eq!(config_read(&machine, (5, 0), 6, 2) & 8, 0);
+    let places: BTreeSet<u8> = host.recorded().doorbells.iter().map(|bell| bell.slot).collect();
+    assert_eq!(places, [5, second].into());
+    outl(&machine, EJECT, 0x20);
+    assert_eq!(host.recorded().ejected, [5, second]);
+    assert_eq!(host.recorded().doorbells, []);
+    machine.attach_pci(5, TestFunction::new(5)).unwrap();
+    assert_eq!(header(0), 0x00);
 }
 
 #[test]
@@ -231,4 +260,25 @@ proptest! {
             prop_assert_eq!(&host.recorded().ejected, &ejected);
         }
     }
+}
+
+#[test]
+fn another_generation_id_is_in_memory_before_the_sci_tells() {
+    let (host, machine) = machine(1);
+    listening(&machine);
+    machine.renew_generation([3; 16]).unwrap();
+    assert!(!sci(&host), "nobody has been told of the first one");
+    let tables = machine.acpi_tables();
+    let at = usize::try_from(tables.rsdp - tables.address).unwrap() + 64;
+    assert_eq!(tables.blob[at..at + 16], [3; 16]);
+    outb(&machine, GPE0_EN, 0x26);
+    machine.renew_generation([4; 16]).unwrap();
+    assert!(sci(&host));
+    assert_eq!(inb(&machine, GPE0_STS), 0x20);
+    let mut id = [0; 16];
+    let place = machine.ram.view(tables.address + 64, 16, Direction::Read).unwrap();
+    place.read_bytes(0, &mut id).unwrap();
+    assert_eq!(id, [4; 16]);
+    outb(&machine, GPE0_STS, 0x20);
+    assert!(!sci(&host));
 }

@@ -47,6 +47,9 @@ pub enum Request {
     DeviceAdd {
         /// Which.
         device: AddRequest,
+        /// Limits of its process, as after `--limit`.
+        #[serde(default)]
+        limits: Option<String>,
     },
     /// Remove a virtio device. The answer comes when nothing is left of it.
     DeviceRemove {
@@ -76,6 +79,11 @@ pub enum Request {
         device: Option<String>,
         /// What the program says of itself.
         program: ProgramInfo,
+    },
+    /// Strike keys on the machine's keyboard.
+    Sendkey {
+        /// One after the other; those joined by `-` are held together.
+        keys: Vec<String>,
     },
     /// What happened so far, and, with `follow`, what happens from here on.
     Events {

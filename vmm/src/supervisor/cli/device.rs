@@ -55,7 +55,7 @@ pub struct DeviceAddArgs {
         long,
         value_name = "path=FILE,…",
         group = "what",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]"
+        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub disk: Option<String>,
     /// The entropy device
@@ -64,6 +64,9 @@ pub struct DeviceAddArgs {
     /// The virtio console, for `bulkhead console`
     #[arg(long, group = "what")]
     pub console: bool,
+    /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub limit: Option<String>,
     /// A shared directory, as for `bulkhead run`.
     #[arg(
         long,

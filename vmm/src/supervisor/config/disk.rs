@@ -1,4 +1,4 @@
-//! `--disk path=…[,readonly=on][,id=…][,restart=…]` and the table `[[disk]]`.
+//! `--disk path=…[,readonly=on][,id=…][,restart=…][,addr=…]` and the table `[[disk]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,6 +7,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 
 /// A disk as the user describes it.
@@ -22,15 +23,20 @@ pub struct DiskSpec {
     pub id: Option<String>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0; default: the first free slot.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why a text is not a disk.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DiskSpecError {
     /// The `path` is missing.
-    #[error("a disk needs a path: path=FILE[,readonly=on][,id=NAME][,restart=POLICY]")]
+    #[error("a disk needs a path: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]")]
     NoPath,
-    /// A key that is none of path, readonly, id, restart.
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Address(#[from] PciAddressError),
+    /// A key that is none of path, readonly, id, restart, addr.
     #[error("unknown key '{key}' of a disk: {hint}")]
     UnknownKey {
         /// What was written.
@@ -49,7 +55,7 @@ pub enum DiskSpecError {
     Twice(String),
     /// A piece without `=`.
     #[error(
-        "'{0}' is not KEY=VALUE; a disk is path=FILE[,readonly=on][,id=NAME][,restart=POLICY]; a path with a comma can only be given in --config FILE"
+        "'{0}' is not KEY=VALUE; a disk is path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; a path with a comma can only be given in --config FILE"
     )]
     NotAPair(String),
 }
@@ -58,7 +64,7 @@ impl FromStr for DiskSpec {
     type Err = DiskSpecError;
 
     fn from_str(text: &str) -> Result<Self, DiskSpecError> {
-        let (mut path, mut readonly, mut id, mut restart) = (None, None, None, None);
+        let (mut path, mut readonly, mut id, mut restart, mut addr) = (None, None, None, None, None);
         for piece in text.split(',') {
             let (key, value) = match piece.split_once('=') {
                 Some(pair) => pair,
@@ -77,8 +83,9 @@ impl FromStr for DiskSpec {
                 }
                 "id" => id.replace(value.to_owned()).is_some(),
                 "restart" => restart.replace(value.parse()?).is_some(),
+                "addr" => addr.replace(value.parse()?).is_some(),
                 _ => {
-                    let hint = hint(key, &["path", "readonly", "id", "restart"]);
+                    let hint = hint(key, &["path", "readonly", "id", "restart", "addr"]);
                     return Err(DiskSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -87,7 +94,7 @@ impl FromStr for DiskSpec {
             }
         }
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(DiskSpecError::NoPath)?;
-        Ok(Self { path, readonly: readonly.unwrap_or(false), id, restart })
+        Ok(Self { path, readonly: readonly.unwrap_or(false), id, restart, addr })
     }
 }
 
@@ -101,12 +108,17 @@ mod tests {
 
     #[test]
     fn reads_all_keys() {
-        let disk: DiskSpec = "path=/a.img,readonly=on,id=root,restart=never".parse().unwrap();
+        let disk: DiskSpec = "path=/a.img,readonly=on,id=root,restart=never,addr=5.1".parse().unwrap();
         let restart = Some(RestartPolicy::Never);
-        let expected = DiskSpec { path: "/a.img".into(), readonly: true, id: Some("root".into()), restart };
+        let addr = Some(PciAddress { slot: 5, function: 1 });
+        let expected =
+            DiskSpec { path: "/a.img".into(), readonly: true, id: Some("root".into()), restart, addr };
         assert_eq!(disk, expected);
         let disk: DiskSpec = "path=a=b.img".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "a=b.img".into(), readonly: false, id: None, restart: None });
+        assert_eq!(
+            disk,
+            DiskSpec { path: "a=b.img".into(), readonly: false, id: None, restart: None, addr: None }
+        );
         assert!("readonly,path=a".parse::<DiskSpec>().unwrap().readonly);
     }
 

@@ -17,11 +17,12 @@ use super::firmware::{self, BootOrder};
 use super::fs::FsSpec;
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
+use super::rom::RomSpec;
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
-use super::{CONSOLE, RNG, SERIAL};
+use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -75,6 +76,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
+    keyboard: Option<RngSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -91,6 +93,7 @@ struct File {
     log_level: Option<LogLevel>,
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
+    option_rom: Vec<RomSpec>,
     fs: Vec<FsSpec>,
 }
 
@@ -128,6 +131,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
         of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
         of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
+        of(Some(KEYBOARD), file.keyboard.as_ref().and_then(|keyboard| keyboard.restart)),
     ];
     Ok(RunArgs {
         kernel: file.kernel.map(at),
@@ -149,6 +153,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
+        keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),
@@ -163,6 +168,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_level: file.log_level,
         log_format: file.log_format,
         log_file: file.log_file.map(at),
+        roms: file.option_rom.into_iter().map(|rom| rom.at(base)).collect(),
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
         ..RunArgs::default()
     })
@@ -206,6 +212,7 @@ mod tests {
             rng = { restart = "always" }
             console = { target = "attach", restart = "never" }
             serial = "file=out.log"
+            keyboard = true
             name = "web"
             firmware = "ovmf"
             firmware-vars = "vars"
@@ -254,7 +261,7 @@ mod tests {
         let fs = run.fs.first().unwrap();
         assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
         assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));
-        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();

@@ -9,7 +9,9 @@ pub mod firmware;
 pub mod fs;
 pub mod liveness;
 pub mod nearest;
+pub mod pci;
 pub mod restart;
+pub mod rom;
 pub mod size;
 pub mod smbios;
 pub mod stream;
@@ -26,7 +28,9 @@ pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
 pub use liveness::Liveness;
 use nearest::hint;
+pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
@@ -57,6 +61,8 @@ pub const CONSOLE: &str = "console";
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
 pub const FLASH: &str = "firmware-vars";
+/// Name of the keyboard among the devices.
+pub const KEYBOARD: &str = "keyboard";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -77,6 +83,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What was appended to the command line that the user gave.
     pub cmdline_added: Option<&'static str>,
+    /// Option ROMs, each of a device that exists or of none.
+    pub roms: Vec<RomSpec>,
     /// What the machine says it is.
     pub smbios: SmbiosSpec,
     /// A file for what the guest writes to the debug port.
@@ -101,6 +109,8 @@ pub struct MachineConfig {
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
+    /// Whether there is a keyboard.
+    pub keyboard: bool,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -153,6 +163,8 @@ pub struct DiskConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Where messages go and which of them.
@@ -207,6 +219,17 @@ pub enum ConfigError {
     /// A disk twice.
     #[error("boot-order: '{0}' is named twice")]
     BootOrderTwice(String),
+    /// An option ROM for a device that there is not.
+    #[error("option-rom: this machine has no PCI device '{name}': {hint}")]
+    RomDevice {
+        /// What was named.
+        name: String,
+        /// The nearest name, or all.
+        hint: String,
+    },
+    /// A device has one expansion ROM.
+    #[error("option-rom: the device '{0}' has two; a device has one")]
+    RomTwice(String),
     /// A text for SMBIOS.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosSpecError),
@@ -240,6 +263,9 @@ pub enum ConfigError {
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
+    /// Places on the bus that do not fit together.
+    #[error(transparent)]
+    Places(#[from] pci::PlacesError),
     /// Both ports on one terminal.
     #[error(
         "serial and console cannot both be stdio: connect one of them elsewhere, such as --console=attach"
@@ -326,10 +352,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
-    let virtio = disks.len() + fs.len() + usize::from(rng) + usize::from(console != StreamTarget::Off);
-    if virtio > MAX_VIRTIO_DEVICES {
-        return Err(ConfigError::TooManyDevices(virtio));
-    }
+    check_count(disks.len() + fs.len() + usize::from(rng) + usize::from(console != StreamTarget::Off))?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
@@ -337,18 +360,21 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let shares = name_shares(fs, &disks, &mut rules)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
+    let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
     let off = |id: &str| match id {
         SERIAL => serial == StreamTarget::Off,
         CONSOLE => console == StreamTarget::Off,
         FLASH => !flash,
+        KEYBOARD => !keyboard,
         _ => id == RNG && !rng,
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
     rules.extend(given);
     let streams = [(SERIAL, &serial), (CONSOLE, &console)];
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others = others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH));
+    let others =
+        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
     let others = others.chain(shares.iter().map(|share| share.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     let liveness =
@@ -366,6 +392,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         initrd,
         cmdline,
         cmdline_added,
+        roms: take(if args.roms.is_empty() { &mut file.roms } else { &mut args.roms }),
         smbios,
         debug_port: args.debug_port.or(file.debug_port),
         debug_exit: args.debug_exit.or(file.debug_exit) == Some(Switch::On),
@@ -378,6 +405,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         console,
         serial,
+        keyboard,
         restart,
         restarts,
         liveness,
@@ -388,7 +416,20 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         shares,
     };
     check_limits(&config)?;
-    Ok(config)
+    find_roms(config)
+}
+
+/// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
+fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
+    let roms = take(&mut config.roms);
+    let on_bus = config.disks.iter().map(|disk| disk.id.as_str()).chain(config.rng.then_some(RNG));
+    let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
+    let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
+    Ok(MachineConfig { roms, ..config })
+}
+
+fn check_count(virtio: usize) -> Result<(), ConfigError> {
+    if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
 fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
@@ -579,7 +620,8 @@ fn name_shares(
 }
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = [SERIAL, CONSOLE, RNG, FLASH, CORE, SUPERVISOR].map(str::to_owned).to_vec();
+    let mut taken: Vec<String> =
+        [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR].map(str::to_owned).to_vec();
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
         let id = match disk.id {
@@ -591,8 +633,9 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart });
+        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
     }
+    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 

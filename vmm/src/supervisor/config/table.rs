@@ -9,7 +9,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use super::restart::RestartPolicy;
 use super::stream::StreamTarget;
 
-/// `rng = true`, or `rng = { restart = … }`.
+/// `rng = true`, or `rng = { restart = … }`; `keyboard` likewise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RngSpec {
     /// Whether the device exists.

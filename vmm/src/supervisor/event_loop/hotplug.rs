@@ -14,9 +14,10 @@ use super::recovery::Recovery;
 use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig,
-    check_name,
+    CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD, PciAddress, RNG, RestartPolicy, SERIAL,
+    SUPERVISOR, ShareConfig, check_name,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -66,7 +67,12 @@ impl EventLoop<'_> {
     }
 
     /// A client wants a device to be added; it is answered when the guest was told, or on an error.
-    pub(super) fn add_device(&mut self, client: u16, request: &AddRequest) -> Result<(), String> {
+    pub(super) fn add_device(
+        &mut self,
+        client: u16,
+        request: &AddRequest,
+        limits: Option<&str>,
+    ) -> Result<(), String> {
         if self.phase != Phase::Running {
             return Err("devices can be added while the machine runs, and it does not".to_owned());
         }
@@ -85,7 +91,12 @@ impl EventLoop<'_> {
                 "the id '{id}' already belongs to another device or process of this machine"
             ));
         }
-        self.resources.add(&device).map_err(|error| error.to_string())?;
+        let limits = match limits {
+            Some(text) => added_limits(&device, text)?,
+            // What was said of a device of this name when the machine was started.
+            None => self.config.confinement.limits.get(id).copied().unwrap_or_default(),
+        };
+        self.resources.add(self.config, &device, limits).map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
@@ -96,7 +107,7 @@ impl EventLoop<'_> {
     }
 
     fn is_taken(&self, id: &str) -> bool {
-        [SERIAL, FLASH, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
+        [SERIAL, FLASH, KEYBOARD, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
     }
 
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
@@ -111,7 +122,7 @@ impl EventLoop<'_> {
             }
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
-        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart })
+        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart, addr: disk.addr })
     }
 
     fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
@@ -150,6 +161,14 @@ impl EventLoop<'_> {
                 self.config.name
             ));
         }
+        let slot = self.resources.slots.of(id).map(|place| PciAddress::from_place(place).slot);
+        let others = slot.map_or(Vec::new(), |slot| self.resources.slots.others(slot, id));
+        if !others.is_empty() {
+            return Err(format!(
+                "device {id} shares its PCI slot with {}: guests let go of whole slots alone",
+                others.join(", ")
+            ));
+        }
         let until = Instant::now() + limit;
         match self.changes.iter_mut().find(|change| change.id == id) {
             // Whoever asked before waits for the same event.
@@ -178,7 +197,7 @@ impl EventLoop<'_> {
         if let Stage::Starting(stream, _) = std::mem::replace(&mut change.stage, Stage::Adding)
             && let Some(kind) = link_of(self.resources, id)
         {
-            let link = DeviceLink { id: id.to_owned(), kind, socket: FdIndex(0) };
+            let link = DeviceLink { id: id.to_owned(), kind, socket: FdIndex(0), rom: None };
             self.tell_core(&ToCore::DeviceAdd(link), Some(stream));
         }
         true
@@ -371,6 +390,18 @@ impl EventLoop<'_> {
             }
             self.forget(&change);
         }
+    }
+}
+
+/// The limits that a user gives a device to be added.
+fn added_limits(device: &NewDevice, text: &str) -> Result<ProcessLimits, String> {
+    let id = device.id();
+    let LimitSpec { limits, .. } = format!("{id}:{text}").parse().map_err(|error| format!("{error}"))?;
+    let disk = matches!(device, NewDevice::Disk(_));
+    let misplaced = (limits.has_io() && !disk).then_some("read and write are for disks");
+    match limits.impossible().or(misplaced) {
+        Some(reason) => Err(format!("limit of {id}: {reason}")),
+        None => Ok(limits),
     }
 }
 

@@ -13,7 +13,8 @@ use crate::supervisor::api::{
     DeviceEntry, DeviceState, MachineEntry, ProcessEntry, ProgramInfo, Request, Response,
 };
 use crate::supervisor::cli::LogLevel;
-use crate::supervisor::config::{CONSOLE, SERIAL, SUPERVISOR};
+use crate::supervisor::config::{CONSOLE, KEYBOARD, SERIAL, SUPERVISOR};
+use crate::supervisor::keys::strokes;
 use crate::supervisor::process::{Role, State};
 use crate::supervisor::programs::DeviceProgram;
 
@@ -52,7 +53,10 @@ impl EventLoop<'_> {
             Request::Cpus { count, timeout } => {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
-            Request::DeviceAdd { device } => self.add_device(client, &device).map(|()| None),
+            Request::Sendkey { keys } => self.strike(&keys).map(Some),
+            Request::DeviceAdd { device, limits } => {
+                self.add_device(client, &device, limits.as_deref()).map(|()| None)
+            }
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)
@@ -61,6 +65,19 @@ impl EventLoop<'_> {
         if let Some(response) = answer.unwrap_or_else(|message| Some(Response::Error { message })) {
             self.environment.server.respond(client, &response, &self.environment.poller);
         }
+    }
+
+    fn strike(&self, keys: &[String]) -> Result<Response, String> {
+        let keys = strokes(keys)?;
+        let keyboard = self.processes.iter().find(|process| process.id == KEYBOARD);
+        let keyboard = keyboard.ok_or("this machine has no keyboard: start it with --keyboard")?;
+        match keyboard.state {
+            State::Ready => {
+                keyboard.channel.send(&ToDevice::Keys(keys), &[]).map_err(|error| error.to_string())?
+            }
+            State::Starting | State::Ended => return Err("the keyboard does not serve now".to_owned()),
+        }
+        Ok(Response::Done)
     }
 
     fn devices(&self) -> Vec<DeviceEntry> {

@@ -1,7 +1,8 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Disk, ResourceError, Resources, Share, Stream, open_device, open_disk};
-use crate::supervisor::config::{CONSOLE, DiskConfig, RNG, ShareConfig, StreamTarget};
+use super::{Disk, ResourceError, Resources, Share, Stream, open_device, open_disk, take_place};
+use crate::supervisor::config::confinement::ProcessLimits;
+use crate::supervisor::config::{CONSOLE, DiskConfig, MachineConfig, RNG, ShareConfig, StreamTarget};
 
 /// A device to be added.
 #[derive(Debug)]
@@ -29,17 +30,33 @@ impl NewDevice {
 }
 
 impl Resources {
-    /// Opens what a device needs and gives it a slot. On an error nothing is left.
-    pub fn add(&mut self, device: &NewDevice) -> Result<(), ResourceError> {
+    /// Opens what a device needs and gives it a slot and a place in the jail. On an error nothing is left.
+    pub fn add(
+        &mut self,
+        config: &MachineConfig,
+        device: &NewDevice,
+        limits: ProcessLimits,
+    ) -> Result<(), ResourceError> {
         let id = device.id();
-        if self.slots.take(id).is_none() {
-            return Err(ResourceError::NoSlot(id.to_owned()));
+        match device {
+            NewDevice::Disk(DiskConfig { addr: Some(address), .. }) => {
+                // The guest would not look for another function of a slot that it knows.
+                if address.function != 0 || !self.slots.others(address.slot, id).is_empty() {
+                    return Err(ResourceError::WholeSlot { id: id.to_owned(), address: *address });
+                }
+                take_place(&mut self.slots, id, *address)?;
+            }
+            _ => {
+                self.slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
+            }
         }
-        let opened = self.open_added(device);
-        if opened.is_err() {
+        if let Err(error) = self.open_added(device) {
             self.slots.release(id);
+            return Err(error);
         }
-        opened
+        let image = self.disks.iter().find(|disk| disk.id == id).map(|disk| &disk.file);
+        let confined = self.confinement.add(config, id, limits, image);
+        Ok(confined.inspect_err(|_| self.remove(id))?)
     }
 
     fn open_added(&mut self, device: &NewDevice) -> Result<(), ResourceError> {
@@ -58,6 +75,7 @@ impl Resources {
     /// Closes what a device had; a disk is locked no more when the device's process is gone, too.
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
+        self.confinement.remove(id);
         self.disks.retain(|disk| disk.id != id);
         self.shares.retain(|share| share.config.id != id);
         match id {

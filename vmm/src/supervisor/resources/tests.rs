@@ -19,7 +19,13 @@ fn image(folder: &TempDir, name: &str, size: u64) -> PathBuf {
 }
 
 fn disk(path: &Path, readonly: bool) -> DiskConfig {
-    DiskConfig { path: path.to_owned(), readonly, id: "root".into(), restart: RestartPolicy::Never }
+    DiskConfig {
+        path: path.to_owned(),
+        readonly,
+        id: "root".into(),
+        restart: RestartPolicy::Never,
+        addr: None,
+    }
 }
 
 fn refusal<T>(result: Result<T, ResourceError>) -> String {

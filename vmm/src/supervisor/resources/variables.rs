@@ -5,9 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use bulkhead_ipc::memory::GuestRam;
-
-use super::{FIRMWARE_UNIT, MOST_FIRMWARE, ResourceError, kind, lock, open_error};
+use super::{FIRMWARE_UNIT, MOST_FIRMWARE, ResourceError, kind, lock, memory, open_error};
 use crate::supervisor::config::FirmwareConfig;
 
 const FIELD: &str = "firmware-vars";
@@ -40,7 +38,7 @@ pub fn open(firmware: &FirmwareConfig, image: u64) -> Result<Option<Variables>, 
     if size == 0 || !size.is_multiple_of(FIRMWARE_UNIT) || size.saturating_add(image) > MOST_FIRMWARE {
         return Err(ResourceError::VariablesSize { path: path.clone(), size });
     }
-    Ok(Some(Variables { file: file.into(), memory: memory(size)?, size }))
+    Ok(Some(Variables { file: file.into(), memory: memory(FIELD, size)?, size }))
 }
 
 fn open_file(path: &Path) -> Result<File, ResourceError> {
@@ -76,17 +74,9 @@ fn forgotten(template: &Path) -> Result<File, ResourceError> {
     let failed = |error: std::io::Error| open_error(FIELD, template, &error);
     let mut bytes = Vec::new();
     File::open(template).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(failed)?;
-    let mut file = File::from(memory(bytes.len() as u64)?);
+    let mut file = File::from(memory(FIELD, bytes.len() as u64)?);
     file.write_all(&bytes).map_err(failed)?;
     Ok(file)
-}
-
-/// Memory of this size that can neither grow nor shrink.
-fn memory(size: u64) -> Result<OwnedFd, ResourceError> {
-    let host = |reason| ResourceError::Host { what: FIELD.to_owned(), reason };
-    let memory = GuestRam::create_at(0, size).map_err(|error| host(std::io::Error::other(error)))?;
-    let region = memory.regions().next().ok_or_else(|| host(std::io::ErrorKind::InvalidInput.into()))?;
-    region.fd.try_clone_to_owned().map_err(host)
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ impl QueueHandler for FillerQueue {
 }
 
 /// A daemon in a thread; it ends with the connection.
-fn daemon(byte: u8) -> (UnixStream, JoinHandle<()>) {
+pub(super) fn daemon(byte: u8) -> (UnixStream, JoinHandle<()>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let thread = std::thread::spawn(move || {
         let mut daemon = Daemon::new(Box::new(Filler(byte)), &no_jail()).unwrap();
@@ -81,7 +81,7 @@ fn daemon(byte: u8) -> (UnixStream, JoinHandle<()>) {
     (ours, thread)
 }
 
-fn submit(scaffold: &Scaffold, number: u16) {
+pub(super) fn post(scaffold: &Scaffold, number: u16) {
     let put = |address: u64, bytes: &[u8]| {
         let view = scaffold.ram.view(address, bytes.len() as u64, Direction::Write).unwrap();
         view.write_bytes(0, bytes).unwrap();
@@ -90,10 +90,14 @@ fn submit(scaffold: &Scaffold, number: u16) {
     put(RING, &[DATA.to_le_bytes(), (64u64 | 2 << 32).to_le_bytes()].concat());
     put(RING + 0x1000 + 4 + 2 * u64::from(number % 256), &[0, 0]);
     put(RING + 0x1002, &(number + 1).to_le_bytes());
+}
+
+fn submit(scaffold: &Scaffold, number: u16) {
+    post(scaffold, number);
     scaffold.driver.notify(0);
 }
 
-fn used(scaffold: &Scaffold) -> u16 {
+pub(super) fn used(scaffold: &Scaffold) -> u16 {
     scaffold.ram.view(RING + 0x2002, 2, Direction::Read).unwrap().read(0).unwrap()
 }
 
@@ -103,7 +107,7 @@ fn data(scaffold: &Scaffold) -> [u8; 64] {
     bytes
 }
 
-fn start(driver: &Driver) {
+pub(super) fn start(driver: &Driver) {
     driver.bus_master(true);
     assert!(driver.negotiate(1 << 32));
     driver.queue(0, 256, RING);

@@ -24,7 +24,7 @@ fn the_function_says_what_it_is() {
     assert_eq!(driver.config_u32(driver.msix) >> 16 & 0x7FF, 2, "three vectors");
     assert_eq!(driver.get16(NUM_QUEUES), 2);
     for kind in [DeviceType::ENTROPY, DeviceType::CONSOLE, DeviceType::NET, DeviceType::from_id(19)] {
-        let layout = capabilities::build(&kind, 256, 257).unwrap();
+        let layout = capabilities::build(&kind, 256, 257, None).unwrap();
         assert_eq!(layout.config.get_u16(header::DEVICE_ID), 0x1040 + kind.id);
         assert!(layout.pba >= 257 * 16);
     }

@@ -1,7 +1,11 @@
 //! Ports, area by area, and RAM.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::peer::Peer;
 use super::super::random::Random;
 use super::Pair;
+use super::reviewed::{FW_CFG, FW_CFG_FILES};
 
 /// Asks both the same and compares.
 struct Script {
@@ -126,12 +130,24 @@ fn the_power_button_raises_and_lowers_the_sci_like_qemus() {
 #[test]
 fn fw_cfg_answers_like_that_of_qemu() {
     let (mut script, mut random) = (Script::start(), Random(4));
-    for key in [0, 1, 5, 0x0E, 0x0F] {
+    // Every well-known item, and places where there is none.
+    let mut faults = Vec::new();
+    for key in 0..0x1A_u64 {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         script.line(format!("outw 0x510 {key:#x}"));
-        for _ in 0..10 {
-            script.in8(0x511);
+        for _ in 0..20 {
+            let (our, their) = script.pair.numbers("inb 0x511");
+            ours.push(our);
+            theirs.push(their);
+        }
+        // The directory is compared by names.
+        let reviewed = key == 0x19 || FW_CFG.iter().any(|item| item.0 == key);
+        if (ours != theirs) != reviewed {
+            faults.push(format!("item {key:#x}: {ours:x?}, of QEMU {theirs:x?}"));
         }
     }
+    faults.extend(files_that_differ(&mut script));
+    assert!(faults.is_empty(), "{faults:#?}");
     for line in ["inl 0x514", "inl 0x518", "inb 0x514", "inw 0x516"] {
         script.line(line.into());
     }
@@ -153,6 +169,29 @@ fn fw_cfg_answers_like_that_of_qemu() {
             script.line(format!("read {target:#x} 16"));
         }
     }
+}
+
+/// What names and lengths in the directory differ, and should not.
+fn files_that_differ(script: &mut Script) -> Vec<String> {
+    let read = |peer: &mut Peer, count: usize| -> Vec<u8> {
+        (0..count).map(|_| u8::try_from(peer.number("inb 0x511")).unwrap_or(0)).collect()
+    };
+    let directory = |peer: &mut Peer| -> BTreeMap<String, u32> {
+        peer.ok("outw 0x510 0x19");
+        let count = u32::from_be_bytes(read(peer, 4).try_into().unwrap());
+        let entry = |peer: &mut Peer| {
+            let bytes = read(peer, 64);
+            let name =
+                bytes.iter().skip(8).take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect();
+            (name, u32::from_be_bytes(bytes[..4].try_into().unwrap()))
+        };
+        (0..count).map(|_| entry(peer)).collect()
+    };
+    let (ours, theirs) = (directory(&mut script.pair.ours), directory(&mut script.pair.theirs));
+    let names: BTreeSet<&str> = ours.keys().chain(theirs.keys()).map(String::as_str).collect();
+    let reviewed = |name: &str| FW_CFG_FILES.iter().any(|file| file.0 == name);
+    let differs = names.into_iter().filter(|name| (ours.get(*name) != theirs.get(*name)) != reviewed(name));
+    differs.map(|name| format!("{name}: {:?}, of QEMU {:?}", ours.get(name), theirs.get(name))).collect()
 }
 
 #[test]

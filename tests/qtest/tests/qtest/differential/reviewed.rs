@@ -70,3 +70,26 @@ pub const WRITTEN: [ConfigDifference; 15] = [
     row(0x0B, 0x05, 0x05),
     row(0x0B, 0x0C, 0xFF),
 ];
+
+/// Items of fw_cfg (QEMU's `docs/specs/fw_cfg`), by key.
+pub const FW_CFG: [(u64, &str); 1] = [(0x04, "nographic: this machine has no display adapter, and says so")];
+
+/// Files of fw_cfg whose length differs, or that one of the two does not have.
+pub const FW_CFG_FILES: [(&str, &str); 13] = [
+    ("bios-geometry", "QEMU's is empty without IDE disks, which there are none of here"),
+    ("bootorder", "made by the supervisor, which knows the disks"),
+    ("etc/acpi/rsdp", "revision 2, with the XSDT's address; QEMU's is that of ACPI 1.0"),
+    ("etc/acpi/tables", "padded to a smaller size than QEMU's: the tables are"),
+    (
+        "etc/e820",
+        "RAM alone; QEMU reserves the hole of HyperTransport for its AMD model, which has nothing here",
+    ),
+    ("etc/smbios/smbios-anchor", "made by the supervisor, which knows the machine's identity"),
+    ("etc/smbios/smbios-tables", "made by the supervisor, which knows the machine's identity"),
+    ("etc/system-states", "made by the supervisor"),
+    ("etc/table-loader", "padded to a smaller size than QEMU's: there are fewer tables"),
+    ("etc/tpm/log", "there is no TPM"),
+    ("etc/vmgenid_addr", "QEMU has a generation id only with -device vmgenid"),
+    ("etc/vmgenid_guid", "QEMU has a generation id only with -device vmgenid"),
+    ("genroms/kvmvapic.bin", "patches task-priority accesses of 32-bit Windows XP: KVM has no need of it"),
+];

@@ -101,7 +101,7 @@ const HOSTILE: [(&str, LinkKind); 3] = [
 
 fn play(kind: LinkKind, stream: UnixStream, random: &mut Random) -> Outcome<u64> {
     match kind {
-        LinkKind::Registers | LinkKind::Flash => vfio_user::play(stream, random),
+        LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::play(stream, random),
         LinkKind::VirtioVhostUser { .. } => vhost_user::play(stream, random),
     }
 }
@@ -166,11 +166,12 @@ impl Rig {
             id: "console".into(),
             kind: LinkKind::VirtioVhostUser { virtio_id: 3, slot: 2 },
             socket: FdIndex(2),
+            rom: None,
         }];
         let mut streams = Vec::new();
         for (index, (id, kind)) in (3..).zip(HOSTILE) {
             let (ours, theirs) = UnixStream::pair().map_err(text)?;
-            devices.push(DeviceLink { id: id.into(), kind, socket: FdIndex(index) });
+            devices.push(DeviceLink { id: id.into(), kind, socket: FdIndex(index), rom: None });
             streams.push(ours);
             fds.push(theirs.into());
         }
@@ -421,7 +422,7 @@ fn good(streams: Vec<UnixStream>) -> Outcome<Vec<UnixStream>> {
     let serve = |kind, stream: &UnixStream| {
         let copy = stream.try_clone().map_err(text)?;
         match kind {
-            LinkKind::Registers | LinkKind::Flash => vfio_user::serve(copy),
+            LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::serve(copy),
             LinkKind::VirtioVhostUser { .. } => vhost_user::serve(copy),
         }
     };

@@ -1,0 +1,281 @@
+//! The controller behind its register protocol, with its state in a file that outlives the process.
+//!
+//! Region 0 has two bytes, the ports, for each number from 0 to 255. The client numbers its accesses and repeats one that was
+//! not answered, under the same number: state, number and answer are stored together before the answer is sent, so that no
+//! access is carried out twice, whatever process it reaches.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use bulkhead_ipc::channel::message::Key;
+use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::{Deserialize, Serialize};
+
+use super::i8042::{I8042, Port};
+
+/// Size of the region with the ports, in bytes.
+pub const REGION_SIZE: u64 = 512;
+/// Size of the file, in bytes: a page, so that the kernel writes all of the state or nothing of it.
+pub const STATE_SIZE: usize = 4096;
+
+/// What a successor needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    controller: I8042,
+    /// Number of the access carried out last, and what it answered.
+    number: u8,
+    answer: u8,
+}
+
+/// The controller as a process serves it.
+#[derive(Debug)]
+pub struct KeyboardDevice {
+    state: State,
+    file: File,
+    event: Option<OwnedFd>,
+    failure: Option<io::Error>,
+}
+
+impl KeyboardDevice {
+    /// The controller as a predecessor left it in the file; an empty file is one after its reset.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn open(file: File) -> io::Result<Self> {
+        let mut bytes = [0; STATE_SIZE];
+        let mut filled = 0;
+        while let Some(space) = bytes.get_mut(filled..).filter(|space| !space.is_empty()) {
+            match file.read_at(space, filled as u64)? {
+                0 => break,
+                count => filled = filled.saturating_add(count),
+            }
+        }
+        let stored = bytes.get(..filled).unwrap_or_default();
+        let state = if stored.iter().all(|byte| *byte == 0) {
+            State::default()
+        } else {
+            // The predecessor may have been broken into.
+            postcard::from_bytes(stored)
+                .inspect_err(
+                    |error| tracing::warn!(%error, "the keyboard's state makes no sense: it is reset"),
+                )
+                .unwrap_or_default()
+        };
+        Ok(Self { state, file, event: None, failure: None })
+    }
+
+    /// Descriptors that the device holds.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.file.as_fd())
+    }
+
+    /// Keys are pressed or released.
+    pub fn press(&mut self, keys: &[Key]) {
+        self.state.controller.press(keys);
+        self.store();
+        self.signal();
+    }
+
+    /// Why the state can no longer be stored, once.
+    pub fn take_failure(&mut self) -> Option<io::Error> {
+        self.failure.take()
+    }
+
+    /// Carries out an access, unless a predecessor has.
+    fn access(
+        &mut self,
+        offset: u64,
+        access: impl FnOnce(&mut I8042, Port) -> u8,
+    ) -> Result<u8, AccessError> {
+        let number = u8::try_from(offset >> 1).map_err(|_| AccessError::OutOfRange)?;
+        if number != self.state.number {
+            let port = if offset & 1 == 0 { Port::Data } else { Port::Command };
+            self.state.number = number;
+            self.state.answer = access(&mut self.state.controller, port);
+            self.store();
+            self.signal();
+        }
+        Ok(self.state.answer)
+    }
+
+    fn store(&mut self) {
+        let mut bytes = [0; STATE_SIZE];
+        let stored = match postcard::to_slice(&self.state, &mut bytes) {
+            Ok(used) => self.file.write_all_at(used, 0),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if let Err(error) = stored {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn signal(&mut self) {
+        if self.state.controller.take_edge()
+            && let Some(event) = &self.event
+        {
+            // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
+            let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
+        }
+    }
+}
+
+impl RegisterDevice for KeyboardDevice {
+    fn description(&self) -> Description {
+        Description { flags: DeviceInfo::RESET, regions: 1, irqs: 1 }
+    }
+
+    fn region(&self, index: u32) -> Option<Region<'_>> {
+        let flags = RegionInfo::READ | RegionInfo::WRITE;
+        (index == 0).then_some(Region { size: REGION_SIZE, flags, file: None })
+    }
+
+    fn irq_count(&self, index: u32) -> u32 {
+        u32::from(index == 0)
+    }
+
+    fn read(&mut self, _region: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        let [byte] = data else { return Err(AccessError::OutOfRange) };
+        *byte = self.access(offset, |controller, port| controller.read(port))?;
+        Ok(())
+    }
+
+    fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        let [value] = data else { return Err(AccessError::OutOfRange) };
+        self.access(offset, |controller, port| {
+            controller.write(port, *value);
+            0
+        })?;
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.state.controller = I8042::default();
+        self.store();
+    }
+
+    fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
+        if let Some(event) = &event {
+            // Whatever the peer sent, writing to it must not block.
+            let flags = fcntl(event, FcntlArg::F_GETFL).map_err(|_| AccessError::OutOfRange)?;
+            let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
+            fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
+        }
+        self.event = event;
+        // The predecessor may have died between storing a byte and saying so. A driver does not mind once too often.
+        self.state.controller.raise();
+        self.signal();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
+    use super::*;
+
+    const A: Key = Key { code: 0x1C, pressed: true };
+    const B: Key = Key { code: 0x32, pressed: true };
+
+    struct Guest {
+        device: KeyboardDevice,
+        number: u8,
+    }
+
+    impl Guest {
+        fn new(file: &File) -> Self {
+            Self { device: KeyboardDevice::open(file.try_clone().unwrap()).unwrap(), number: 0 }
+        }
+
+        fn offset(&self, port: u64) -> u64 {
+            u64::from(self.number) * 2 + (port & 4) / 4
+        }
+
+        fn read(&mut self, port: u64) -> u8 {
+            self.number = self.number.wrapping_add(1);
+            self.again(port)
+        }
+
+        fn again(&mut self, port: u64) -> u8 {
+            let mut byte = [0];
+            let offset = self.offset(port);
+            self.device.read(0, offset, &mut byte).unwrap();
+            byte[0]
+        }
+
+        fn write(&mut self, port: u64, value: u8) {
+            self.number = self.number.wrapping_add(1);
+            let offset = self.offset(port);
+            self.device.write(0, offset, &[value]).unwrap();
+        }
+
+        fn succeed(&mut self, file: &File) {
+            self.device = KeyboardDevice::open(file.try_clone().unwrap()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_successor_goes_on_where_its_predecessor_was_and_repeats_no_access() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        guest.succeed(&file);
+        guest.write(0x60, 0x41);
+        guest.device.press(&[A, B]);
+        guest.succeed(&file);
+        assert_eq!(guest.read(0x60), 0x1E);
+        // The answer was lost with the process.
+        guest.succeed(&file);
+        assert_eq!(guest.again(0x60), 0x1E);
+        assert_eq!(guest.read(0x60), 0x30);
+        assert_eq!(guest.read(0x64) & 1, 0);
+    }
+
+    #[test]
+    fn a_successor_raises_the_interrupt_that_may_be_owed() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        guest.write(0x60, 0x41);
+        guest.device.press(&[A]);
+        guest.succeed(&file);
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        guest.device.set_irq(0, 0, Some(event.as_fd().try_clone_to_owned().unwrap())).unwrap();
+        assert_eq!(event.read(), Ok(1));
+        guest.read(0x60);
+        assert!(event.read().is_err());
+        guest.device.press(&[B]);
+        assert_eq!(event.read(), Ok(1));
+    }
+
+    #[test]
+    fn a_state_that_makes_no_sense_is_a_reset() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[0xFF; STATE_SIZE], 0).unwrap();
+        assert_eq!(Guest::new(&file).device.state, State::default());
+    }
+
+    #[test]
+    fn the_largest_state_fits_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        for _ in 0..100 {
+            guest.device.press(&[Key { code: u16::MAX, pressed: true }; 100]);
+        }
+        assert!(guest.device.take_failure().is_none());
+        let state = guest.device.state.clone();
+        guest.succeed(&file);
+        assert_eq!(guest.device.state, state);
+    }
+
+    #[test]
+    fn other_widths_are_refused() {
+        let mut guest = Guest::new(&tempfile::tempfile().unwrap());
+        assert!(guest.device.read(0, 2, &mut [0; 2]).is_err());
+        assert!(guest.device.write(0, 2, &[0; 4]).is_err());
+        assert!(guest.device.write(0, REGION_SIZE, &[0]).is_err());
+    }
+}
