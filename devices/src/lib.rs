@@ -5,6 +5,7 @@ pub mod console;
 pub mod flash;
 pub mod fs;
 pub mod keyboard;
+pub mod rate_limit;
 pub mod rng;
 pub mod serve;
 pub mod standalone;

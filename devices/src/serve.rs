@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, ToDevice,
+    BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::blk::{Blk, BlkError};
+use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
@@ -74,6 +74,9 @@ pub enum ServeError {
     /// A system call failed.
     #[error("{0}: {1}")]
     System(&'static str, Errno),
+    /// What the device was given is not what it should be.
+    #[error("{0}")]
+    Open(String),
 }
 
 /// A sealed process, ready to serve.
@@ -197,8 +200,7 @@ fn prepare<'a>(
     let socket = resources.take(start.socket)?;
     let parts = match &start.config {
         DeviceConfig::Blk(blk) => {
-            let disk = resources.take(blk.disk)?.into();
-            let device = Blk::new(disk, blk.read_only, &blk.serial, blk.queues, blk.logical_block_size)?;
+            let device = disk(blk, &mut resources)?;
             let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
             Parts { device: Box::new(device), main, queue, console: None }
         }
@@ -243,13 +245,32 @@ fn prepare<'a>(
     };
     let mut held = resources.finish(channel)?;
 
-    let policy = parts.queue;
-    let enter: EnterThread = Arc::new(move || jail::enter_thread(policy).map_err(io::Error::other));
-    let mut daemon = Daemon::new(parts.device, &enter)?;
+    let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
     held.extend(daemon.worker_descriptors());
-    seal(parts.main, &held, channel)?;
+    let sealed = jail::seal(parts.main, &held)?;
+    daemon.device_mut().open().map_err(ServeError::Open)?;
+    channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
+    drop(sealed);
     daemon.connect(Connection::from(socket))?;
     Ok(Prepared::Virtio(daemon, parts.console))
+}
+
+/// A disk and its files.
+fn disk(config: &BlkConfig, resources: &mut Resources) -> Result<Blk, ServeError> {
+    let options = &config.options;
+    let mut chain = vec![Layer { file: resources.take(config.disk)?.into(), format: options.format }];
+    for backing in &options.backing {
+        chain.push(Layer { file: resources.take(backing.file)?.into(), format: backing.format });
+    }
+    let data = options.data.iter().map(|index| Ok(resources.take(*index)?.into()));
+    let data = data.collect::<Result<_, ChannelError>>()?;
+    let cached = options.cached.map(|index| resources.take(index)).transpose()?.map(File::from);
+    Ok(Blk::new(config, Files { chain, data }, cached, &enter_by(PolicyName::BlkImage))?)
+}
+
+/// What puts a thread under this policy.
+fn enter_by(policy: PolicyName) -> EnterThread {
+    Arc::new(move || jail::enter_thread(policy).map_err(io::Error::other))
 }
 
 /// Seals the process with exactly these descriptors and answers `Ready`.

@@ -23,17 +23,22 @@ pub const fn bit(number: u32) -> u64 {
 }
 
 /// The features of a disk.
-pub fn features(read_only: bool, queues: u16) -> u64 {
+pub fn features(read_only: bool, discards: bool, queues: u16, cache_choice: bool) -> u64 {
     let mut features = bit(VIRTIO_BLK_F_SEG_MAX)
         | bit(VIRTIO_BLK_F_SIZE_MAX)
         | bit(VIRTIO_BLK_F_BLK_SIZE)
         | bit(VIRTIO_BLK_F_TOPOLOGY)
-        | bit(VIRTIO_BLK_F_FLUSH)
-        | bit(VIRTIO_BLK_F_CONFIG_WCE);
+        | bit(VIRTIO_BLK_F_FLUSH);
+    if cache_choice {
+        features |= bit(VIRTIO_BLK_F_CONFIG_WCE);
+    }
     if read_only {
         features |= bit(VIRTIO_BLK_F_RO);
     } else {
-        features |= bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES);
+        features |= bit(VIRTIO_BLK_F_WRITE_ZEROES);
+        if discards {
+            features |= bit(VIRTIO_BLK_F_DISCARD);
+        }
     }
     if queues > 1 {
         features |= bit(VIRTIO_BLK_F_MQ);
@@ -48,6 +53,8 @@ pub struct ConfigSpace {
     pub capacity: u64,
     /// Logical block size, bytes.
     pub block_size: u32,
+    /// Physical block size, bytes, at least the logical one.
+    pub physical_block_size: u32,
     /// Number of request queues.
     pub queues: u16,
     /// The cache is in write-back mode.
@@ -58,9 +65,9 @@ impl ConfigSpace {
     /// The bytes of `struct virtio_blk_config`, up to and without the secure-erase and zoned fields.
     pub fn bytes(&self) -> [u8; 60] {
         let mut bytes = [0; 60];
-        let alignment = self.block_size.max(4096) >> 9;
-        // Physical blocks of 4 KiB, the page cache's unit.
-        let exponent = 4096u32.checked_div(self.block_size).map_or(0, u32::trailing_zeros).to_le_bytes()[0];
+        let alignment = self.physical_block_size >> 9;
+        let blocks = self.physical_block_size.checked_div(self.block_size);
+        let exponent = blocks.map_or(0, u32::trailing_zeros).to_le_bytes()[0];
         put(&mut bytes, 0, &self.capacity.to_le_bytes());
         put(&mut bytes, 8, &SIZE_MAX.to_le_bytes());
         put(&mut bytes, 12, &SEG_MAX.to_le_bytes());

@@ -1,4 +1,5 @@
-//! io_uring for one queue: the disk's operations, and the eventfds that wake the queue.
+//! io_uring for one queue: the disk's operations, and the eventfds that wake the queue. The operations of an image in a format go to
+//! its threads instead.
 //!
 //! Contains unsafe code: submission entries carry raw pointers. The engine owns the guest buffers of every operation under
 //! way, gives nobody access to them until the kernel is done, and is not dropped before that, so that the pointers in a
@@ -8,12 +9,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam, LentVector};
 use io_uring::register::Restriction;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue, types};
+
+use super::pool::{Done, Io, Operation, Pool};
 
 /// Entries of the submission queue. When it is full it is submitted early.
 const SUBMISSIONS: u32 = 64;
@@ -32,6 +37,12 @@ const FIRST_WATCH: u64 = 1 << 32;
 const IGNORED: u64 = u64::MAX;
 /// The disk's index in the registered files.
 const DISK: Fixed = Fixed(0);
+/// The same without O_DIRECT.
+const CACHED: Fixed = Fixed(1);
+/// The watch of the image's threads.
+const IMAGE: u32 = u32::MAX;
+/// IORING_ENTER_GETEVENTS.
+const GETEVENTS: u32 = 1;
 /// IOSQE_FIXED_FILE.
 const FIXED_FILE: u8 = 1;
 
@@ -49,9 +60,25 @@ struct Slot {
     busy: bool,
 }
 
+/// The image's threads, and where they say what they have done.
+struct Images {
+    pool: Arc<Pool>,
+    done: Arc<Done>,
+}
+
+/// What the operations are carried out on.
+#[derive(Debug)]
+pub enum Disk<'a> {
+    /// A raw image or block device, and the same without O_DIRECT if it is open with that.
+    Raw(&'a File, Option<&'a File>),
+    /// An image in a format.
+    Image(Arc<Pool>),
+}
+
 /// The engine of a queue.
 pub struct Engine {
     uring: IoUring,
+    images: Option<Images>,
     slots: Vec<Slot>,
     busy: usize,
     zeroes: Vec<u8>,
@@ -63,10 +90,12 @@ fn build() -> io::Result<IoUring> {
         builder.dontfork().setup_clamp().setup_cqsize(COMPLETIONS).setup_r_disabled();
         builder
     };
-    // Completions run in this thread when it asks for them (Linux 6.1); without that a wait is interrupted for each.
+    // Completions run in this thread when it asks for them, and a flag says that there are some (Linux 6.1); without that a wait is
+    // interrupted for each.
     plain()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .build(SUBMISSIONS)
         .or_else(|_| plain().build(SUBMISSIONS))
 }
@@ -76,7 +105,7 @@ impl Engine {
     ///
     /// # Errors
     /// The kernel has no io_uring, forbids it, or is older than 5.13.
-    pub fn new(disk: &File) -> io::Result<Self> {
+    pub fn new(disk: Disk<'_>) -> io::Result<Self> {
         let uring = build()?;
         let submitter = uring.submitter();
         let mut restrictions = [
@@ -89,15 +118,45 @@ impl Engine {
             Restriction::sqe_op(opcode::PollRemove::CODE),
             Restriction::sqe_flags_allowed(FIXED_FILE),
         ];
-        submitter.register_files(&[disk.as_raw_fd()])?;
+        let images = match disk {
+            Disk::Raw(disk, cached) => {
+                let files: Vec<RawFd> =
+                    [Some(disk), cached].into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
+                submitter.register_files(&files)?;
+                None
+            }
+            Disk::Image(pool) => Some(Images { pool, done: Arc::new(Done::new()?) }),
+        };
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
-        Ok(Self { uring, slots: Vec::new(), busy: 0, zeroes: Vec::new() })
+        let mut engine = Self { uring, images, slots: Vec::new(), busy: 0, zeroes: Vec::new() };
+        engine.watch_image()?;
+        Ok(engine)
     }
 
-    /// The io_uring's descriptor.
-    pub fn descriptor(&self) -> RawFd {
-        self.uring.as_raw_fd()
+    /// The descriptors that it keeps open.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let done = self.images.as_ref().map(|images| images.done.wake.as_fd().as_raw_fd());
+        [Some(self.uring.as_raw_fd()), done].into_iter().flatten().collect()
+    }
+
+    fn watch_image(&mut self) -> io::Result<()> {
+        let Some(done) = self.images.as_ref().map(|images| Arc::clone(&images.done)) else { return Ok(()) };
+        self.watch(done.wake.as_fd(), IMAGE)
+    }
+
+    /// Gives an operation to the image's threads.
+    fn give(&mut self, slot: usize, operation: Operation, offset: u64) -> io::Result<()> {
+        let (Some(images), Some(given)) = (&self.images, self.slots.get_mut(slot).filter(|slot| !slot.busy))
+        else {
+            return Err(busy());
+        };
+        let empty = GuestRam::empty().lend_vector(Direction::Read);
+        let buffers = std::mem::replace(&mut given.buffers, empty);
+        given.busy = true;
+        self.busy = self.busy.saturating_add(1);
+        images.pool.begin(Io { slot, buffers, operation, offset, done: Arc::clone(&images.done) });
+        Ok(())
     }
 
     /// Makes one more slot; `None` when there are enough.
@@ -129,15 +188,26 @@ impl Engine {
     }
 
     /// Reads from the disk at `offset` into what is left of the slot's buffers.
-    pub fn read(&mut self, slot: usize, offset: u64) -> io::Result<()> {
-        self.transfer(slot, |iovecs, count| opcode::Readv::new(DISK, iovecs, count).offset(offset).build())
+    /// `cached`: around O_DIRECT.
+    pub fn read(&mut self, slot: usize, offset: u64, cached: bool) -> io::Result<()> {
+        if self.images.is_some() {
+            return self.give(slot, Operation::Read, offset);
+        }
+        let disk = if cached { CACHED } else { DISK };
+        self.transfer(slot, |iovecs, count| opcode::Readv::new(disk, iovecs, count).offset(offset).build())
     }
 
     /// Writes what is left of the slot's buffers to the disk at `offset`; `durable`: it is on the disk when it is done.
-    pub fn write(&mut self, slot: usize, offset: u64, durable: bool) -> io::Result<()> {
+    /// `cached`: around O_DIRECT.
+    pub fn write(&mut self, slot: usize, offset: u64, durable: bool, cached: bool) -> io::Result<()> {
+        if self.images.is_some() {
+            let operation = if durable { Operation::WriteDurably } else { Operation::Write };
+            return self.give(slot, operation, offset);
+        }
+        let disk = if cached { CACHED } else { DISK };
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         self.transfer(slot, |iovecs, count| {
-            opcode::Writev::new(DISK, iovecs, count).offset(offset).rw_flags(flags).build()
+            opcode::Writev::new(disk, iovecs, count).offset(offset).rw_flags(flags).build()
         })
     }
 
@@ -155,6 +225,9 @@ impl Engine {
 
     /// Writes up to `len` bytes of zero at `offset`.
     pub fn write_zeroes(&mut self, slot: usize, offset: u64, len: u64) -> io::Result<()> {
+        if self.images.is_some() {
+            return self.give(slot, Operation::Zero(len), offset);
+        }
         if self.zeroes.is_empty() {
             self.zeroes = vec![0; ZEROES];
         }
@@ -166,11 +239,19 @@ impl Engine {
 
     /// Makes all completed writes durable.
     pub fn sync(&mut self, slot: usize) -> io::Result<()> {
+        if self.images.is_some() {
+            return self.give(slot, Operation::Sync, 0);
+        }
         self.start(slot, opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build())
     }
 
-    /// fallocate(2).
+    /// fallocate(2), with FALLOC_FL_PUNCH_HOLE or FALLOC_FL_ZERO_RANGE.
     pub fn allocate(&mut self, slot: usize, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+        if self.images.is_some() {
+            let punch = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
+            let operation = if punch { Operation::Discard(len) } else { Operation::Zero(len) };
+            return self.give(slot, operation, offset);
+        }
         self.start(slot, opcode::Fallocate::new(DISK, len).offset(offset).mode(mode).build())
     }
 
@@ -218,9 +299,44 @@ impl Engine {
         self.submit(usize::from(wait))
     }
 
+    /// As [`Self::enter`] with waiting, for `longest` at most.
+    pub fn enter_for(&mut self, longest: Duration) -> io::Result<()> {
+        let longest = types::Timespec::from(longest);
+        let arguments = types::SubmitArgs::new().timespec(&longest);
+        Self::entered(self.uring.submitter().submit_with_args(1, &arguments))
+    }
+
+    /// Submits what was started, and lets the kernel put what has come where it can be seen; no system call without either.
+    pub fn advance(&mut self) -> io::Result<()> {
+        let submissions = self.uring.submission();
+        let (count, news) = (submissions.len(), submissions.taskrun());
+        drop(submissions);
+        if count == 0 && !(news && self.busy > 0) {
+            return Ok(());
+        }
+        let count = u32::try_from(count).unwrap_or(SUBMISSIONS);
+        // SAFETY: submissions that were pushed are valid (`push`), and no argument is passed.
+        let entered = unsafe { self.uring.submitter().enter::<libc::sigset_t>(count, 0, GETEVENTS, None) };
+        Self::entered(entered)
+    }
+
+    /// Whether an operation may have come to its end.
+    pub fn has_news(&mut self) -> bool {
+        self.busy > 0
+            && (self.uring.submission().taskrun()
+                || !self.uring.completion().is_empty()
+                || self.images.as_ref().is_some_and(|images| images.done.any()))
+    }
+
     fn submit(&mut self, want: usize) -> io::Result<()> {
-        match self.uring.submit_and_wait(want) {
+        let entered = self.uring.submit_and_wait(want);
+        Self::entered(entered)
+    }
+
+    fn entered(entered: io::Result<usize>) -> io::Result<()> {
+        match entered {
             Ok(_) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
             // Interrupted, or completions must be reaped first: the caller does that and comes back.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 Ok(())
@@ -232,6 +348,13 @@ impl Engine {
     /// The next event, if one has come.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {
+            if let Some((slot, buffers, result)) = self.images.as_ref().and_then(|images| images.done.next())
+            {
+                if let Some(given) = self.slots.get_mut(slot) {
+                    given.buffers = buffers;
+                }
+                return Some(self.ended(slot, result));
+            }
             let entry = self.uring.completion().next()?;
             let token = entry.user_data();
             if token == IGNORED {
@@ -240,19 +363,30 @@ impl Engine {
             if let Some(watch) = token.checked_sub(FIRST_WATCH) {
                 // With an error the descriptor cannot be watched, and never will be.
                 let ended = !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0;
+                if watch == u64::from(IMAGE) {
+                    if ended {
+                        // If that fails, the queue finds what was done when the control thread wakes it.
+                        let _ = self.watch_image();
+                    }
+                    continue;
+                }
                 return Some(Event::Ready { watch: u32::try_from(watch).unwrap_or(u32::MAX), ended });
             }
             let Some(slot) = usize::try_from(token).ok().filter(|slot| *slot < self.slots.len()) else {
                 continue;
             };
-            if let Some(slot) = self.slots.get_mut(slot) {
-                slot.busy = false;
-                self.busy = self.busy.saturating_sub(1);
-            }
             let result = entry.result();
             let result = usize::try_from(result).map_err(|_| result.saturating_neg());
-            return Some(Event::Done { slot, result });
+            return Some(self.ended(slot, result));
         }
+    }
+
+    fn ended(&mut self, slot: usize, result: Result<usize, i32>) -> Event {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.busy = false;
+            self.busy = self.busy.saturating_sub(1);
+        }
+        Event::Done { slot, result }
     }
 }
 
@@ -290,7 +424,7 @@ mod tests {
     #[test]
     fn a_ring_does_nothing_that_its_policy_would_not() {
         let disk = tempfile::tempfile().unwrap();
-        let mut engine = Engine::new(&disk).unwrap();
+        let mut engine = Engine::new(Disk::Raw(&disk, None)).unwrap();
         let (path, cwd) = (c"/etc/passwd".as_ptr(), types::Fd(libc::AT_FDCWD));
         let message = nothing();
         let socket = types::Fd(0);

@@ -23,8 +23,8 @@ pub struct ErrorLog {
 }
 
 impl ErrorLog {
-    /// A request failed with `errno`.
-    pub fn failed(&mut self, operation: &'static str, errno: i32) {
+    /// A request failed with `errno`; `outcome` is what the guest sees of it.
+    pub fn failed(&mut self, operation: &'static str, errno: i32, outcome: &'static str) {
         let now = Instant::now();
         let full = self.kinds.len() >= KINDS;
         let known =
@@ -44,6 +44,6 @@ impl ErrorLog {
             }
         };
         let error = std::io::Error::from_raw_os_error(errno);
-        error!(operation, %error, count, "the disk failed; the guest sees an I/O error");
+        error!(operation, %error, count, "the disk failed; {outcome}");
     }
 }

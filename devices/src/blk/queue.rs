@@ -3,20 +3,29 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use bulkhead_ipc::memory::{Direction, MemoryError};
-use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Segment, Vring, VringError};
+use bulkhead_ipc::channel::message::{Durability, ErrorAction};
+use bulkhead_ipc::memory::{Direction, MemoryError, single};
+use bulkhead_ipc::vhost_user::backend::{Chain, HostCall, QueueWorker, Segment, Vring, VringError};
 use tracing::warn;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use super::Shared;
-use super::engine::{Engine, Event};
+use super::direct::{Direct, Moved};
+use super::engine::{Disk, Engine, Event, MAX_SLOTS};
 use super::errors::ErrorLog;
+use super::idle::Idle;
 use super::request::{self, HEADER, Header, Operation, Range, Status};
+
+/// After this a request that waits for the host is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Watch number of the wake-up; the ring's kicks have higher ones, another for each start.
 const WAKE: u32 = 0;
+
+/// Most requests that are taken in one turn. After it the driver is told of those that are done.
+const TURN: u32 = 32;
 
 /// What a slot's operation under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +56,8 @@ struct Request {
     offset: u64,
     /// Ranges of discard and write-zeroes that are left; the last is under way.
     ranges: Vec<Range>,
+    /// It cannot be done with O_DIRECT: its buffers or its place are not aligned.
+    cached: bool,
 }
 
 impl Request {
@@ -59,6 +70,7 @@ impl Request {
             step: Step::Flush,
             offset: 0,
             ranges: Vec::new(),
+            cached: false,
         }
     }
 }
@@ -71,6 +83,8 @@ enum Begun {
     Ranges,
     /// It is done.
     Finished(Status),
+    /// The host refused it.
+    Failed(i32),
 }
 
 /// A request queue.
@@ -89,8 +103,14 @@ pub struct BlkQueue {
     no_punch: bool,
     /// The disk's file system cannot zero ranges.
     no_zero_range: bool,
-    /// Requests may be waiting that nobody will kick for.
-    more: bool,
+    direct: Direct,
+    idle: Option<Idle>,
+    call: HostCall,
+    /// Nothing is taken from the ring before: the rate limit.
+    limited: Option<Instant>,
+    /// Requests that wait until the host can do them, and when they are tried again.
+    waiting: Vec<usize>,
+    retry: Option<Instant>,
 }
 
 impl BlkQueue {
@@ -108,41 +128,47 @@ impl BlkQueue {
             errors: ErrorLog::default(),
             no_punch: false,
             no_zero_range: false,
-            more: false,
+            direct: Direct::never(),
+            idle: None,
+            call: HostCall::default(),
+            limited: None,
+            waiting: Vec::new(),
+            retry: None,
         }
     }
 
-    /// Takes requests until the ring is empty, all slots are in use, or a ring's worth was taken.
-    fn take_requests(&mut self) -> io::Result<()> {
-        let Some(mut ring) = self.ring.take() else { return Ok(()) };
+    /// Takes requests until the ring is empty, all slots are in use, or enough were taken for one turn. True: there were some.
+    fn take_requests(&mut self) -> io::Result<bool> {
+        if self.limited.is_some_and(|until| Instant::now() < until) {
+            return Ok(false);
+        }
+        self.limited = None;
+        let Some(mut ring) = self.ring.take() else { return Ok(false) };
         let taken = self.take_from(&mut ring);
         self.ring = Some(ring);
         taken
     }
 
-    fn take_from(&mut self, ring: &mut Vring) -> io::Result<()> {
-        self.more = false;
-        ring.disable_kicks();
-        let mut budget = ring.size();
-        loop {
-            while let Some(slot) = self.free_slot(ring) {
-                if budget == 0 || !ring.next(&mut self.chain) {
-                    self.free.push(slot);
-                    break;
-                }
-                budget = budget.saturating_sub(1);
-                self.begin(slot, ring)?;
+    fn take_from(&mut self, ring: &mut Vring) -> io::Result<bool> {
+        let mut any = false;
+        for _ in 0..TURN {
+            let Some(slot) = self.free_slot(ring) else { break };
+            if !ring.next(&mut self.chain) {
+                self.free.push(slot);
+                break;
             }
-            // Without a free slot the next completion brings us back here; out of budget the next turn does.
-            if budget == 0 {
-                self.more = true;
-                return Ok(());
+            self.begin(slot, ring)?;
+            if self.limited.is_some() {
+                break;
             }
-            if self.free.is_empty() || !ring.enable_kicks() {
-                return Ok(());
-            }
-            ring.disable_kicks();
+            any = true;
         }
+        Ok(any)
+    }
+
+    /// Whether another request could be begun.
+    fn has_room(&self) -> bool {
+        !self.free.is_empty() || self.requests.len() < MAX_SLOTS
     }
 
     fn free_slot(&mut self, ring: &Vring) -> Option<usize> {
@@ -168,15 +194,25 @@ impl BlkQueue {
                 &VringError::Request("a disk request without header or status"),
             );
         };
+        if let Some(limit) = &self.shared.limit {
+            let bytes = request::moved_bytes(&self.chain, header.operation);
+            if let Err(wait) = limit.try_take(bytes) {
+                self.limited = Instant::now().checked_add(wait);
+                ring.put_back(self.chain.head());
+                self.free.push(slot);
+                return Ok(());
+            }
+        }
         let (Some(request), Some(engine)) = (self.requests.get_mut(slot), self.engine.as_mut()) else {
             return Err(io::ErrorKind::NotFound.into());
         };
+        request.cached = false;
         request.head = self.chain.head();
         request.status_address = status_address;
         request.written = self.chain.writable_bytes();
         request.operation = header.operation;
-        let mut beginning =
-            Beginning { shared: &self.shared, chain: &self.chain, ring, engine, request, slot };
+        let (shared, chain, direct) = (&self.shared, &self.chain, &mut self.direct);
+        let mut beginning = Beginning { shared, chain, ring, engine, direct, request, slot };
         match beginning.begin(header) {
             Ok(Begun::Started) => Ok(()),
             Ok(Begun::Finished(status)) => {
@@ -184,6 +220,10 @@ impl BlkQueue {
                 Ok(())
             }
             Ok(Begun::Ranges) => self.next_range(slot, ring),
+            Ok(Begun::Failed(errno)) => {
+                self.failed(slot, errno, ring);
+                Ok(())
+            }
             Err(BeginError::Memory(error)) => self.malformed(slot, ring, &error.into()),
             Err(BeginError::Engine(error)) => Err(error),
         }
@@ -206,9 +246,10 @@ impl BlkQueue {
 
     fn finish(&mut self, slot: usize, status: Status, ring: &mut Vring) {
         if let Some(request) = self.requests.get(slot) {
-            let written = ring.ram().memory().write_obj(status as u8, GuestAddress(request.status_address));
+            let place = single(ring.ram().memory(), request.status_address, 1);
+            let written = place.is_some_and(|place| place.write_obj(status as u8, 0).is_ok());
             let (head, len) = (request.head, request.written);
-            if written.is_err() {
+            if !written {
                 let error = MemoryError::OutOfRange { address: request.status_address, len: 1 };
                 ring.fail(&error.into());
             }
@@ -223,7 +264,7 @@ impl BlkQueue {
             return Err(io::ErrorKind::NotFound.into());
         };
         let Some(range) = request.ranges.last().copied() else {
-            if self.shared.writeback.load(Ordering::Relaxed) {
+            if !self.shared.writes_through() {
                 self.finish(slot, Status::Ok, ring);
                 return Ok(());
             }
@@ -263,6 +304,9 @@ impl BlkQueue {
         match (step, result) {
             (_, Err(libc::EINTR | libc::EAGAIN)) => self.again(slot, ring),
             (Step::Read | Step::Write, Ok(count)) if count > 0 => self.moved(slot, count, ring),
+            (Step::Read | Step::Write, Err(libc::EINVAL)) if self.may_go_round(slot) => {
+                self.again(slot, ring)
+            }
             (Step::Zeroes, Ok(count)) if count > 0 => {
                 if let Some(range) = self.requests.get_mut(slot).and_then(|request| request.ranges.last_mut())
                 {
@@ -299,6 +343,14 @@ impl BlkQueue {
         }
     }
 
+    /// Whether a request that O_DIRECT refused can be done without; from now on it is.
+    fn may_go_round(&mut self, slot: usize) -> bool {
+        let Some(request) = self.requests.get_mut(slot) else { return false };
+        let may = self.shared.cached.is_some() && !request.cached;
+        request.cached |= may;
+        may
+    }
+
     fn range_done(&mut self, slot: usize, ring: &mut Vring) -> io::Result<()> {
         if let Some(request) = self.requests.get_mut(slot) {
             request.ranges.pop();
@@ -327,8 +379,8 @@ impl BlkQueue {
             return Ok(());
         };
         match request.step {
-            Step::Read => engine.read(slot, request.offset),
-            Step::Write => engine.write(slot, request.offset, !self.shared.writeback.load(Ordering::Relaxed)),
+            Step::Read => engine.read(slot, request.offset, request.cached),
+            Step::Write => engine.write(slot, request.offset, self.shared.writes_through(), request.cached),
             Step::Flush | Step::SyncAfter => engine.sync(slot),
             Step::Punch | Step::ZeroRange | Step::Zeroes => self.next_range(slot, ring),
         }
@@ -343,25 +395,67 @@ impl BlkQueue {
             Step::Punch => "discard",
             Step::ZeroRange | Step::Zeroes => "write-zeroes",
         };
-        self.errors.failed(name, errno);
+        let full = matches!(errno, libc::ENOSPC | libc::EDQUOT);
+        let action = if step == Step::Read { self.shared.read_error } else { self.shared.write_error };
+        match action {
+            ErrorAction::Wait => return self.wait(slot, name, errno),
+            ErrorAction::WaitForSpace if full => return self.wait(slot, name, errno),
+            ErrorAction::Ignore if !full => {
+                self.errors.failed(name, errno, "the guest is told that all is well, as configured");
+                return self.fail(slot, Status::Ok, ring);
+            }
+            ErrorAction::Report | ErrorAction::WaitForSpace | ErrorAction::Ignore => {}
+        }
+        self.errors.failed(name, errno, "the guest sees an I/O error");
+        self.fail(slot, Status::IoError, ring);
+    }
+
+    /// The request is tried again later; until then the guest waits.
+    fn wait(&mut self, slot: usize, name: &'static str, errno: i32) {
+        self.errors.failed(name, errno, "the request waits until the host can do it");
+        self.waiting.push(slot);
+        self.retry = self.retry.or_else(|| Instant::now().checked_add(RETRY));
+    }
+
+    fn fail(&mut self, slot: usize, status: Status, ring: &mut Vring) {
         if let Some(buffers) = self.engine.as_mut().and_then(|engine| engine.buffers(slot)) {
             buffers.fail();
         }
-        self.finish(slot, Status::IoError, ring);
+        self.finish(slot, status, ring);
     }
 
-    /// Handles the events that have come. True if there were any that may bring requests.
+    /// Tries those again that wait for the host, when it is time.
+    fn retry(&mut self) -> io::Result<()> {
+        if self.retry.is_none_or(|at| Instant::now() < at) {
+            return Ok(());
+        }
+        self.retry = None;
+        let Some(mut ring) = self.ring.take() else { return Ok(()) };
+        let waiting = std::mem::take(&mut self.waiting);
+        let tried = waiting.into_iter().try_for_each(|slot| self.again(slot, &mut ring));
+        self.ring = Some(ring);
+        tried
+    }
+
+    /// Those that wait for the host wait no longer: the guest sees an I/O error.
+    fn give_up(&mut self) {
+        self.retry = None;
+        let Some(mut ring) = self.ring.take() else { return };
+        for slot in std::mem::take(&mut self.waiting) {
+            self.fail(slot, Status::IoError, &mut ring);
+        }
+        self.ring = Some(ring);
+    }
+
+    /// Handles the events that have come. True if there were any.
     fn events(&mut self) -> io::Result<bool> {
         let mut any = false;
         while let Some(event) = self.engine.as_mut().and_then(Engine::next_event) {
+            any = true;
             match event {
-                Event::Done { slot, result } => {
-                    any = true;
-                    self.done(slot, result)?;
-                }
+                Event::Done { slot, result } => self.done(slot, result)?,
+                // A kick, or the control thread wakes a queue whose kick may have been lost.
                 Event::Ready { watch, ended } => {
-                    // The control thread wakes a queue whose notification may have been lost.
-                    any |= watch == self.kick || watch == WAKE;
                     if ended {
                         self.renew(watch)?;
                     }
@@ -387,9 +481,34 @@ impl BlkQueue {
         }
     }
 
+    /// Waits for something to do.
+    fn rest(&mut self) -> io::Result<()> {
+        let has_room = self.has_room();
+        let until = [self.limited, self.retry].into_iter().flatten().min();
+        let Some(engine) = self.engine.as_mut() else { return Err(io::ErrorKind::NotConnected.into()) };
+        let sleep = |engine: &mut Engine| match until {
+            None => engine.enter(true),
+            Some(until) => engine.enter_for(until.saturating_duration_since(Instant::now())),
+        };
+        let looks = has_room && self.limited.is_none();
+        let Some(ring) = self.ring.as_mut().filter(|_| looks) else { return sleep(engine) };
+        if let Some(idle) = &mut self.idle
+            && idle.look(|| ring.has_requests() || engine.has_news())
+        {
+            return Ok(());
+        }
+        let slept = if ring.enable_kicks() { Ok(()) } else { sleep(engine) };
+        ring.disable_kicks();
+        slept
+    }
+
     /// Waits until nothing taken from the ring is under way.
     fn drain(&mut self) -> io::Result<()> {
-        while self.engine.as_ref().is_some_and(|engine| engine.busy() > 0) {
+        loop {
+            self.give_up();
+            if self.engine.as_ref().is_none_or(|engine| engine.busy() == 0) {
+                break;
+            }
             if let Some(engine) = self.engine.as_mut() {
                 engine.enter(true)?;
             }
@@ -423,6 +542,7 @@ struct Beginning<'a> {
     chain: &'a Chain,
     ring: &'a Vring,
     engine: &'a mut Engine,
+    direct: &'a mut Direct,
     request: &'a mut Request,
     slot: usize,
 }
@@ -443,6 +563,9 @@ impl Beginning<'_> {
                 let segments = request::part(self.chain.readable(), HEADER, len);
                 self.transfer(Step::Write, header.sector, len, segments)
             }
+            Operation::Flush if self.shared.durability == Durability::Never => {
+                Ok(Begun::Finished(Status::Ok))
+            }
             Operation::Flush => {
                 self.request.step = Step::Flush;
                 self.engine.sync(self.slot)?;
@@ -453,8 +576,9 @@ impl Beginning<'_> {
                 request::scatter(self.chain.writable(), room, &self.shared.serial, self.ring.ram())?;
                 Ok(Begun::Finished(Status::Ok))
             }
+            Operation::Discard if !self.shared.discards => Ok(Begun::Finished(Status::Unsupported)),
             Operation::Discard | Operation::WriteZeroes => {
-                let (capacity, ranges) = (self.shared.capacity, &mut self.request.ranges);
+                let (capacity, ranges) = (self.shared.capacity(), &mut self.request.ranges);
                 let read = request::ranges(self.chain, header.operation, capacity, self.ring.ram(), ranges)?;
                 Ok(read.map_or_else(Begun::Finished, |()| Begun::Ranges))
             }
@@ -470,7 +594,7 @@ impl Beginning<'_> {
         len: u32,
         segments: impl Iterator<Item = Segment>,
     ) -> Result<Begun, BeginError> {
-        let offset = match request::check_extent(sector, len, self.shared.capacity) {
+        let offset = match request::check_extent(sector, len, self.shared.capacity()) {
             Ok(_) if len == 0 => return Ok(Begun::Finished(Status::Ok)),
             Ok(offset) => offset,
             Err(status) => return Ok(Begun::Finished(status)),
@@ -484,10 +608,25 @@ impl Beginning<'_> {
             buffers.push(segment.address, u64::from(segment.len))?;
         }
         (self.request.step, self.request.offset) = (step, offset);
+        let durable = self.shared.writes_through();
+        let moved = match (step, &self.shared.raw) {
+            (Step::Read, Some(disk)) => self.direct.read(disk, buffers, offset),
+            (_, Some(disk)) if !durable => self.direct.write(disk, buffers, offset),
+            _ => Moved::Not,
+        };
+        let moved = match moved {
+            Moved::Bytes(0) => return Ok(Begun::Failed(libc::EIO)),
+            Moved::Bytes(_) if buffers.is_empty() => return Ok(Begun::Finished(Status::Ok)),
+            Moved::Bytes(count) => count,
+            Moved::Failed(errno) => return Ok(Begun::Failed(errno)),
+            Moved::Not => 0,
+        };
+        let offset = offset.saturating_add(moved as u64);
+        self.request.offset = offset;
         if step == Step::Read {
-            self.engine.read(self.slot, offset)?;
+            self.engine.read(self.slot, offset, false)?;
         } else {
-            self.engine.write(self.slot, offset, !self.shared.writeback.load(Ordering::Relaxed))?;
+            self.engine.write(self.slot, offset, durable, false)?;
         }
         Ok(Begun::Started)
     }
@@ -495,13 +634,23 @@ impl Beginning<'_> {
 
 impl QueueWorker for BlkQueue {
     fn prepare(&mut self, wake: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
-        let mut engine = Engine::new(&self.shared.disk)?;
+        let shared = Arc::clone(&self.shared);
+        let mut engine = match (&shared.raw, &shared.pool) {
+            (Some(disk), _) => {
+                self.direct = Direct::new(disk, self.call.clone());
+                Engine::new(Disk::Raw(disk, shared.cached.as_ref()))?
+            }
+            (None, Some(pool)) => Engine::new(Disk::Image(Arc::clone(pool)))?,
+            (None, None) => return Err(io::ErrorKind::NotFound.into()),
+        };
         let wake = wake.try_clone_to_owned()?;
         engine.watch(wake.as_fd(), WAKE)?;
         engine.enter(false)?;
-        let descriptors = vec![engine.descriptor(), std::os::fd::AsRawFd::as_raw_fd(&wake)];
+        let mut descriptors = engine.descriptors();
+        descriptors.push(std::os::fd::AsRawFd::as_raw_fd(&wake));
         self.engine = Some(engine);
         self.wake = Some(wake);
+        self.idle = Some(Idle::new());
         Ok(descriptors)
     }
 
@@ -511,7 +660,6 @@ impl QueueWorker for BlkQueue {
         self.kick = self.kick.wrapping_add(1).max(WAKE.saturating_add(1));
         engine.watch(ring.kick(), self.kick)?;
         self.ring = Some(ring);
-        self.more = true;
         Ok(())
     }
 
@@ -530,19 +678,22 @@ impl QueueWorker for BlkQueue {
     }
 
     fn waits_for_host(&self) -> bool {
-        self.engine.as_ref().is_some_and(|engine| engine.busy() > 0)
+        let busy = self.engine.as_ref().is_some_and(|engine| engine.busy() > 0);
+        busy || self.limited.is_some() || !self.waiting.is_empty()
+    }
+
+    fn set_host_call(&mut self, call: HostCall) {
+        self.call = call;
     }
 
     fn turn(&mut self) -> io::Result<()> {
-        let wait = !self.more;
+        self.retry()?;
+        let taken = self.take_requests()?;
         if let Some(engine) = self.engine.as_mut() {
-            engine.enter(wait)?;
+            engine.advance()?;
         }
         let any = self.events()?;
-        if any || self.more {
-            self.take_requests()?;
-        }
         self.signal();
-        Ok(())
+        if taken || any { Ok(()) } else { self.rest() }
     }
 }

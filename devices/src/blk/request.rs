@@ -1,6 +1,6 @@
 //! What a virtio-blk request says (virtio 1.2, 5.2.6), whatever its layout over descriptors.
 
-use bulkhead_ipc::memory::{GuestRam, MemoryError};
+use bulkhead_ipc::memory::{GuestRam, MemoryError, single};
 use bulkhead_ipc::vhost_user::backend::{Chain, Segment};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -54,6 +54,15 @@ pub struct Range {
     pub len: u64,
     /// Write-zeroes: the space may be given up.
     pub unmap: bool,
+}
+
+/// Bytes that a read or write moves, for the rate limit.
+pub fn moved_bytes(chain: &Chain, operation: Operation) -> u64 {
+    match operation {
+        Operation::Read => u64::from(chain.writable_bytes().saturating_sub(1)),
+        Operation::Write => u64::from(chain.readable_bytes().saturating_sub(HEADER)),
+        _ => 0,
+    }
 }
 
 /// Why a request is refused, as its status says it.
@@ -116,6 +125,10 @@ fn gather(segments: &[Segment], skip: u32, bytes: &mut [u8], ram: &GuestRam) -> 
         else {
             break;
         };
+        if single(ram.memory(), address, head.len()).is_some_and(|slice| slice.read_slice(head, 0).is_ok()) {
+            rest = tail;
+            continue;
+        }
         ram.memory()
             .read_slice(head, GuestAddress(address))
             .map_err(|_| MemoryError::OutOfRange { address, len: u64::from(len) })?;

@@ -7,20 +7,20 @@ use crate::driver::{
     put_descriptor,
 };
 
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const FLUSH: u32 = 4;
+pub const READ: u32 = 0;
+pub const WRITE: u32 = 1;
+pub const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-const OK: u8 = 0;
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
-const STATUS: u64 = 0xe0_0000;
-const HEADER: u64 = 0xf0_0000;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+pub const OK: u8 = 0;
+pub const IOERR: u8 = 1;
+pub const UNSUPP: u8 = 2;
+pub const STATUS: u64 = 0xe0_0000;
+pub const HEADER: u64 = 0xf0_0000;
 
 /// Runs a request with its data in one buffer; returns the status.
-fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> u8 {
+pub fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> u8 {
     driver.put(HEADER, &header(kind, sector));
     driver.put(STATUS, &[0xff]);
     let mut buffers = vec![(HEADER, 16, false)];
@@ -30,7 +30,7 @@ fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)
     driver.get(STATUS, 1)[0]
 }
 
-fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+pub fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
@@ -75,12 +75,21 @@ fn submit(driver: &mut Driver, queue: usize, lane: usize, state: &mut Lane, rand
     driver.queues[queue].submit(&driver.ram, &buffers);
 }
 
+/// Bytes of a disk for [`move_randomly`].
+pub const RANDOM_DISK: u64 = (LANES * LANE_BYTES) as u64;
+
 fn random_io(queues: u16, features: u64, rounds: usize) {
-    let service = Service::disk((LANES * LANE_BYTES) as u64, &["--num-queues", &queues.to_string()]);
+    let service = Service::disk(RANDOM_DISK, &["--num-queues", &queues.to_string()]);
+    let expected = move_randomly(&service, queues, features, rounds, 0);
+    assert!(std::fs::read(service.disk_path()).unwrap() == expected, "wrong bytes were written");
+}
+
+/// Random reads and writes on a disk that is full of `filling`; returns what must be on it then.
+pub fn move_randomly(service: &Service, queues: u16, features: u64, rounds: usize, filling: u8) -> Vec<u8> {
     let mut driver = Driver::with(service.connect(), queues, features);
     let mut random = Random(0x1234_5678_9abc_def1);
     let mut lanes: Vec<Lane> = (0..LANES)
-        .map(|_| Lane { model: vec![0; LANE_BYTES], buffer: 0, extent: (0, 0), writes: false })
+        .map(|_| Lane { model: vec![filling; LANE_BYTES], buffer: 0, extent: (0, 0), writes: false })
         .collect();
     for _ in 0..rounds {
         for (index, lane) in lanes.iter_mut().enumerate() {
@@ -104,10 +113,7 @@ fn random_io(queues: u16, features: u64, rounds: usize) {
         }
     }
     assert_eq!(request(&mut driver, FLUSH, 0, &[]), OK);
-    let disk = std::fs::read(service.disk_path()).unwrap();
-    for (index, lane) in lanes.iter().enumerate() {
-        assert!(disk[index * LANE_BYTES..][..LANE_BYTES] == lane.model, "lane {index} wrote wrong bytes");
-    }
+    lanes.into_iter().flat_map(|lane| lane.model).collect()
 }
 
 #[test]

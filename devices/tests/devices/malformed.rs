@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, ConsoleConfig, DeviceConfig, FdIndex, RngConfig, ToDevice, UartConfig,
+    BlkConfig, BlkOptions, ConsoleConfig, DeviceConfig, FdIndex, RngConfig, ToDevice, UartConfig,
 };
 use bulkhead_ipc::jail::Enforcement;
 use bulkhead_ipc::memory::GuestRam;
@@ -595,6 +595,7 @@ fn a_disk_reads_and_writes_what_was_posted_and_nothing_else() {
         serial: "serial".into(),
         queues: 2,
         logical_block_size: 512,
+        options: BlkOptions::default(),
     });
     let mut process = Supervised::start("blk", config, &[&image], Enforcement::Standalone);
     process.forget_log();

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::channel::message::{
-    BlkConfig, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, Progress, RngConfig,
-    ToDevice,
+    BlkConfig, BlkOptions, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, Progress,
+    RngConfig, ToDevice,
 };
 use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits};
 use bulkhead_ipc::log::LogLevel;
@@ -133,6 +133,7 @@ fn blk(queues: u16) -> DeviceConfig {
         serial: "1".into(),
         queues,
         logical_block_size: 512,
+        options: BlkOptions::default(),
     })
 }
 

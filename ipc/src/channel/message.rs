@@ -340,7 +340,7 @@ pub enum DeviceConfig {
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlkConfig {
-    /// Raw image or block device, opened and locked by the supervisor.
+    /// Image or block device, opened and locked by the supervisor.
     pub disk: FdIndex,
     /// Refuse writes.
     pub read_only: bool,
@@ -350,6 +350,93 @@ pub struct BlkConfig {
     pub queues: u16,
     /// 512 or 4096.
     pub logical_block_size: u32,
+    /// What can be left as it is.
+    pub options: BlkOptions,
+}
+
+/// What a disk can be told beside its image.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BlkOptions {
+    /// Bytes, a power of two, at least the logical block; 0: 4096 or the logical block.
+    pub physical_block_size: u32,
+    /// What is in the image.
+    pub format: ImageFormat,
+    /// What backs the image, from the top down; read only.
+    pub backing: Vec<BackingImage>,
+    /// Files that hold data for the image, in the order in which it names them.
+    pub data: Vec<FdIndex>,
+    /// A raw image that `disk` opens with O_DIRECT, without that: for requests that are not aligned.
+    pub cached: Option<FdIndex>,
+    /// When writes are durable.
+    pub durability: Durability,
+    /// The guest may not give space up.
+    pub no_discard: bool,
+    /// What the guest may move.
+    pub rates: BlkRates,
+    /// What follows a read that the host fails.
+    pub read_error: ErrorAction,
+    /// What follows anything else that the host fails.
+    pub write_error: ErrorAction,
+}
+
+/// What is in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ImageFormat {
+    /// The disk's bytes.
+    #[default]
+    Raw,
+    /// qcow2.
+    Qcow2,
+    /// VMDK.
+    Vmdk,
+}
+
+/// An image below another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackingImage {
+    /// Its file.
+    pub file: FdIndex,
+    /// What is in it.
+    pub format: ImageFormat,
+}
+
+/// When writes of the guest are durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Durability {
+    /// When a flush after them ends; the guest may choose to have it at once.
+    #[default]
+    Flush,
+    /// When they end.
+    Write,
+    /// Whenever the host likes: flushes are not passed on.
+    Never,
+}
+
+/// Most bytes and requests a second, and at once after a pause; 0: no limit, or a tenth of a second's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BlkRates {
+    /// Bytes a second.
+    pub bps: u64,
+    /// Bytes at once.
+    pub bps_burst: u64,
+    /// Requests a second.
+    pub iops: u64,
+    /// Requests at once.
+    pub iops_burst: u64,
+}
+
+/// What follows a request that the host fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ErrorAction {
+    /// The guest gets an I/O error.
+    #[default]
+    Report,
+    /// The request waits, and is tried again every second until the host can do it.
+    Wait,
+    /// It waits if the host's disk is full, and is an I/O error otherwise.
+    WaitForSpace,
+    /// The guest is told that all is well; not when the host's disk is full.
+    Ignore,
 }
 
 /// A source of entropy.

@@ -28,6 +28,7 @@ fn start() -> ToDevice {
             serial: "s".into(),
             queues: 2,
             logical_block_size: 512,
+            options: BlkOptions::default(),
         }),
     })
 }

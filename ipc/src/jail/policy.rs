@@ -36,6 +36,8 @@ pub enum PolicyName {
     FlashMain,
     /// Keyboard: its only thread.
     KeyboardMain,
+    /// virtio-blk: a thread that reads and writes an image in a format.
+    BlkImage,
     /// virtio-fs: control channel and vhost-user messages.
     FsMain,
     /// virtio-fs: its queues.
@@ -44,7 +46,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -58,6 +60,7 @@ impl PolicyName {
         Self::UartMain,
         Self::FlashMain,
         Self::KeyboardMain,
+        Self::BlkImage,
         Self::FsMain,
         Self::FsQueue,
     ];
@@ -98,6 +101,7 @@ impl PolicyName {
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
             Self::KeyboardMain => KEYBOARD_MAIN,
+            Self::BlkImage => BLK_IMAGE,
             Self::FsMain => FS_MAIN,
             Self::FsQueue => FS_QUEUE,
         }

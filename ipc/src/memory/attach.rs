@@ -18,7 +18,7 @@ const ADDRESS_LIMIT: u64 = 1 << 52;
 pub struct SharedRegion {
     /// Guest-physical address of the first byte.
     pub guest_address: u64,
-    /// Bytes, a multiple of 4 KiB.
+    /// Bytes, a multiple of 4 KiB where seals are required.
     pub size: u64,
     /// Where in the file the region begins, a multiple of 4 KiB.
     pub offset: u64,
@@ -41,7 +41,7 @@ impl SharedRegion {
 
     /// Checks the region by itself: alignment, overflow, the file's type, size and seals.
     pub(super) fn check(&self, seals: Seals) -> Result<(), MemoryError> {
-        self.check_numbers()?;
+        self.check_numbers(seals)?;
         const WHAT: &str = "guest memory region";
         let actual = file_size(&self.fd, WHAT)?;
         let needed = self.offset.saturating_add(self.size);
@@ -54,14 +54,16 @@ impl SharedRegion {
         Ok(())
     }
 
-    fn check_numbers(&self) -> Result<(), MemoryError> {
+    fn check_numbers(&self, seals: Seals) -> Result<(), MemoryError> {
         let Self { guest_address, size, offset, .. } = *self;
-        for (field, value, positive) in
-            [("address", guest_address, false), ("size", size, true), ("file offset", offset, false)]
-        {
-            if !value.is_multiple_of(PAGE_SIZE) || (positive && value == 0) {
+        for (field, value) in [("address", guest_address), ("file offset", offset)] {
+            if !value.is_multiple_of(PAGE_SIZE) {
                 return Err(MemoryError::Unaligned { guest_address, field, value });
             }
+        }
+        // The memory of user-space drivers (libblkio's) may end within a page.
+        if size == 0 || (seals == Seals::Required && !size.is_multiple_of(PAGE_SIZE)) {
+            return Err(MemoryError::Unaligned { guest_address, field: "size", value: size });
         }
         let in_space = guest_address.checked_add(size).is_some_and(|end| end <= ADDRESS_LIMIT);
         let in_file = offset.checked_add(size).is_some_and(|end| i64::try_from(end).is_ok());

@@ -34,7 +34,7 @@ pub struct RegionBitmap {
 }
 
 impl RegionBitmap {
-    /// A clean bitmap for `size` bytes (a multiple of 4 KiB) at `guest_address`, which keeps their mapping.
+    /// A clean bitmap for `size` bytes at `guest_address`, which keeps their mapping.
     pub(super) fn new(
         guest_address: u64,
         size: u64,
@@ -42,7 +42,7 @@ impl RegionBitmap {
         mapping: Mapping,
     ) -> Result<Self, MemoryError> {
         let out_of_memory = || MemoryError::Create { size, source: io::ErrorKind::OutOfMemory.into() };
-        let pages = usize::try_from(size >> PAGE_SHIFT).map_err(|_| out_of_memory())?;
+        let pages = usize::try_from(size.div_ceil(PAGE_SIZE)).map_err(|_| out_of_memory())?;
         let words = zeroed_words(pages.div_ceil(64)).ok_or_else(out_of_memory)?;
         Ok(Self { words, pages, guest_address, log, _mapping: mapping })
     }

@@ -78,7 +78,7 @@ impl DirtyPages {
         else {
             return false;
         };
-        let mut left = region.size / PAGE_SIZE;
+        let mut left = region.size.div_ceil(PAGE_SIZE);
         for (own, &other) in region.words.iter_mut().zip(words) {
             let mask = if left >= 64 { u64::MAX } else { (1u64 << left).wrapping_sub(1) };
             *own |= other & mask;

@@ -11,9 +11,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::{Direction, GuestMemory, GuestRam, MemoryError};
+use super::{Direction, GuestMemory, GuestRam, MemoryError, single};
 
 /// One contiguous piece of a lent range.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +31,12 @@ fn pieces(
 ) -> Result<(), MemoryError> {
     let out_of_range = || MemoryError::OutOfRange { address, len };
     let length = usize::try_from(len).map_err(|_| out_of_range())?;
+    if let Some(slice) = single(memory, address, length) {
+        #[expect(clippy::disallowed_methods, reason = "the guards below mark what the kernel writes")]
+        let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        each(Piece { address, iovec: libc::iovec { iov_base, iov_len: length } });
+        return Ok(());
+    }
     let mut next = address;
     for slice in memory.get_slices(GuestAddress(address), length) {
         let slice = slice.map_err(|_| out_of_range())?;
@@ -44,6 +50,9 @@ fn pieces(
 
 /// Marks `len` bytes at `address`, which lie in RAM.
 fn mark(memory: &GuestMemory, address: u64, len: usize) {
+    if let Some(slice) = single(memory, address, len) {
+        return slice.bitmap().mark_dirty(0, len);
+    }
     for slice in memory.get_slices(GuestAddress(address), len).flatten() {
         slice.bitmap().mark_dirty(0, slice.len());
     }
@@ -250,6 +259,45 @@ impl LentVector {
         self.len() == 0
     }
 
+    /// Writes `bytes` to the first that are left to move, which stay lent: [`LentVector::advance`] follows.
+    ///
+    /// # Errors
+    /// Guest memory cannot be written; part of it may have been.
+    pub fn store(&self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = bytes;
+        for (address, len) in self.ranges() {
+            let Some((part, tail)) = rest.split_at_checked(len.min(rest.len())) else { break };
+            self.memory
+                .write_slice(part, GuestAddress(address))
+                .map_err(|_| MemoryError::OutOfRange { address, len: part.len() as u64 })?;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes` from the first that are left to move, which stay lent: [`LentVector::advance`] follows.
+    ///
+    /// # Errors
+    /// Guest memory cannot be read.
+    pub fn load(&self, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = bytes;
+        for (address, len) in self.ranges() {
+            let len = len.min(rest.len());
+            let Some((part, tail)) = rest.split_at_mut_checked(len) else { break };
+            self.memory
+                .read_slice(part, GuestAddress(address))
+                .map_err(|_| MemoryError::OutOfRange { address, len: len as u64 })?;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Addresses and lengths of what is left to move.
+    fn ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        let addresses = self.addresses.get(self.moved..).unwrap_or_default();
+        addresses.iter().zip(self.iovecs()).map(|(address, iovec)| (*address, iovec.iov_len))
+    }
+
     /// The kernel has moved the next `count` bytes; the rest stays lent, for a second try after a short one.
     pub fn advance(&mut self, count: usize) {
         let mut left = count;
@@ -298,6 +346,23 @@ impl LentVector {
         let count = read_at(self.direction, self.iovecs(), file, Some(offset))?;
         self.advance(count);
         Ok(count)
+    }
+
+    /// As [`LentVector::read_at`], but only what is there without waiting (RWF_NOWAIT): EAGAIN otherwise.
+    ///
+    /// # Errors
+    /// As [`LentVector::read_at`]; EOPNOTSUPP where the file system cannot say.
+    pub fn read_at_once(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        if !self.direction.writes() {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let (count, offset) = limits(self.iovecs(), Some(offset))?;
+        let (fd, iovecs) = (file.as_raw_fd(), self.iovecs().as_ptr());
+        // SAFETY: as in `read_at`.
+        let read = unsafe { libc::preadv2(fd, iovecs, count, offset.unwrap_or_default(), libc::RWF_NOWAIT) };
+        let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+        self.advance(read);
+        Ok(read)
     }
 
     /// Reads from a stream (`readv`), and advances. 0 is the end of the stream.

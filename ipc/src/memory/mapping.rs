@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-use super::HUGE_PAGE_SIZE;
+use super::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
 /// A shared mapping of a file, readable and writable, kept out of core dumps; unmapped when dropped.
 #[derive(Debug)]
@@ -28,13 +28,14 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `length` bytes of `file` from `offset` on. The start agrees with `guest_address` in the bits below 2 MiB.
+    /// Maps `length` bytes of `file` from `offset` on, and the rest of the last page. The start agrees with `guest_address` in the bits below 2 MiB.
     ///
     /// # Errors
     /// The kernel's answer; `InvalidInput` for no bytes, or more than there are addresses.
     pub(super) fn new(file: &File, offset: u64, length: u64, guest_address: u64) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let offset = i64::try_from(offset).map_err(|_| invalid())?;
+        let length = length.checked_next_multiple_of(PAGE_SIZE).ok_or_else(invalid)?;
         let length = usize::try_from(length).ok().and_then(NonZeroUsize::new).ok_or_else(invalid)?;
         let block = usize::try_from(HUGE_PAGE_SIZE).map_err(|_| invalid())?;
         let room = length.checked_add(block).ok_or_else(invalid)?;
@@ -61,11 +62,6 @@ impl Mapping {
     /// The first byte.
     pub(super) fn start(&self) -> *mut u8 {
         self.start.as_ptr().cast()
-    }
-
-    /// Bytes.
-    pub(super) fn length(&self) -> usize {
-        self.length.get()
     }
 
     /// Gives up the reservation before `head` and after `head + length`; what is between belongs to somebody else now.

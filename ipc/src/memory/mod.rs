@@ -22,6 +22,7 @@ mod lent;
 mod log;
 mod mapping;
 mod ram;
+mod single;
 mod view;
 
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub use layout::{HOLE_END, HOLE_START, RegionLayout, layout};
 pub use lent::{LentBuffer, LentVector};
 pub use log::DirtyLog;
 pub use ram::{GuestMemory, GuestRam, HostMapping, RegionRef};
+pub use single::single;
 pub use view::View;
 
 /// Size of a page in bytes: the unit of regions, dirty bitmaps and logs.

@@ -366,7 +366,8 @@ fn map(region: SharedRegion, log: &Arc<LogSlot>) -> Result<Region, MemoryError> 
         size,
         source,
     })?;
-    let (start, length) = (mapping.start(), mapping.length());
+    let start = mapping.start();
+    let length = usize::try_from(size).map_err(|_| MemoryError::Overflow { guest_address, size, offset })?;
     let bitmap = RegionBitmap::new(guest_address, size, Arc::clone(log), mapping)?;
     let builder = MmapRegionBuilder::new_with_bitmap(length, bitmap)
         .with_file_offset(FileOffset::new(file, offset))

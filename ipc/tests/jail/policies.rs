@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 16] = files![
+const FILES: [(&str, &str); 17] = files![
     "common",
     "core-setup",
     "core-main",
@@ -96,6 +96,7 @@ const FILES: [(&str, &str); 16] = files![
     "uart-main",
     "flash-main",
     "keyboard-main",
+    "blk-image",
     "fs-main",
     "fs-queue"
 ];

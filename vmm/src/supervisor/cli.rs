@@ -36,7 +36,8 @@ Examples:
       A machine to connect to with `bulkhead console web`; see it with `bulkhead ps web`,
       shut it down with `bulkhead stop web`.";
 
-const RUN_HELP: &str = "\
+const RUN_HELP: &str = concat!(
+    "\
 Commands:
   `bulkhead run -- COMMAND …` runs a command in a guest, as root there, and ends with its exit status.
   The kernel is an installed one (or --kernel), the root is the host's (or --root DIR, any unpacked
@@ -57,6 +58,26 @@ Firmware:
   With --firmware and without --kernel the machine starts as a PC does: firmware looks for a boot
   loader on the disks. seabios and ovmf stand for the files of Debian's packages. With a serial
   port and no --console, SeaBIOS talks on the serial port.
+
+Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
+  path=FILE                    image or block device; the only key that must be there
+  readonly=on, id=NAME, serial=TEXT, queues=N, restart=POLICY
+  format=raw|qcow2|vmdk        what is in the image; never guessed. VMDK can only be read
+  backing=FILE:FORMAT          what backs a qcow2 image; repeated, from the top down. An image that
+                               names a file gets it only if it is named here: images may lie
+  data=FILE                    a file that holds data for the image (VMDK extents); repeated
+  cache=writeback              the host's page cache; durable with the guest's flush (the default)
+        writethrough           durable when a write ends
+        none                   O_DIRECT
+",
+    "        unsafe                 flushes are not passed on: for what may be lost\n",
+    "  discard=off                  the guest cannot give space up
+  logical-block-size=512|4096, physical-block-size=N
+  bps=RATE[:BURST], iops=RATE[:BURST]      what the guest may move a second, and at once
+  read-error, write-error=report           the guest sees an I/O error (the default)
+        wait                   the request waits, and is tried again each second
+        wait-for-space         the same, but only while the host's disk is full
+        ignore                 (writes) the guest is told that all is well; never of a full disk
 
 Devices that die:
   A device process that dies, hangs or breaks its seccomp policy is replaced while the guest runs:
@@ -107,7 +128,8 @@ Examples:
   bulkhead run --kernel vmlinuz --initrd initrd.img
   bulkhead run --kernel vmlinux --cmdline 'root=/dev/vda ro' --cpus 4 --memory 2G \\
       --disk path=root.img --disk path=data.img,readonly=on,id=data --rng --console
-  bulkhead run --config web.toml --memory 4G --serial file=boot.log";
+  bulkhead run --config web.toml --memory 4G --serial file=boot.log"
+);
 
 const SENDKEY_HELP: &str = "\
 Names of keys are those of QEMU's sendkey: a-z 0-9 f1-f12 ret esc spc tab backspace shift ctrl alt
@@ -210,7 +232,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more disks"
+        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom

@@ -9,8 +9,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_ipc::channel::message::{
-    BlkConfig, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig,
-    FsCache, FsConfig, FsOwners, KeyboardConfig, LinkKind, RngConfig, ToCore, ToDevice, UartConfig,
+    BackingImage, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart, DeviceConfig, DeviceLink,
+    DeviceStart, FdIndex, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, LinkKind,
+    RngConfig, ToCore, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -162,6 +163,8 @@ impl<'a> Plan<'a> {
     /// A device may write no file but its own, and that no larger than it is; memory that it shares with the core counts.
     fn limits(&self) -> Limits {
         let file_size = match self {
+            // An image in a format grows.
+            Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
             Self::Blk(_) | Self::Rng(_) | Self::Console(_) => Some(INFLIGHT_AREA),
@@ -183,13 +186,7 @@ impl<'a> Plan<'a> {
 
     fn config(&self, cpus: u8, fds: &mut Fds<'a>) -> DeviceConfig {
         match self {
-            Self::Blk(disk) => DeviceConfig::Blk(BlkConfig {
-                disk: fds.add(&disk.file),
-                read_only: disk.readonly,
-                serial: disk.id.chars().take(BLK_SERIAL).collect(),
-                queues: u16::from(cpus.clamp(1, MAX_BLK_QUEUES)),
-                logical_block_size: 512,
-            }),
+            Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
             Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
             Self::Console(stream) => DeviceConfig::Console(ConsoleConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -208,6 +205,44 @@ impl<'a> Plan<'a> {
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
             }),
         }
+    }
+}
+
+fn blk_config<'a>(disk: &'a Disk, cpus: u8, fds: &mut Fds<'a>) -> BlkConfig {
+    let options = &disk.options;
+    let (file, cached) = match &disk.direct {
+        Some(direct) => (fds.add(direct), Some(fds.add(&disk.file))),
+        None => (fds.add(&disk.file), None),
+    };
+    let backing =
+        disk.backing.iter().map(|(file, format)| BackingImage { file: fds.add(file), format: *format });
+    let backing = backing.collect();
+    BlkConfig {
+        disk: file,
+        read_only: disk.readonly,
+        serial: options.serial.as_deref().unwrap_or(&disk.id).chars().take(BLK_SERIAL).collect(),
+        queues: match options.queues {
+            0 => u16::from(cpus.clamp(1, MAX_BLK_QUEUES)),
+            queues => queues,
+        },
+        logical_block_size: if options.logical_block_size == 0 { 512 } else { options.logical_block_size },
+        options: BlkOptions {
+            physical_block_size: options.physical_block_size,
+            format: options.format.0,
+            backing,
+            data: disk.data.iter().map(|file| fds.add(file)).collect(),
+            cached,
+            durability: options.cache.durability,
+            no_discard: options.no_discard,
+            rates: BlkRates {
+                bps: options.bps.rate,
+                bps_burst: options.bps.burst,
+                iops: options.iops.rate,
+                iops_burst: options.iops.burst,
+            },
+            read_error: options.read_error.0,
+            write_error: options.write_error.0,
+        },
     }
 }
 

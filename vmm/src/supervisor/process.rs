@@ -60,6 +60,7 @@ impl Role {
             (Self::Core | Self::Supervisor, Some("devices")) => PolicyName::CoreDevices,
             (Self::Core | Self::Supervisor, Some(_)) => PolicyName::CoreVcpu,
             (Self::Blk, None) => PolicyName::BlkMain,
+            (Self::Blk, Some(name)) if name.starts_with("image-") => PolicyName::BlkImage,
             (Self::Blk, Some(_)) => PolicyName::BlkQueue,
             (Self::Rng, None) => PolicyName::RngMain,
             (Self::Rng, Some(_)) => PolicyName::RngQueue,

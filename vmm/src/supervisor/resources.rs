@@ -2,6 +2,7 @@
 //! exists. All are close-on-exec; each process gets its own by name.
 
 mod added;
+mod disk;
 mod roms;
 mod share;
 mod slots;
@@ -9,17 +10,16 @@ mod stream;
 mod variables;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 pub use added::NewDevice;
 use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
-use nix::errno::Errno;
+pub use disk::Disk;
+use disk::{lock, open_disk};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -30,9 +30,7 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 
-use super::config::{
-    CONSOLE, DiskConfig, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget,
-};
+use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
@@ -45,9 +43,6 @@ const SECTOR: u64 = 512;
 const FIRMWARE_UNIT: u64 = 4 << 10;
 /// The largest firmware image, in bytes.
 pub const MOST_FIRMWARE: u64 = 8 << 20;
-/// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why the host's side is not as the configuration says.
 #[derive(Debug, Error)]
@@ -92,7 +87,7 @@ pub enum ResourceError {
         wanted: &'static str,
     },
     /// A disk that does not consist of sectors.
-    #[error("disk {id}: '{path}' has {size} bytes, which is not a multiple of {SECTOR}: is it a raw image? (truncate -s %{SECTOR} '{path}' rounds it up)", path = path.display())]
+    #[error("disk {id}: '{path}' has {size} bytes, which is not a multiple of {SECTOR}: is it a raw image, or is format= missing? (truncate -s %{SECTOR} '{path}' rounds it up)", path = path.display())]
     DiskSize {
         /// The disk.
         id: String,
@@ -222,20 +217,6 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
-}
-
-/// A disk image, locked.
-#[derive(Debug)]
-pub struct Disk {
-    /// Name of the device.
-    pub id: String,
-    /// The image or block device. Its lock belongs to the open file, so it holds in every process that has it.
-    pub file: File,
-    /// Nobody may write.
-    pub readonly: bool,
-    /// Size in bytes, a multiple of 512.
-    pub size: u64,
-    identity: (u64, u64),
 }
 
 /// All that a machine needs from its host.
@@ -438,81 +419,6 @@ fn memory(what: &str, size: u64) -> Result<OwnedFd, ResourceError> {
     let memory = GuestRam::create_at(0, size).map_err(|error| host(io::Error::other(error)))?;
     let region = memory.regions().next().ok_or_else(|| host(io::ErrorKind::InvalidInput.into()))?;
     region.fd.try_clone_to_owned().map_err(host)
-}
-
-fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceError> {
-    let DiskConfig { id, path, readonly, .. } = disk.clone();
-    let field = format!("disk {id}");
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !readonly => {
-            ResourceError::Open {
-                field: field.clone(),
-                path: path.clone(),
-                reason: "it may not be written by this user; with readonly=on it need only be readable"
-                    .to_owned(),
-            }
-        }
-        io::ErrorKind::IsADirectory => ResourceError::Kind {
-            field: field.clone(),
-            path: path.clone(),
-            is: "a directory",
-            wanted: "a raw image or a block device",
-        },
-        _ => open_error(&field, &path, &error),
-    };
-    let mut file = open(OpenOptions::new().read(true).write(!readonly), &path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() && !metadata.file_type().is_block_device() {
-        let wanted = "a raw image or a block device";
-        return Err(ResourceError::Kind { field, path, is: kind(&metadata), wanted });
-    }
-    // Works for block devices too, whose metadata has no length.
-    let size = file.seek(SeekFrom::End(0)).and_then(|size| file.rewind().map(|()| size)).map_err(failed)?;
-    if size == 0 {
-        return Err(ResourceError::DiskEmpty { id, path });
-    }
-    if !size.is_multiple_of(SECTOR) {
-        return Err(ResourceError::DiskSize { id, path, size });
-    }
-    let identity = (metadata.dev(), metadata.ino());
-    if let Some(other) =
-        before.iter().find(|other| other.identity == identity && !(readonly && other.readonly))
-    {
-        return Err(ResourceError::DiskTwice { id, path, other: other.id.clone() });
-    }
-    match lock(&file, readonly) {
-        Ok(()) => Ok(Disk { id, file, readonly, size, identity }),
-        Err(Errno::EAGAIN | Errno::EACCES) => {
-            let hint = if readonly {
-                ""
-            } else {
-                "; several machines may share a disk that all open with readonly=on"
-            };
-            Err(ResourceError::DiskLocked { id, path, hint })
-        }
-        Err(error) => Err(ResourceError::Lock { id, path, reason: error.into() }),
-    }
-}
-
-/// Locks the whole file: exclusively for a writer, shared for a reader (`F_OFD_SETLK`, `fcntl(2)`).
-fn lock(file: &File, readonly: bool) -> Result<(), Errno> {
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    let lock = libc::flock {
-        l_type: i16::try_from(kind).unwrap_or_default(),
-        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or_default(),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // A disk process that was killed a moment ago may still have its image open: the kernel takes io_uring's files
-    // down after the process itself.
-    let end = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
-            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => thread::sleep(LOCK_INTERVAL),
-            other => return other.map(drop),
-        }
-    }
 }
 
 fn open_device(path: &str, write: bool) -> Result<File, ResourceError> {

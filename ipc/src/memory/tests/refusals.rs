@@ -61,7 +61,8 @@ fn ram_is_kept_out_of_core_dumps() {
 #[test]
 fn numbers_that_cannot_be_are_refused() {
     assert!(matches!(attach_one(1, PAGE_SIZE, 0), Err(MemoryError::Unaligned { field: "address", .. })));
-    assert!(matches!(attach_one(0, 100, 0), Err(MemoryError::Unaligned { field: "size", value: 100, .. })));
+    let sealed = GuestRam::attach(vec![region(0, 100, 0, file(PAGE_SIZE))]);
+    assert!(matches!(sealed, Err(MemoryError::Unaligned { field: "size", value: 100, .. })));
     assert!(matches!(attach_one(0, 0, 0), Err(MemoryError::Unaligned { field: "size", value: 0, .. })));
     assert!(matches!(attach_one(0, PAGE_SIZE, 7), Err(MemoryError::Unaligned { field: "file offset", .. })));
     let top = !(PAGE_SIZE - 1);
@@ -69,6 +70,18 @@ fn numbers_that_cannot_be_are_refused() {
     assert!(matches!(attach_one(1 << 52, PAGE_SIZE, 0), Err(MemoryError::Overflow { .. })));
     assert!(matches!(attach_one(0, PAGE_SIZE, top), Err(MemoryError::Overflow { .. })));
     assert!(matches!(attach_one(0, top, 0), Err(MemoryError::Overflow { .. })));
+}
+
+#[test]
+fn a_foreign_region_may_end_within_a_page() {
+    let ram = GuestRam::attach_unsealed(vec![region(PAGE_SIZE, PAGE_SIZE + 100, 0, file(PAGE_SIZE + 100))])
+        .unwrap();
+    let view = ram.view(2 * PAGE_SIZE, 100, Direction::Write).unwrap();
+    view.write(92, 1u64).unwrap();
+    assert_eq!(ram.take_dirty().pages().collect::<Vec<_>>(), [2 * PAGE_SIZE]);
+    assert!(!ram.contains(2 * PAGE_SIZE, 101));
+    let vector = &mut ram.lend_vector(Direction::Write);
+    assert!(vector.push(2 * PAGE_SIZE, 101).is_err());
 }
 
 #[test]

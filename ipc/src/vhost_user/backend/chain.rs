@@ -6,7 +6,9 @@
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::memory::single;
 
 /// Bytes of a descriptor.
 const DESCRIPTOR_SIZE: u64 = 16;
@@ -115,7 +117,7 @@ impl Chain {
     ///
     /// # Errors
     /// The chain is malformed; `self` then holds the part that was followed.
-    pub fn walk<M: GuestMemory>(
+    pub fn walk<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
         table: u64,
@@ -175,14 +177,19 @@ impl Chain {
 }
 
 impl Table {
-    fn read<M: GuestMemory>(&self, memory: &M, index: u32) -> Result<Descriptor, ChainError> {
+    fn read<M: GuestMemoryBackend>(&self, memory: &M, index: u32) -> Result<Descriptor, ChainError> {
         if index >= self.size {
             return Err(ChainError::OutsideTable { index, size: self.size });
         }
         let not_memory = ChainError::TableNotMemory(self.address);
         let offset = u64::from(index).saturating_mul(DESCRIPTOR_SIZE);
         let address = self.address.checked_add(offset).ok_or(not_memory)?;
-        memory.read_obj(GuestAddress(address)).map_err(|_| not_memory)
+        let at_once =
+            single(memory, address, size_of::<Descriptor>()).and_then(|slice| slice.read_obj(0).ok());
+        match at_once {
+            Some(descriptor) => Ok(descriptor),
+            None => memory.read_obj(GuestAddress(address)).map_err(|_| not_memory),
+        }
     }
 
     /// The table that an indirect descriptor names.

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 
 use super::vring::Vring;
+use super::worker::HostCall;
 
 /// A virtio device, seen by the daemon's message loop. Methods run on the control thread only; what the device shares with its
 /// workers it shares by its own means.
@@ -38,6 +39,14 @@ pub trait VirtioDevice: Send {
 
     /// The workers; called once, before the seal.
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>>;
+
+    /// Called once after the seal, before the supervisor is told READY: looks at what may be hostile.
+    ///
+    /// # Errors
+    /// A sentence for a person: the device cannot be served.
+    fn open(&mut self) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Copies configuration space from `offset` to `data`; what lies beyond its end reads as zero.
     fn read_config(&self, offset: u32, data: &mut [u8]);
@@ -84,4 +93,7 @@ pub trait QueueWorker: Send {
     fn waits_for_host(&self) -> bool {
         false
     }
+
+    /// Called once, before [`Self::prepare`]: with this the worker makes system calls that the host may keep it in.
+    fn set_host_call(&mut self, _call: HostCall) {}
 }

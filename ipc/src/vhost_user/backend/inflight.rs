@@ -205,13 +205,12 @@ impl InflightQueue {
         fence(Ordering::Release);
     }
 
-    /// Request `head` is in the used ring, whose index is now `used_idx`.
-    pub fn finished(&self, head: u16, used_idx: u16) {
-        if head >= self.size {
-            return;
-        }
+    /// Requests `heads` are in the used ring, whose index is now `used_idx`.
+    pub fn finished(&self, heads: &[u16], used_idx: u16) {
         fence(Ordering::Release);
-        self.store(Self::state(head), 0u8);
+        for &head in heads.iter().filter(|head| **head < self.size) {
+            self.store(Self::state(head), 0u8);
+        }
         fence(Ordering::Release);
         self.store(USED_IDX, used_idx);
     }
@@ -254,7 +253,7 @@ mod tests {
 
     fn finish(queue: &InflightQueue, head: u16, used: u16) {
         queue.about_to_finish(head);
-        queue.finished(head, used);
+        queue.finished(&[head], used);
     }
 
     #[test]
@@ -282,6 +281,26 @@ mod tests {
         queue.about_to_finish(3); // the used ring's index became 1, then the process died
         drop(queue);
         assert_eq!(area.queue(1, 8).unwrap().recover(1), [4]);
+    }
+
+    #[test]
+    fn a_batch_is_done_as_a_whole_or_not_at_all() {
+        let (mut queue, area, _fd) = pair();
+        queue.recover(0);
+        for head in [1, 2, 3, 4] {
+            queue.taken(head);
+        }
+        for head in [2, 3] {
+            queue.about_to_finish(head);
+        }
+        // Died before the used ring's index moved.
+        assert_eq!(area.queue(1, 8).unwrap().recover(0), [1, 2, 3, 4]);
+        for head in [2, 3] {
+            queue.about_to_finish(head);
+        }
+        // Died after it moved, half way through taking the marks away.
+        queue.store(InflightQueue::state(2), 0u8);
+        assert_eq!(area.queue(1, 8).unwrap().recover(2), [1, 4]);
     }
 
     #[test]

@@ -28,4 +28,4 @@ pub use daemon::{Daemon, DaemonError, no_jail};
 pub use device::{QueueWorker, VirtioDevice};
 pub use poll_worker::{Next, PollWorker, QueueHandler};
 pub use vring::{Vring, VringError};
-pub use worker::{EnterThread, WorkerError};
+pub use worker::{EnterThread, HostCall, WorkerError};

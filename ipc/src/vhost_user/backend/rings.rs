@@ -259,16 +259,17 @@ impl Daemon {
             let indices = self.indices(number);
             let pulse = self.workers.get(self.device.worker_of(number)).map(WorkerHandle::pulse);
             let Some(queue) = self.queues.get_mut(usize::from(number)) else { continue };
-            let (Some((available, used)), Some((turns, waits))) = (indices, pulse) else {
+            let (Some((available, used)), Some(pulse)) = (indices, pulse) else {
                 queue.seen = None;
                 continue;
             };
-            let before = queue.seen.replace((used, turns));
+            let before = queue.seen.replace((used, pulse.turns));
             let Some((_, turns_before)) = before.filter(|(before, _)| *before == used && available != used)
             else {
                 continue;
             };
-            let hangs = turns_before == turns;
+            let waits = pulse.waits || pulse.blocked;
+            let hangs = turns_before == pulse.turns && !pulse.blocked;
             if hangs || !waits && self.device.serves_at_once(number) {
                 progress = Progress::Stalled { queue: number };
             } else if waits && progress == Progress::Fine {

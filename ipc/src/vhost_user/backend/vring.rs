@@ -1,25 +1,29 @@
 //! A running split ring: requests out, completions in, notifications both ways. Owned by the worker that serves it.
 //!
-//! `virtio_queue::Queue` keeps the indices and the notification rules; chains are walked by [`Chain::walk`], which tells a
-//! malformed chain from a short one. A ring that the guest has broken is left alone until the front end sets it up anew.
+//! Chains are walked by [`Chain::walk`], which tells a malformed chain from a short one. A ring that the guest has broken is left alone until the front end sets it up anew.
+//!
+//! `virtio_queue::Queue` would show the driver each entry of the used ring at once and look up guest memory for each word. Here the
+//! used ring's index, which the driver may be looking at all the time, is written once for several entries ([`Vring::publish`]),
+//! and the available ring's is read again only when all that it showed is taken.
 //! Follows virtio 1.2, 2.7, and vhost-user, "Ring states".
 
 use std::collections::VecDeque;
+use std::num::Wrapping;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use arc_swap::ArcSwapOption;
 use nix::unistd::write;
 use thiserror::Error;
 use tracing::warn;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_bindings::bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
+use vm_memory::Bytes;
 
 use super::chain::{Chain, ChainError};
 use super::inflight::InflightQueue;
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, single};
 
 /// Why a ring cannot run (any longer).
 #[derive(Debug, Error)]
@@ -34,10 +38,10 @@ pub enum VringError {
     },
     /// The available ring's index is more than a ring ahead, or the ring is no longer memory.
     #[error("the available ring is broken: {0}")]
-    Available(virtio_queue::Error),
-    /// The used ring cannot be written.
-    #[error("the used ring is broken: {0}")]
-    Used(virtio_queue::Error),
+    Available(&'static str),
+    /// A ring is no longer memory.
+    #[error("a ring is not guest memory at {0:#x}")]
+    Ring(u64),
     /// A malformed chain.
     #[error("descriptor chain {head}: {source}")]
     Chain {
@@ -53,6 +57,12 @@ pub enum VringError {
     #[error("{0}")]
     Request(&'static str),
 }
+
+/// `flags` of the used ring.
+const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY.to_le_bytes()[0] as u16;
+
+/// Most entries of the used ring that the driver is shown at once: it can work on some while others are finished.
+const BATCH: usize = 8;
 
 /// Largest split ring there can be, entries (virtio 1.2, 2.7).
 const MAX_SIZE: u16 = 32768;
@@ -92,14 +102,23 @@ pub struct VringSetup {
 pub struct Vring {
     setup: VringSetup,
     ram: GuestRam,
-    queue: Queue,
+    /// Index of the next entry of the available ring to take.
+    next_available: Wrapping<u16>,
+    /// The available ring's index when it was last read.
+    available: Wrapping<u16>,
     inflight: Option<InflightQueue>,
     /// Requests of a dead predecessor, oldest first: served before new ones.
     resubmit: VecDeque<u16>,
     /// Requests taken and not yet in the used ring.
     taken: u32,
-    /// The used ring has entries of which the driver was not told.
-    unsignalled: bool,
+    /// Index of the next entry of the used ring to write.
+    next_used: Wrapping<u16>,
+    /// The used ring's index as the driver sees it.
+    published: Wrapping<u16>,
+    /// The used ring's index when it was last decided whether to interrupt.
+    signalled: Wrapping<u16>,
+    /// Heads of the entries that are written and not published.
+    unpublished: Vec<u16>,
     broken: bool,
 }
 
@@ -114,19 +133,18 @@ impl Vring {
         mut inflight: Option<InflightQueue>,
     ) -> Result<Self, VringError> {
         let bad = |reason| VringError::Setup { index: setup.index, reason };
-        let mut queue = Queue::new(MAX_SIZE).map_err(|_| bad("size"))?;
-        queue.try_set_size(setup.size).map_err(|_| bad("its size is not a power of two"))?;
-        queue
-            .try_set_desc_table_address(GuestAddress(setup.descriptors))
-            .map_err(|_| bad("the descriptor table is not aligned to 16 bytes"))?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(setup.available))
-            .map_err(|_| bad("the available ring is not aligned to 2 bytes"))?;
-        queue
-            .try_set_used_ring_address(GuestAddress(setup.used))
-            .map_err(|_| bad("the used ring is not aligned to 4 bytes"))?;
-        queue.set_event_idx(setup.event_idx);
-        queue.set_ready(true);
+        if !setup.size.is_power_of_two() || setup.size > MAX_SIZE {
+            return Err(bad("its size is not a power of two"));
+        }
+        for (address, alignment, reason) in [
+            (setup.descriptors, 16, "the descriptor table is not aligned to 16 bytes"),
+            (setup.available, 2, "the available ring is not aligned to 2 bytes"),
+            (setup.used, 4, "the used ring is not aligned to 4 bytes"),
+        ] {
+            if !u64::is_multiple_of(address, alignment) {
+                return Err(bad(reason));
+            }
+        }
         let entries = u64::from(setup.size);
         let in_memory = ram.contains(setup.descriptors, entries.saturating_mul(16))
             && ram.contains(setup.available, entries.saturating_mul(2).saturating_add(6))
@@ -134,22 +152,31 @@ impl Vring {
         if !in_memory || setup.available == 0 {
             return Err(bad("it does not lie in guest memory"));
         }
-        let used_idx = queue
-            .used_idx(ram.memory(), Ordering::Acquire)
-            .map_err(|_| bad("the used ring cannot be read"))?
-            .0;
-        queue.set_next_used(used_idx);
+        let used_idx: u16 = load(&ram, setup.used.saturating_add(2), Ordering::Acquire)
+            .map_err(|_| bad("the used ring cannot be read"))?;
         let resubmit: VecDeque<u16> =
             inflight.as_mut().map(|inflight| inflight.recover(used_idx).into()).unwrap_or_default();
         let next = match (&inflight, u16::try_from(resubmit.len())) {
             (Some(_), Ok(count)) => used_idx.wrapping_add(count),
             _ => setup.next_available,
         };
-        queue.set_next_avail(next);
+        let used = Wrapping(used_idx);
+        let ring = Self {
+            setup,
+            ram,
+            next_available: Wrapping(next),
+            available: Wrapping(next),
+            inflight,
+            resubmit,
+            taken: 0,
+            next_used: used,
+            published: used,
+            signalled: used,
+            unpublished: Vec::with_capacity(BATCH),
+            broken: false,
+        };
         // A predecessor may have died between the used ring and the interrupt.
-        let unsignalled = inflight.is_some();
-        let ring = Self { setup, ram, queue, inflight, resubmit, taken: 0, unsignalled, broken: false };
-        if ring.unsignalled {
+        if ring.inflight.is_some() {
             ring.call();
         }
         Ok(ring)
@@ -179,7 +206,7 @@ impl Vring {
     /// count as not taken.
     pub fn next_available(&self) -> u16 {
         let pending = u16::try_from(self.resubmit.len()).unwrap_or(0);
-        self.queue.next_avail().wrapping_sub(pending)
+        self.next_available.0.wrapping_sub(pending)
     }
 
     /// Requests taken and not finished.
@@ -208,23 +235,43 @@ impl Vring {
     }
 
     fn try_next(&mut self, chain: &mut Chain) -> Result<bool, VringError> {
-        let head = if let Some(head) = self.resubmit.pop_front() {
-            head
-        } else {
-            let memory = self.ram.memory();
-            let mut available = self.queue.iter(memory).map_err(VringError::Available)?;
-            let Some(found) = available.next() else { return Ok(false) };
-            let head = found.head_index();
-            if let Some(inflight) = self.inflight.as_mut() {
-                inflight.taken(head);
+        let head = match self.resubmit.pop_front() {
+            Some(head) => head,
+            None => {
+                let Some(head) = self.next_head()? else { return Ok(false) };
+                if let Some(inflight) = self.inflight.as_mut() {
+                    inflight.taken(head);
+                }
+                head
             }
-            head
         };
         chain
             .walk(self.ram.memory(), self.setup.descriptors, self.setup.size, head, self.setup.indirect)
             .map_err(|source| VringError::Chain { head, source })?;
         self.taken = self.taken.saturating_add(1);
         Ok(true)
+    }
+
+    /// The next entry of the available ring.
+    fn next_head(&mut self) -> Result<Option<u16>, VringError> {
+        if self.next_available == self.available {
+            self.available = self.available_index(Ordering::Acquire)?;
+            if (self.available - self.next_available).0 > self.setup.size {
+                return Err(VringError::Available("its index is more than a ring ahead"));
+            }
+            if self.next_available == self.available {
+                return Ok(None);
+            }
+        }
+        let slot = u64::from(self.next_available.0 & self.setup.size.wrapping_sub(1));
+        let entry = self.setup.available.saturating_add(4).saturating_add(slot.saturating_mul(2));
+        let head: u16 = load(&self.ram, entry, Ordering::Relaxed)?;
+        self.next_available += 1;
+        Ok(Some(head))
+    }
+
+    fn available_index(&self, order: Ordering) -> Result<Wrapping<u16>, VringError> {
+        load(&self.ram, self.setup.available.saturating_add(2), order).map(Wrapping)
     }
 
     /// Puts a request back that [`Self::next`] just returned, because the device cannot serve it yet.
@@ -240,42 +287,81 @@ impl Vring {
         if self.broken {
             return;
         }
-        if let Some(inflight) = &self.inflight {
-            inflight.about_to_finish(head);
-        }
-        match self.queue.add_used(self.ram.memory(), head, written) {
-            Ok(()) => self.unsignalled = true,
-            Err(error) => return self.fail(&VringError::Used(error)),
-        }
-        if let Some(inflight) = &self.inflight {
-            inflight.finished(head, self.queue.next_used());
-        }
-    }
-
-    /// Interrupts the driver if it wants to hear of what was finished since the last time.
-    pub fn signal(&mut self) {
-        if self.unsignalled && !self.broken {
-            self.unsignalled = false;
-            if self.wants_interrupt() {
-                self.call();
-            }
-        }
-    }
-
-    fn wants_interrupt(&mut self) -> bool {
+        // The offset is below that of the ring's end, which was checked to be memory.
+        let slot = u64::from(self.next_used.0 & self.setup.size.wrapping_sub(1));
+        let entry = self.setup.used.saturating_add(4).saturating_add(slot.saturating_mul(8));
+        let element = u64::from(head) | u64::from(written) << 32;
         let memory = self.ram.memory();
-        match self.queue.needs_notification(memory) {
-            Ok(wanted) if self.setup.event_idx => wanted,
-            Ok(_) => {
-                let flags: u16 =
-                    memory.load(GuestAddress(self.setup.available), Ordering::Relaxed).unwrap_or(0);
-                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-            }
-            Err(error) => {
-                self.fail(&VringError::Available(error));
-                false
+        if single(memory, entry, 8).is_none_or(|slice| slice.write_obj(element.to_le(), 0).is_err()) {
+            return self.fail(&VringError::Ring(entry));
+        }
+        self.next_used += 1;
+        self.unpublished.push(head);
+        if self.unpublished.len() >= BATCH {
+            self.publish();
+        }
+    }
+
+    /// Shows the driver what was finished.
+    pub fn publish(&mut self) {
+        if let Err(error) = self.try_publish() {
+            self.fail(&error);
+        }
+    }
+
+    fn try_publish(&mut self) -> Result<(), VringError> {
+        if self.next_used == self.published || self.broken {
+            return Ok(());
+        }
+        if let Some(inflight) = &self.inflight {
+            self.unpublished.iter().for_each(|&head| inflight.about_to_finish(head));
+        }
+        store(&self.ram, self.setup.used.saturating_add(2), self.next_used.0, Ordering::Release)?;
+        self.published = self.next_used;
+        if let Some(inflight) = &self.inflight {
+            inflight.finished(&self.unpublished, self.next_used.0);
+        }
+        self.unpublished.clear();
+        Ok(())
+    }
+
+    /// Publishes, and interrupts the driver if it wants to hear of what was finished since the last time.
+    pub fn signal(&mut self) {
+        self.publish();
+        if self.signalled != self.published && !self.broken {
+            let wanted = self.wants_interrupt();
+            self.signalled = self.published;
+            match wanted {
+                Ok(true) => self.call(),
+                Ok(false) => {}
+                Err(error) => self.fail(&error),
             }
         }
+    }
+
+    /// Virtio 1.2, 2.7.7.2 and 2.7.10.
+    fn wants_interrupt(&self) -> Result<bool, VringError> {
+        // The driver must see the used ring before its wish is read.
+        fence(Ordering::SeqCst);
+        let wish = if self.setup.event_idx {
+            u64::from(self.setup.size).saturating_mul(2).saturating_add(4)
+        } else {
+            0
+        };
+        let wish = load(&self.ram, self.setup.available.saturating_add(wish), Ordering::Relaxed)?;
+        if self.setup.event_idx {
+            return Ok(self.published - Wrapping(wish) - Wrapping(1) < self.published - self.signalled);
+        }
+        Ok(u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Whether there is something to be taken.
+    pub fn has_requests(&self) -> bool {
+        if self.broken {
+            return false;
+        }
+        let index = self.available_index(Ordering::Acquire);
+        !self.resubmit.is_empty() || index.is_ok_and(|index| index != self.next_available)
     }
 
     fn call(&self) {
@@ -287,10 +373,12 @@ impl Vring {
 
     /// Asks the driver not to kick while its requests are being taken anyway.
     pub fn disable_kicks(&mut self) {
+        // With EVENT_IDX it kicks once at the place that it was told, and that is behind it now.
         if !self.broken
-            && let Err(error) = self.queue.disable_notification(self.ram.memory())
+            && !self.setup.event_idx
+            && let Err(error) = store(&self.ram, self.setup.used, NO_NOTIFY, Ordering::Relaxed)
         {
-            self.fail(&VringError::Used(error));
+            self.fail(&error);
         }
     }
 
@@ -299,13 +387,26 @@ impl Vring {
         if self.broken {
             return false;
         }
-        match self.queue.enable_notification(self.ram.memory()) {
+        match self.try_enable_kicks() {
             Ok(more) => more,
             Err(error) => {
-                self.fail(&VringError::Used(error));
+                self.fail(&error);
                 false
             }
         }
+    }
+
+    fn try_enable_kicks(&self) -> Result<bool, VringError> {
+        if self.setup.event_idx {
+            let entries = u64::from(self.setup.size).saturating_mul(8);
+            let place = self.setup.used.saturating_add(4).saturating_add(entries);
+            store(&self.ram, place, self.next_available.0, Ordering::Relaxed)?;
+        } else {
+            store(&self.ram, self.setup.used, 0, Ordering::Relaxed)?;
+        }
+        // The driver must see the wish before the index is read: it looks at the wish after it has written the index.
+        fence(Ordering::SeqCst);
+        Ok(self.available_index(Ordering::Relaxed)? != self.next_available)
     }
 
     /// The guest broke the ring: says so once, in the log and to the front end.
@@ -313,10 +414,23 @@ impl Vring {
         if self.broken {
             return;
         }
+        // What was finished before was finished.
+        let _ = self.try_publish();
         self.broken = true;
         warn!(queue = self.setup.index, %error, "the guest broke a ring; it stays stopped until it is set up anew");
         if let Some(descriptor) = self.setup.error.load().as_deref() {
             let _ = write(descriptor, &1u64.to_ne_bytes());
         }
     }
+}
+
+/// A little-endian word of a ring.
+fn load(ram: &GuestRam, address: u64, order: Ordering) -> Result<u16, VringError> {
+    let word: Option<u16> = single(ram.memory(), address, 2).and_then(|slice| slice.load(0, order).ok());
+    word.map(u16::from_le).ok_or(VringError::Ring(address))
+}
+
+fn store(ram: &GuestRam, address: u64, word: u16, order: Ordering) -> Result<(), VringError> {
+    let stored = single(ram.memory(), address, 2).and_then(|slice| slice.store(word.to_le(), 0, order).ok());
+    stored.ok_or(VringError::Ring(address))
 }

@@ -50,6 +50,33 @@ struct Pulse {
     /// Turns that have come to their end, modulo 2^32.
     turns: AtomicU32,
     waits_for_host: AtomicBool,
+    /// The thread is in a system call that the host may keep it in.
+    blocked: HostCall,
+}
+
+/// Says that a worker's thread is in a system call that may wait for the host: then it does not count as hanging.
+#[derive(Clone, Debug, Default)]
+pub struct HostCall(Arc<AtomicBool>);
+
+impl HostCall {
+    /// Makes the call.
+    pub fn during<T>(&self, call: impl FnOnce() -> T) -> T {
+        self.0.store(true, Ordering::Relaxed);
+        let result = call();
+        self.0.store(false, Ordering::Relaxed);
+        result
+    }
+}
+
+/// What the control thread sees of a worker.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    /// Turns that have come to their end, modulo 2^32.
+    pub(super) turns: u32,
+    /// As [`QueueWorker::waits_for_host`].
+    pub(super) waits: bool,
+    /// As [`HostCall`].
+    pub(super) blocked: bool,
 }
 
 /// The control thread's end of a worker.
@@ -85,6 +112,7 @@ impl WorkerHandle {
         let worker_pulse = Arc::clone(&pulse);
         let body = move || {
             let mut worker = worker;
+            worker.set_host_call(worker_pulse.blocked.clone());
             let prepared = worker.prepare(worker_wake.as_fd()).and_then(|fds| enter().map(|()| fds));
             let failed = prepared.is_err();
             let _ = ready.send(prepared);
@@ -101,9 +129,13 @@ impl WorkerHandle {
         Ok(Self { commands, wake, pulse, descriptors, thread: Some(thread) })
     }
 
-    /// How many turns the worker has made, modulo 2^32, and whether it waits for the host.
-    pub(super) fn pulse(&self) -> (u32, bool) {
-        (self.pulse.turns.load(Ordering::Relaxed), self.pulse.waits_for_host.load(Ordering::Relaxed))
+    /// What the worker tells about itself.
+    pub(super) fn pulse(&self) -> Seen {
+        Seen {
+            turns: self.pulse.turns.load(Ordering::Relaxed),
+            waits: self.pulse.waits_for_host.load(Ordering::Relaxed),
+            blocked: self.pulse.blocked.0.load(Ordering::Relaxed),
+        }
     }
 
     /// Descriptors that the worker keeps open, its wake-up included.
@@ -156,7 +188,11 @@ fn serve(mut worker: Box<dyn QueueWorker>, mailbox: &Receiver<Command>, pulse: &
                     let _ = answer.send(worker.start(*ring));
                 }
                 Command::Stop(index, answer) => {
-                    let _ = answer.send(worker.stop(index));
+                    let mut ring = worker.stop(index);
+                    if let Some(ring) = &mut ring {
+                        ring.signal();
+                    }
+                    let _ = answer.send(ring);
                 }
                 Command::Quit => return,
             }

@@ -4,6 +4,7 @@
 //! bench stock [ROUNDS]   stock kernels: needs hardware virtualization or the lab (default 5 rounds)
 //! bench bare [ROUNDS]    bare payloads on this machine's own KVM (default 20 rounds)
 //! bench exits [ROUNDS]   what an access costs that the core answers (default 5 rounds)
+//! bench blk [ROUNDS]     disks under one load generator, beside qemu-storage-daemon (default 5 rounds)
 //! bench static           sizes, policies, lines of code
 //! ```
 //!
@@ -11,6 +12,8 @@
 
 mod bare;
 mod bare_kvm;
+mod blk;
+mod blk_load;
 mod contenders;
 mod exits;
 mod measure;
@@ -26,7 +29,8 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let what = arguments.next().unwrap_or_default();
     let rounds = arguments.next().and_then(|word| word.parse().ok());
-    match Places::find().and_then(|places| run(&what, rounds, &places)) {
+    let only = arguments.next().unwrap_or_default();
+    match Places::find().and_then(|places| run(&what, rounds, &only, &places)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
             eprintln!("bench: {sentence}");
@@ -35,7 +39,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(what: &str, rounds: Option<usize>, places: &Places) -> Outcome {
+fn run(what: &str, rounds: Option<usize>, only: &str, places: &Places) -> Outcome {
     match what {
         "stock" => stock::run(places, rounds.unwrap_or(5)),
         "cached" => {
@@ -44,6 +48,7 @@ fn run(what: &str, rounds: Option<usize>, places: &Places) -> Outcome {
         "bare" => bare::run(places, rounds.unwrap_or(20)),
         "exits" => exits::run(places, rounds.unwrap_or(5)),
         "static" => sources::run(places),
-        _ => Err("say stock, cached, bare, exits or static".into()),
+        "blk" => blk::run(places, rounds.unwrap_or(5), only),
+        _ => Err("say stock, cached, bare, exits, blk or static".into()),
     }
 }

@@ -20,6 +20,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("stock", "disk holds 64 MiB of random I/O with pci=nomsi", 240, |context| {
             iotest(context, 64, "pci=nomsi")
         }),
+        Case::new("stock", "disk in qcow2 over a backing image holds random I/O", 180, qcow2),
         Case::new("stock", "disk full on the host is an error in the guest", 180, disk_full),
         Case::new("stock", "data path does not run through the core", 180, data_path),
     ]
@@ -31,6 +32,29 @@ fn iotest(context: &Context, mib: u64, words: &str) -> Outcome {
     let mut running = machine.arguments(&["--cpus", "2", "--memory", "512M"]).start()?;
     running.expect_exit(exit::SUCCESS)?;
     expect_digest(&running, &disk)
+}
+
+fn qcow2(context: &Context) -> Outcome {
+    let path = |name: &str| context.folder.join(name).display().to_string();
+    let (base, top, raw) = (path("base.img"), path("top.qcow2"), path("flat.img"));
+    File::create(&base).and_then(|file| file.set_len(32 << 20)).map_err(|error| error.to_string())?;
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", &top])?;
+    let disk = format!("path={top},format=qcow2,backing={base}:raw,iops=20000");
+    let machine =
+        Machine::stock(context, Kernel::Elf, "iotest")?.words("bulkhead.io=verify,--mib,16,--depth,32");
+    let mut running = machine.arguments(&["--cpus", "2", "--memory", "512M", "--disk", &disk]).start()?;
+    running.expect_exit(exit::SUCCESS)?;
+    qemu_img(&["check", "-q", &top])?;
+    qemu_img(&["convert", "-O", "raw", &top, &raw])?;
+    expect_digest(&running, Path::new(&raw))
+}
+
+fn qemu_img(arguments: &[&str]) -> Outcome {
+    let output =
+        Command::new("qemu-img").args(arguments).output().map_err(|error| format!("qemu-img: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "qemu-img {arguments:?}: {text}");
+    Ok(())
 }
 
 /// The guest found no error, and its disk holds what it wrote.

@@ -55,7 +55,7 @@ pub struct DeviceAddArgs {
         long,
         value_name = "path=FILE,…",
         group = "what",
-        help = "Raw image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
+        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,…], as for `bulkhead run`"
     )]
     pub disk: Option<String>,
     /// The entropy device

@@ -149,7 +149,11 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         cpu_model: file.cpu_model.map(|model| model_at(base, model)),
         memory: file.memory,
         thp: file.thp.map(Switch::from),
-        disks: file.disk.into_iter().map(|disk| DiskSpec { path: at(disk.path), ..disk }).collect(),
+        disks: file
+            .disk
+            .into_iter()
+            .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
+            .collect(),
         rng: file.rng.map(|rng| Switch::from(rng.on)),
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),

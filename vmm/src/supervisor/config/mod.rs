@@ -4,6 +4,7 @@
 pub mod confinement;
 pub mod cpus;
 pub mod disk;
+pub mod disk_options;
 pub mod file;
 pub mod firmware;
 pub mod fs;
@@ -24,6 +25,7 @@ use std::process;
 pub use confinement::ConfinementConfig;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
+pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
 pub use liveness::Liveness;
@@ -165,6 +167,8 @@ pub struct DiskConfig {
     pub restart: RestartPolicy,
     /// Where on PCI bus 0, if the user chose.
     pub addr: Option<PciAddress>,
+    /// Everything else.
+    pub options: DiskOptions,
 }
 
 /// Where messages go and which of them.
@@ -633,7 +637,8 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
         }
         taken.push(id.clone());
         let restart = disk.restart.unwrap_or(restart);
-        named.push(DiskConfig { path: disk.path, readonly: disk.readonly, id, restart, addr: disk.addr });
+        let DiskSpec { path, readonly, addr, options, .. } = disk;
+        named.push(DiskConfig { path, readonly, id, restart, addr, options });
     }
     pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)

@@ -77,7 +77,7 @@ impl EventLoop<'_> {
             return Err("devices can be added while the machine runs, and it does not".to_owned());
         }
         let device = match request {
-            AddRequest::Disk { spec, folder } => NewDevice::Disk(self.new_disk(spec, folder)?),
+            AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
             AddRequest::Rng => NewDevice::Rng,
             AddRequest::Console => NewDevice::Console,
             AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
@@ -122,7 +122,9 @@ impl EventLoop<'_> {
             }
         };
         let restart = disk.restart.unwrap_or(self.config.restart);
-        Ok(DiskConfig { path: folder.join(disk.path), readonly: disk.readonly, id, restart, addr: disk.addr })
+        let options = disk.options.below(folder);
+        let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
+        Ok(DiskConfig { path, readonly, id, restart, addr, options })
     }
 
     fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {

@@ -8,7 +8,7 @@ use crate::supervisor::config::{CONSOLE, DiskConfig, MachineConfig, RNG, ShareCo
 #[derive(Debug)]
 pub enum NewDevice {
     /// A disk.
-    Disk(DiskConfig),
+    Disk(Box<DiskConfig>),
     /// The entropy device.
     Rng,
     /// The virtio console.
@@ -38,15 +38,19 @@ impl Resources {
         limits: ProcessLimits,
     ) -> Result<(), ResourceError> {
         let id = device.id();
-        match device {
-            NewDevice::Disk(DiskConfig { addr: Some(address), .. }) => {
+        let chosen = match device {
+            NewDevice::Disk(disk) => disk.addr,
+            _ => None,
+        };
+        match chosen {
+            Some(address) => {
                 // The guest would not look for another function of a slot that it knows.
                 if address.function != 0 || !self.slots.others(address.slot, id).is_empty() {
-                    return Err(ResourceError::WholeSlot { id: id.to_owned(), address: *address });
+                    return Err(ResourceError::WholeSlot { id: id.to_owned(), address });
                 }
-                take_place(&mut self.slots, id, *address)?;
+                take_place(&mut self.slots, id, address)?;
             }
-            _ => {
+            None => {
                 self.slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
         }

@@ -6,7 +6,10 @@ use std::os::unix::net::UnixListener;
 use tempfile::TempDir;
 
 use super::*;
+use crate::supervisor::config::disk_options::Backing;
+use crate::supervisor::config::{DiskConfig, DiskOptions};
 use crate::supervisor::config::{RestartPolicy, StreamTarget};
+use bulkhead_ipc::channel::message::ImageFormat;
 
 fn folder() -> TempDir {
     tempfile::tempdir().unwrap()
@@ -19,13 +22,8 @@ fn image(folder: &TempDir, name: &str, size: u64) -> PathBuf {
 }
 
 fn disk(path: &Path, readonly: bool) -> DiskConfig {
-    DiskConfig {
-        path: path.to_owned(),
-        readonly,
-        id: "root".into(),
-        restart: RestartPolicy::Never,
-        addr: None,
-    }
+    let (id, restart, options) = ("root".into(), RestartPolicy::Never, DiskOptions::default());
+    DiskConfig { path: path.to_owned(), readonly, id, restart, addr: None, options }
 }
 
 fn refusal<T>(result: Result<T, ResourceError>) -> String {
@@ -52,12 +50,32 @@ fn a_pipe_in_place_of_a_kernel_does_not_hang() {
 }
 
 #[test]
+fn no_file_is_in_a_chain_twice_or_writable_elsewhere() {
+    let folder = folder();
+    let (top, base) = (image(&folder, "top", 512), image(&folder, "base", 512));
+    let over = |path: &Path, below: &[&PathBuf]| {
+        let mut disk = disk(path, false);
+        let layer = |path: &&PathBuf| Backing { path: (*path).clone(), format: ImageFormat::Raw };
+        disk.options.backing = below.iter().map(layer).collect();
+        disk
+    };
+    assert!(refusal(open_disk(&over(&top, &[&base, &base]), &[])).contains("already the image of disk root"));
+    assert!(refusal(open_disk(&over(&top, &[&top]), &[])).contains("already the image of disk root"));
+    let first = open_disk(&disk(&base, false), &[]).unwrap();
+    assert!(refusal(open_disk(&over(&top, &[&base]), &[first])).contains("already the image of disk root"));
+    let first = open_disk(&disk(&base, true), &[]).unwrap();
+    let both = open_disk(&over(&top, &[&base]), &[first]).unwrap();
+    assert_eq!(both.backing.len(), 1);
+    assert!(refusal(open_disk(&disk(&base, false), &[])).contains("is locked"), "others may only read it");
+}
+
+#[test]
 fn disks_that_cannot_be_one_are_refused() {
     let folder = folder();
     let error = refusal(open_disk(&disk(&folder.path().join("none"), false), &[]));
     assert!(error.starts_with("disk root: cannot open") && error.ends_with("no such file"), "{error}");
-    assert!(refusal(open_disk(&disk(folder.path(), false), &[])).contains("is a directory; a raw image"));
-    assert!(refusal(open_disk(&disk(folder.path(), true), &[])).contains("is a directory; a raw image"));
+    assert!(refusal(open_disk(&disk(folder.path(), false), &[])).contains("is a directory; a disk image"));
+    assert!(refusal(open_disk(&disk(folder.path(), true), &[])).contains("is a directory; a disk image"));
     assert!(refusal(open_disk(&disk(&image(&folder, "a", 513), false), &[])).contains("has 513 bytes"));
     assert!(refusal(open_disk(&disk(&image(&folder, "b", 0), false), &[])).contains("is empty"));
     assert!(refusal(open_disk(&disk(Path::new("/dev/null"), false), &[])).contains("a character device"));

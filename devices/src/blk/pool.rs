@@ -1,0 +1,290 @@
+//! Threads that serve images in formats: a request may need several reads and writes, one after the other, and computes
+//! between them. They are the only ones that look into an image. A queue gives them a request and learns of its end by an eventfd.
+
+use std::collections::VecDeque;
+use std::hash::RandomState;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::Builder;
+
+use bulkhead_ipc::memory::LentVector;
+use bulkhead_ipc::vhost_user::backend::EnterThread;
+use nix::sys::eventfd::EventFd;
+use nix::unistd::write;
+use tracing::warn;
+
+use super::image::{Files, Image, describe};
+
+/// Threads of a disk.
+const THREADS: usize = 4;
+/// Stack of a thread, bytes. Only what is touched counts.
+const STACK: usize = 512 * 1024;
+/// Most sentences about an image.
+const MOST_EXPLAINED: u64 = 10;
+/// Most bytes moved in one operation; a longer one is a short one, and its rest another.
+const PIECE: usize = 1 << 20;
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Disk to guest.
+    Read,
+    /// Guest to disk.
+    Write,
+    /// Guest to disk, durable.
+    WriteDurably,
+    /// All writes become durable.
+    Sync,
+    /// These bytes are not needed.
+    Discard(u64),
+    /// These bytes become zero.
+    Zero(u64),
+}
+
+/// A request for the threads.
+pub struct Io {
+    /// The queue's name for it.
+    pub slot: usize,
+    /// What is moved.
+    pub buffers: LentVector,
+    /// What is to be done.
+    pub operation: Operation,
+    /// Where on the disk, bytes.
+    pub offset: u64,
+    /// Who hears of the end.
+    pub done: Arc<Done>,
+}
+
+/// A request that ended: its slot, its buffers, and bytes moved or an errno.
+pub type Finished = (usize, LentVector, Result<usize, i32>);
+
+/// Where a queue finds what ended.
+pub struct Done {
+    finished: Mutex<Vec<Finished>>,
+    /// Written, and never read, when there is something.
+    pub wake: EventFd,
+}
+
+impl Done {
+    /// For a queue.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        use nix::sys::eventfd::EfdFlags;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self { finished: Mutex::default(), wake: EventFd::from_value_and_flags(0, flags)? })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Finished>> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that ended.
+    pub fn next(&self) -> Option<Finished> {
+        self.lock().pop()
+    }
+
+    /// Whether one has ended.
+    pub fn any(&self) -> bool {
+        !self.lock().is_empty()
+    }
+}
+
+enum Job {
+    Io(Box<Io>),
+    /// Opens the image (for writing), or closes it; answers its size in bytes.
+    Open(Option<bool>, SyncSender<Result<u64, String>>),
+}
+
+#[derive(Default)]
+struct Jobs {
+    waiting: VecDeque<Job>,
+    quit: bool,
+}
+
+struct Shared {
+    jobs: Mutex<Jobs>,
+    more: Condvar,
+    files: Files,
+    image: RwLock<Option<Image>>,
+    explained: AtomicU64,
+}
+
+/// The threads of a disk.
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("files", &self.shared.files).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// Starts the threads; on return each has run `enter`.
+    ///
+    /// # Errors
+    /// A thread could not be started or put under its filter.
+    pub fn start(files: Files, enter: &EnterThread) -> io::Result<Self> {
+        let (jobs, more, image) = (Mutex::default(), Condvar::new(), RwLock::default());
+        let shared = Arc::new(Shared { jobs, more, files, image, explained: AtomicU64::new(0) });
+        let pool = Self { shared };
+        for index in 0..THREADS {
+            let (shared, enter) = (Arc::clone(&pool.shared), enter.clone());
+            let (ready, readiness) = sync_channel(1);
+            let body = move || {
+                // The keys of this thread's hash maps are drawn with the first, which is a system call.
+                let _ = RandomState::new();
+                let entered = enter();
+                let failed = entered.is_err();
+                let _ = ready.send(entered);
+                drop((ready, enter));
+                if !failed {
+                    shared.serve();
+                }
+            };
+            Builder::new().name(format!("image-{index}")).stack_size(STACK).spawn(body)?;
+            readiness.recv().map_err(io::Error::other)??;
+        }
+        Ok(pool)
+    }
+
+    /// Opens the image, or opens it again with all that was remembered of it forgotten. Answers the disk's size in bytes.
+    ///
+    /// # Errors
+    /// A sentence for a person.
+    pub fn open(&self, write: bool) -> Result<u64, String> {
+        self.order(Some(write))
+    }
+
+    /// Lets go of the image.
+    pub fn close(&self) {
+        let _ = self.order(None);
+    }
+
+    fn order(&self, open: Option<bool>) -> Result<u64, String> {
+        let (answer, result) = sync_channel(1);
+        self.shared.give(Job::Open(open, answer));
+        result.recv().unwrap_or_else(|_| Err("the image's threads have ended".into()))
+    }
+
+    /// Gives a request to the threads.
+    pub fn begin(&self, io: Io) {
+        self.shared.give(Job::Io(Box::new(io)));
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.lock().quit = true;
+        self.shared.more.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(&self, job: Job) {
+        self.lock().waiting.push_back(job);
+        self.more.notify_one();
+    }
+
+    fn serve(&self) {
+        let mut bytes = Vec::new();
+        loop {
+            let mut jobs = self.lock();
+            let job = loop {
+                match jobs.waiting.pop_front() {
+                    Some(job) => break job,
+                    None if jobs.quit => return,
+                    None => jobs = self.more.wait(jobs).unwrap_or_else(PoisonError::into_inner),
+                }
+            };
+            drop(jobs);
+            match job {
+                Job::Open(open, answer) => {
+                    let _ = answer.send(self.open(open));
+                }
+                Job::Io(io) => self.run(*io, &mut bytes),
+            }
+        }
+    }
+
+    fn open(&self, open: Option<bool>) -> Result<u64, String> {
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        // What it remembers is written before the new one looks.
+        *image = None;
+        let Some(write) = open else { return Ok(0) };
+        let opened = Image::open(&self.files, write)?;
+        Ok(image.insert(opened).size())
+    }
+
+    /// What is wrong with an image has no number; the first few sentences about it are for the log.
+    fn explain(&self, error: &io::Error) {
+        if error.raw_os_error().is_none() && self.explained.fetch_add(1, Ordering::Relaxed) < MOST_EXPLAINED {
+            warn!(error = describe(error), "the image");
+        }
+    }
+
+    fn run(&self, io: Io, bytes: &mut Vec<u8>) {
+        let Io { slot, mut buffers, operation, offset, done } = io;
+        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
+        let result = match image.as_ref() {
+            Some(image) => carry_out(image, &mut buffers, operation, offset, bytes),
+            None => Err(io::Error::from_raw_os_error(libc::EIO)),
+        };
+        drop(image);
+        if let Err(error) = &result {
+            self.explain(error);
+        }
+        done.lock().push((slot, buffers, result.map_err(|error| errno(&error))));
+        let _ = write(done.wake.as_fd(), &1u64.to_ne_bytes());
+    }
+}
+
+/// An error of the format itself has no number.
+fn errno(error: &io::Error) -> i32 {
+    match error.kind() {
+        io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
+        _ => error.raw_os_error().unwrap_or(libc::EIO),
+    }
+}
+
+fn carry_out(
+    image: &Image,
+    buffers: &mut LentVector,
+    operation: Operation,
+    offset: u64,
+    bytes: &mut Vec<u8>,
+) -> io::Result<usize> {
+    let len = buffers.len().min(PIECE);
+    match operation {
+        Operation::Read => {
+            bytes.resize(len.max(bytes.len()), 0);
+            let bytes = bytes.get_mut(..len).unwrap_or_default();
+            image.read(bytes, offset)?;
+            buffers.store(bytes).map_err(io::Error::other)?;
+            Ok(len)
+        }
+        Operation::Write | Operation::WriteDurably => {
+            bytes.resize(len.max(bytes.len()), 0);
+            let bytes = bytes.get_mut(..len).unwrap_or_default();
+            buffers.load(bytes).map_err(io::Error::other)?;
+            image.write(bytes, offset)?;
+            if operation == Operation::WriteDurably {
+                image.sync()?;
+            }
+            Ok(len)
+        }
+        Operation::Sync => image.sync().map(|()| 0),
+        Operation::Discard(len) => image.discard(offset, len).map(|()| 0),
+        Operation::Zero(len) => image.write_zeroes(offset, len).map(|()| 0),
+    }
+}
