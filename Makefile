@@ -72,7 +72,7 @@ PREFIX ?= /usr
 install: build ## put programs, manifests and systemd units below $(DESTDIR)$(PREFIX)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/bulkhead $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d
-	install $(addprefix $(RELEASE)/,bulkhead bulkhead-vmm bulkhead-device) $(DESTDIR)$(PREFIX)/bin
+	install $(addprefix $(RELEASE)/,bulkhead bulkhead-vmm bulkhead-device bulkhead-init) $(DESTDIR)$(PREFIX)/bin
 	install -m 644 dist/vhost-user/* $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -m 644 dist/systemd/* $(DESTDIR)$(PREFIX)/lib/systemd/system
 	install -m 644 dist/sysusers.d/* $(DESTDIR)$(PREFIX)/lib/sysusers.d

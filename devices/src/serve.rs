@@ -24,6 +24,7 @@ use crate::balloon::{self, Balloon};
 use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::fs::{Fs, FsError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
@@ -61,6 +62,12 @@ pub enum ServeError {
     /// The counters cannot be mapped.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    /// The directory cannot be shared.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    /// The jail has no directory.
+    #[error("this process was given no directory to share")]
+    NoDirectory,
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -144,6 +151,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
         DeviceConfig::Relay(_) => "relay",
+        DeviceConfig::Fs(_) => "fs",
     }
 }
 
@@ -276,6 +284,13 @@ fn prepare<'a>(
             let relay = relay::open(socket, back_end, config, channel);
             seal(PolicyName::RelayMain, &relay.descriptors(), channel)?;
             return Ok(Prepared::Relay(Box::new(relay)));
+        }
+        DeviceConfig::Fs(config) => {
+            let (directory, descriptors) = jail::shared_directory().ok_or(ServeError::NoDirectory)?;
+            let table = resources.take(config.table)?.into();
+            resources.taken.extend([directory.as_raw_fd(), descriptors.as_raw_fd()]);
+            let device = Box::new(Fs::new(directory, descriptors, Some(table), config.into())?);
+            Parts { device, main: PolicyName::FsMain, queue: PolicyName::FsQueue, control: Control::None }
         }
     };
     let mut held = resources.finish(channel)?;

@@ -39,8 +39,13 @@ use outfit::{Outfit, OutfitError};
 use process::{End, Served};
 
 /// Every type that can be a service.
-pub const TYPES: &[&ServiceType] =
-    &[&crate::blk::SERVICE, &crate::rng::SERVICE, &crate::console::SERVICE, &crate::vsock::SERVICE];
+pub const TYPES: &[&ServiceType] = &[
+    &crate::blk::SERVICE,
+    &crate::rng::SERVICE,
+    &crate::console::SERVICE,
+    &crate::vsock::SERVICE,
+    &crate::fs::SERVICE,
+];
 
 /// A device type as a service.
 #[derive(Debug)]

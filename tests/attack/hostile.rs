@@ -63,6 +63,10 @@ pub const DEVICES: [Kind; 9] = [
     Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
 ];
 
+/// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
+pub const FS: Kind =
+    Kind { name: "fs", main: PolicyName::FsMain, others: &[(PolicyName::FsQueue, "queue0")] };
+
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
     let [blk, rng, console, uart, flash, keyboard, vsock, balloon, relay] = DEVICES;
@@ -76,6 +80,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Vsock(_) => vsock,
         DeviceConfig::Balloon(_) => balloon,
         DeviceConfig::Relay(_) => relay,
+        DeviceConfig::Fs(_) => FS,
     }
 }
 

@@ -57,6 +57,7 @@ impl Supervised {
             identity: Identity::default(),
             subordinate: None,
             cgroup: None,
+            shared: None,
         };
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);

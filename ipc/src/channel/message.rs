@@ -357,6 +357,8 @@ pub enum DeviceConfig {
     Balloon(BalloonConfig),
     /// A back end that is not ours.
     Relay(RelayConfig),
+    /// virtio-fs; the directory came with the jail.
+    Fs(FsConfig),
 }
 
 /// A disk.
@@ -549,6 +551,54 @@ pub struct RelayConfig {
     pub config: Option<Vec<u8>>,
     /// Features that go with it.
     pub own_features: u64,
+}
+
+/// A shared directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsConfig {
+    /// A file without a name in which the device notes what a successor must know. The supervisor keeps it.
+    pub table: FdIndex,
+    /// The name that the guest mounts it by: 1 to 36 bytes.
+    pub tag: String,
+    /// Refuse changes.
+    pub read_only: bool,
+    /// What the guest may keep.
+    pub cache: FsCache,
+    /// Whether mounts below the directory are shared too.
+    pub submounts: bool,
+    /// Whether extended attributes are.
+    pub xattr: bool,
+    /// Whose files are whose.
+    pub owners: FsOwners,
+}
+
+/// What the guest may keep of a shared directory instead of asking again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FsCache {
+    /// Nothing: the host's changes are seen at once.
+    Never,
+    /// Names and attributes for a second; contents until a file is opened again and has changed.
+    Auto,
+    /// Names and attributes; no contents.
+    Metadata,
+    /// Everything: for directories that nobody else changes.
+    Always,
+}
+
+/// Whose files are whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FsOwners {
+    /// The guest's users and groups are the host's. The process may act for all of them.
+    All,
+    /// All that the guest does is done by one user and group of the host, whose files are the guest's root's.
+    One {
+        /// The user.
+        uid: u32,
+        /// The group.
+        gid: u32,
+        /// Whom the guest sees as owner of the files of others.
+        others: u32,
+    },
 }
 
 /// From a device process to the supervisor.

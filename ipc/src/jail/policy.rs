@@ -48,11 +48,15 @@ pub enum PolicyName {
     BalloonQueue,
     /// What stands before a back end that is not ours: its only thread.
     RelayMain,
+    /// virtio-fs: control channel and vhost-user messages.
+    FsMain,
+    /// virtio-fs: its queues.
+    FsQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -72,6 +76,8 @@ impl PolicyName {
         Self::BalloonMain,
         Self::BalloonQueue,
         Self::RelayMain,
+        Self::FsMain,
+        Self::FsQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -116,6 +122,8 @@ impl PolicyName {
             Self::BalloonMain => BALLOON_MAIN,
             Self::BalloonQueue => BALLOON_QUEUE,
             Self::RelayMain => RELAY_MAIN,
+            Self::FsMain => FS_MAIN,
+            Self::FsQueue => FS_QUEUE,
         }
     }
 }

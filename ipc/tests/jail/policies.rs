@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 20] = files![
+const FILES: [(&str, &str); 22] = files![
     "common",
     "core-setup",
     "core-main",
@@ -101,7 +101,9 @@ const FILES: [(&str, &str); 20] = files![
     "vsock-queue",
     "balloon-main",
     "balloon-queue",
-    "relay-main"
+    "relay-main",
+    "fs-main",
+    "fs-queue"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

@@ -145,10 +145,11 @@ fn replace(
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
     let folder = || std::env::current_dir().map_err(ClientError::from);
-    let device = match (&args.disk, &args.vsock, &args.vhost_user) {
+    let device = match (&args.disk, &args.vsock, &args.vhost_user, &args.fs) {
         (Some(spec), ..) => AddRequest::Disk { spec: spec.clone(), folder: folder()? },
-        (_, Some(spec), _) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
-        (.., Some(spec)) => AddRequest::VhostUser { spec: spec.clone(), folder: folder()? },
+        (_, Some(spec), ..) => AddRequest::Vsock { spec: spec.clone(), folder: folder()? },
+        (_, _, Some(spec), _) => AddRequest::VhostUser { spec: spec.clone(), folder: folder()? },
+        (.., Some(spec)) => AddRequest::Fs { spec: spec.clone(), folder: folder()? },
         _ if args.balloon.is_some() => AddRequest::Balloon { spec: args.balloon.clone().unwrap_or_default() },
         _ if args.rng => AddRequest::Rng,
         _ => AddRequest::Console,

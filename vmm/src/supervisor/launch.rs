@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, ImageFormat, KeyboardConfig, LinkKind,
-    RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat,
+    KeyboardConfig, LinkKind, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
-use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits, SharedDirectory};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -27,12 +27,15 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
+use super::config::fs::Cache;
 use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
-use super::resources::{Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
+use super::resources::{
+    Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables, Vsock,
+};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -44,6 +47,7 @@ const VIRTIO_BALLOON: u16 = 5;
 const VIRTIO_VSOCK: u16 = 19;
 /// A descriptor for each connection of a vsock, and some.
 const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
+const VIRTIO_FS: u16 = 26;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -125,6 +129,7 @@ enum Plan<'a> {
     Vsock(&'a Vsock),
     Balloon(&'a Balloon),
     Foreign(&'a VhostUserConfig),
+    Fs(&'a Share),
 }
 
 impl<'a> Plan<'a> {
@@ -139,6 +144,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans.extend(resources.balloon.as_ref().map(Self::Balloon));
         plans.extend(resources.foreign.iter().map(Self::Foreign));
+        plans.extend(resources.shares.iter().map(Self::Fs));
         plans
     }
 
@@ -153,6 +159,7 @@ impl<'a> Plan<'a> {
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
             Self::Foreign(device) => &device.id,
+            Self::Fs(share) => &share.config.id,
         }
     }
 
@@ -167,6 +174,7 @@ impl<'a> Plan<'a> {
             Self::Vsock(_) => Role::Vsock,
             Self::Balloon(_) => Role::Balloon,
             Self::Foreign(_) => Role::Relay,
+            Self::Fs(_) => Role::Fs,
         }
     }
 
@@ -187,6 +195,7 @@ impl<'a> Plan<'a> {
                 queues: device.queues.unwrap_or(device.least_queues),
                 config_size: device.config_size,
             },
+            Self::Fs(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_FS, slot },
         }
     }
 
@@ -205,7 +214,12 @@ impl<'a> Plan<'a> {
             Self::Flash(variables) => Some(variables.size),
             Self::Keyboard(_) => Some(KEYBOARD_STATE),
             Self::Foreign(_) => Some(0),
+            Self::Fs(_) => None,
         };
+        if matches!(self, Self::Fs(_)) {
+            // A descriptor for each file that the guest knows, as far as the host allows, and what is known of it.
+            return Limits { file_size, descriptors: 1 << 19, data: Some(512 << 20), ..Limits::default() };
+        }
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
@@ -268,6 +282,7 @@ impl<'a> Plan<'a> {
                 guest_cid: vsock.cid,
                 connector: fds.add(&vsock.for_device),
             }),
+            Self::Fs(share) => DeviceConfig::Fs(fs_config(share, fds.add(&share.table))),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
@@ -333,6 +348,26 @@ fn connect_now(path: &Path) -> Result<UnixStream, Errno> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false).map_err(|_| Errno::last())?;
     Ok(stream)
+}
+
+fn fs_config(share: &Share, table: FdIndex) -> FsConfig {
+    let it = &share.config;
+    let cache = match it.cache {
+        Cache::Auto => FsCache::Auto,
+        Cache::Always => FsCache::Always,
+        Cache::Metadata => FsCache::Metadata,
+        Cache::Never => FsCache::Never,
+    };
+    let one = |(uid, gid)| FsOwners::One { uid, gid, others: it.others };
+    FsConfig {
+        table,
+        tag: it.tag.clone(),
+        read_only: it.readonly,
+        cache,
+        submounts: it.submounts,
+        xattr: it.xattr,
+        owners: share.owner.map_or(FsOwners::All, one),
+    }
 }
 
 const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
@@ -533,6 +568,9 @@ impl Program<'_> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| io(error.into()))?;
         // Only our end: what a process writes while the pipe is full makes it wait, not lose its last words.
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|error| io(error.into()))?;
+        // A directory is shared by a user who may use it, and not by one of the process's own.
+        let share = self.resources.shares.iter().find(|share| share.config.id == id);
+        let owner = share.and_then(|share| share.owner).map(|(uid, gid)| Identity { uid, gid });
         let jailed = jail::spawn(JailSpec {
             program: self.file.as_fd(),
             arguments: self.arguments,
@@ -540,9 +578,14 @@ impl Program<'_> {
             log: write.as_fd(),
             null: self.resources.null.as_fd(),
             limits: self.limits,
-            identity: place.identity,
-            subordinate: place.subordinate,
+            identity: owner.unwrap_or(place.identity),
+            subordinate: place.subordinate.filter(|_| share.is_none()),
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
+            shared: share.map(|share| SharedDirectory {
+                directory: share.directory.as_fd(),
+                read_only: share.config.readonly,
+                all_owners: share.owner.is_none(),
+            }),
         })
         .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
         Ok(Process {

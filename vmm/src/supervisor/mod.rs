@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod command;
 pub mod config;
 pub mod confinement;
 pub mod console;

@@ -33,6 +33,8 @@ pub enum Role {
     Vsock,
     /// The balloon.
     Balloon,
+    /// A shared directory.
+    Fs,
     /// The process that started the others.
     Supervisor,
     /// What stands before a back end that is not ours.
@@ -52,6 +54,7 @@ impl Role {
             Self::Keyboard => "keyboard",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Fs => "fs",
             Self::Supervisor => "supervisor",
             Self::Relay => "relay",
         }
@@ -80,6 +83,8 @@ impl Role {
             (Self::Balloon, None) => PolicyName::BalloonMain,
             (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
             (Self::Relay, _) => PolicyName::RelayMain,
+            (Self::Fs, None) => PolicyName::FsMain,
+            (Self::Fs, Some(_)) => PolicyName::FsQueue,
         }
     }
 }

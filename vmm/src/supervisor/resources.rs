@@ -6,6 +6,7 @@ mod balloon;
 mod disk;
 mod meters;
 mod roms;
+mod share;
 mod slots;
 mod stream;
 mod variables;
@@ -28,6 +29,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use roms::Rom;
+pub use share::Share;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
@@ -181,6 +183,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// An ordinary user acts as nobody else.
+    #[error("fs {0}: owner= is for machines of root; this user shares a directory as itself")]
+    ShareOwner(String),
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
@@ -275,6 +280,8 @@ pub struct Resources {
     pub confinement: Confinement,
     /// Memory for what the devices count.
     pub meters: Meters,
+    /// The shared directories.
+    pub shares: Vec<Share>,
 }
 
 impl Resources {
@@ -308,8 +315,10 @@ impl Resources {
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
+        let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
+        let shared = shares.iter().map(|share| &*share.config.id);
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        for id in ids.chain(vsock).chain(balloon).chain(foreign) {
+        for id in ids.chain(vsock).chain(balloon).chain(foreign).chain(shared) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -338,6 +347,7 @@ impl Resources {
             null: open_device("/dev/null", true)?,
             confinement,
             meters: Meters::default(),
+            shares,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

@@ -215,6 +215,12 @@ pub fn device() {
             kept.push(fds.take(relay.back_end).unwrap());
             PolicyName::RelayMain
         }
+        DeviceConfig::Fs(fs) => {
+            kept.push(fds.take(fs.table).unwrap());
+            let (directory, descriptors) = jail::shared_directory().unwrap();
+            kept.extend([directory, descriptors]);
+            PolicyName::FsMain
+        }
     };
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {

@@ -21,6 +21,7 @@ mod limits;
 mod refusals;
 mod restart;
 mod serial;
+mod shared;
 mod vsock;
 
 use std::process::ExitCode;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         restart::cases(),
         keyboard::cases(),
         vsock::cases(),
+        shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

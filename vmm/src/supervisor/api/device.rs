@@ -42,6 +42,13 @@ pub enum AddRequest {
         /// Where a relative path starts.
         folder: PathBuf,
     },
+    /// A shared directory.
+    Fs {
+        /// As after `--fs`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
 }
 
 /// A balloon, and how the guest uses its memory.

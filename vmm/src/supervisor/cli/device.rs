@@ -88,6 +88,14 @@ pub struct DeviceAddArgs {
     /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub limit: Option<String>,
+    /// A shared directory, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "tag=TAG,path=DIR,…",
+        group = "what",
+        help = "Shared directory: tag=TAG,path=DIR[,readonly=on]…, as for `bulkhead run`"
+    )]
+    pub fs: Option<String>,
 }
 
 /// Options of `bulkhead device remove`.

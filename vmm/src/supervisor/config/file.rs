@@ -15,6 +15,7 @@ use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
+use super::fs::FsSpec;
 use super::nearest::hint;
 use super::restart::{RestartPolicy, RestartRule};
 use super::rom::RomSpec;
@@ -99,6 +100,7 @@ struct File {
     log_file: Option<PathBuf>,
     option_rom: Vec<RomSpec>,
     vhost_user: Vec<VhostUserSpec>,
+    fs: Vec<FsSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -183,6 +185,8 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             let at = |spec: VhostUserSpec| VhostUserSpec { socket: at(spec.socket), ..spec };
             file.vhost_user.into_iter().map(at).collect()
         },
+        fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
+        ..RunArgs::default()
     })
 }
 
@@ -254,6 +258,11 @@ mod tests {
             type = "fs"
             socket = "fs.sock"
             config-size = 44
+            [[fs]]
+            tag = "data"
+            path = "shared"
+            cache = "never"
+            owner = "1000:1000"
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -271,6 +280,9 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
         let foreign = run.vhost_user.first().unwrap();
         assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
+        let fs = run.fs.first().unwrap();
+        assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
+        assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));
         assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod disk_options;
 pub mod file;
 pub mod firmware;
+pub mod fs;
 pub mod liveness;
 pub mod nearest;
 mod others;
@@ -31,9 +32,10 @@ pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
+pub use fs::FsSpec;
 pub use liveness::Liveness;
 use nearest::hint;
-use others::Others;
+use others::{Others, name_foreign, name_shares};
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
@@ -144,6 +146,31 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// The shared directories in the order of their PCI slots.
+    pub shares: Vec<ShareConfig>,
+}
+
+/// A shared directory with its id settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareConfig {
+    /// The name that the guest mounts it by, unique in the machine.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// The guest cannot change anything in it.
+    pub readonly: bool,
+    /// What the guest may keep.
+    pub cache: fs::Cache,
+    /// What is mounted below it is shared, too.
+    pub submounts: bool,
+    /// Extended attributes are shared.
+    pub xattr: bool,
+    /// Whose files are whose.
+    pub owner: Option<fs::Owner>,
+    /// Whom the guest sees as the owner of files of others than the one user.
+    pub others: u32,
+    /// Unique among the processes of the machine.
+    pub id: String,
 }
 
 /// A disk with its id settled.
@@ -249,7 +276,7 @@ pub enum ConfigError {
         name: String,
     },
     /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
+    #[error("'{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
     DuplicateId {
         /// The second of the two.
         path: PathBuf,
@@ -323,6 +350,14 @@ pub enum ConfigError {
         /// The id.
         id: String,
     },
+    /// A tag that cannot be one.
+    #[error("fs '{path}': {fault}", path = path.display())]
+    Tag {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        fault: String,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -362,14 +397,19 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let rng = args.rng.or(file.rng) == Some(Switch::On);
+    let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
     let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    let vhost_user = name_foreign(foreign, disks.iter().map(|disk| disk.id.as_str()).chain(named.ids()))?;
-    check_count(disks.len() + vhost_user.len() + usize::from(rng) + named.ids().count(), &console)?;
+    let taken = || disks.iter().map(|disk| disk.id.as_str()).chain(named.ids());
+    let vhost_user = name_foreign(foreign, taken())?;
+    let shares =
+        name_shares(fs, taken().chain(vhost_user.iter().map(|device| device.id.as_str())), &mut rules)?;
+    let virtio = disks.len() + vhost_user.len() + shares.len() + usize::from(rng) + named.ids().count();
+    check_count(virtio, &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -388,6 +428,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others =
         others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
     let others = others.chain(named.ids()).chain(vhost_user.iter().map(|device| device.id.as_str()));
+    let others = others.chain(shares.iter().map(|share| share.id.as_str()));
     let restarts = apply(&rules, &mut disks, others.collect())?;
     named.apply(&restarts);
     let liveness =
@@ -429,17 +470,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log,
+        shares,
     };
     check_limits(&config)?;
     find_roms(config)
-}
-
-fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
-    LogConfig {
-        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
-        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
-        file: args.log_file.take().or(file.log_file.take()),
-    }
 }
 
 /// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
@@ -465,6 +499,14 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
         foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
     }
     (disks, foreign)
+}
+
+fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
+    LogConfig {
+        level: args.log_level.or(file.log_level).unwrap_or(LogLevel::Info),
+        format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        file: args.log_file.take().or(file.log_file.take()),
+    }
 }
 
 /// The four options about the jail.
@@ -608,26 +650,6 @@ fn apply(
 
 /// Ids that no disk may have, for others have them.
 const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
-
-fn name_foreign<'a>(
-    specs: Vec<VhostUserSpec>,
-    others: impl Iterator<Item = &'a str>,
-) -> Result<Vec<VhostUserConfig>, ConfigError> {
-    let mut taken: Vec<String> = RESERVED.into_iter().chain(others).map(str::to_owned).collect();
-    let mut named = Vec::with_capacity(specs.len());
-    for (index, spec) in specs.into_iter().enumerate() {
-        let id = match &spec.id {
-            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
-            None => format!("vhost-user{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::DuplicateId { path: spec.socket, id });
-        }
-        taken.push(id.clone());
-        named.push(spec.resolve(id, RestartPolicy::always())?);
-    }
-    Ok(named)
-}
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();

@@ -1,8 +1,10 @@
-//! The devices of which a machine has at most one and which have a name: vsock and balloon.
+//! The devices with names that are no disks: vsock and balloon, of which a machine has at most one, those of other back ends, and
+//! shared directories.
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, RESERVED, RestartPolicy, VSOCK,
-    VsockConfig, VsockSpec, balloon_pages, check_name,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, RESERVED, RestartPolicy,
+    RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, balloon_pages,
+    check_name, fs,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -88,4 +90,64 @@ pub fn name_balloon(
         id,
         restart: spec.restart.unwrap_or(restart),
     })
+}
+
+/// Gives the devices of other back ends their ids.
+pub(super) fn name_foreign<'a>(
+    specs: Vec<VhostUserSpec>,
+    others: impl Iterator<Item = &'a str>,
+) -> Result<Vec<VhostUserConfig>, ConfigError> {
+    let mut taken: Vec<String> = RESERVED.into_iter().chain(others).map(str::to_owned).collect();
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, spec) in specs.into_iter().enumerate() {
+        let id = match &spec.id {
+            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
+            None => format!("vhost-user{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::DuplicateId { path: spec.socket, id });
+        }
+        taken.push(id.clone());
+        named.push(spec.resolve(id, RestartPolicy::always())?);
+    }
+    Ok(named)
+}
+
+impl ShareConfig {
+    /// A directory with its id.
+    pub fn new(spec: FsSpec, id: String) -> Result<Self, ConfigError> {
+        let id = check_name(&format!("id of fs '{}'", spec.path.display()), id)?;
+        if let Some(fault) = fs::tag_fault(&spec.tag) {
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
+        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
+    }
+}
+
+/// Gives shared directories their ids. What they say of restarts comes before all other rules.
+pub(super) fn name_shares<'a>(
+    specs: Vec<FsSpec>,
+    others: impl Iterator<Item = &'a str>,
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<ShareConfig>, ConfigError> {
+    let mut taken: Vec<String> = RESERVED.into_iter().chain(others).map(str::to_owned).collect();
+    let mut shares: Vec<ShareConfig> = Vec::with_capacity(specs.len());
+    for (index, mut spec) in specs.into_iter().enumerate() {
+        if let Some(other) = shares.iter().find(|other| other.tag == spec.tag) {
+            let fault = format!("the tag '{}' is already that of {}", spec.tag, other.id);
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let id = spec.id.take().unwrap_or_else(|| format!("fs{index}"));
+        let restart = spec.restart;
+        let share = ShareConfig::new(spec, id)?;
+        if taken.contains(&share.id) {
+            return Err(ConfigError::DuplicateId { path: share.path, id: share.id });
+        }
+        taken.push(share.id.clone());
+        let rule = restart.map(|policy| RestartRule { device: Some(share.id.clone()), policy });
+        rules.splice(0..0, rule);
+        shares.push(share);
+    }
+    Ok(shares)
 }

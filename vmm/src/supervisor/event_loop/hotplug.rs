@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, PciAddress,
-    RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
-    check_name, name_balloon, name_vsock,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD,
+    PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
+    VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -84,6 +84,7 @@ impl EventLoop<'_> {
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
             AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
+            AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -102,7 +103,7 @@ impl EventLoop<'_> {
         self.resources.add(self.config, &device, limits).map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
@@ -168,6 +169,24 @@ impl EventLoop<'_> {
         let options = disk.options.below(folder);
         let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
         Ok(DiskConfig { path, readonly, id, restart, addr, options })
+    }
+
+    fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
+        let mut spec: FsSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if let Some(other) = self.resources.shares.iter().find(|share| share.config.tag == spec.tag) {
+            return Err(format!("the tag '{}' is already that of {}", spec.tag, other.config.id));
+        }
+        if spec.id.as_deref().is_some_and(|id| [RNG, CONSOLE].contains(&id)) {
+            return Err("rng and console are ids of other kinds of devices".to_owned());
+        }
+        if spec.restart.is_some() {
+            return Err("restart= is for `bulkhead run`; an added directory follows the machine's --restart"
+                .to_owned());
+        }
+        spec.path = folder.join(spec.path);
+        let free = || (0..).map(|index| format!("fs{index}")).find(|id| !self.is_taken(id));
+        let id = spec.id.take().or_else(free).unwrap_or_default();
+        ShareConfig::new(spec, id).map_err(|error| error.to_string())
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.

@@ -1,9 +1,12 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
-use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk, take_place};
+use super::{
+    Balloon, Disk, ResourceError, Resources, Share, Stream, Vsock, open_device, open_disk, take_place,
+};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, StreamTarget, VhostUserConfig, VsockConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, RNG, ShareConfig, StreamTarget, VhostUserConfig,
+    VsockConfig,
 };
 
 /// A device to be added.
@@ -21,6 +24,8 @@ pub enum NewDevice {
     Balloon(BalloonConfig),
     /// A device of a back end that is not ours.
     VhostUser(VhostUserConfig),
+    /// A shared directory.
+    Share(ShareConfig),
 }
 
 impl NewDevice {
@@ -33,6 +38,7 @@ impl NewDevice {
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
             Self::VhostUser(device) => &device.id,
+            Self::Share(share) => &share.id,
         }
     }
 }
@@ -78,6 +84,7 @@ impl Resources {
                 self.disks.push(disk);
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
+            NewDevice::Share(share) => self.shares.push(Share::open(share)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
@@ -99,6 +106,7 @@ impl Resources {
             self.balloon = None;
         }
         self.foreign.retain(|device| device.id != id);
+        self.shares.retain(|share| share.config.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,

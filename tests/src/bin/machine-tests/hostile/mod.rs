@@ -75,6 +75,7 @@ fn start(
         identity: Identity::default(),
         subordinate: None,
         cgroup: None,
+        shared: None,
     };
     let mut process = jail::spawn(spec).map_err(text)?;
     drop(log_end);
