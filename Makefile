@@ -9,7 +9,7 @@ RELEASE := target/x86_64-unknown-linux-gnu/release
 CARGO := cargo
 LAB := tools/lab --auto
 
-.PHONY: build demo test check bench lab guest install help clean-build packages unit machine sanitize fuzz qemu-qtests
+.PHONY: build demo test check bench lab guest install interop help clean-build packages unit machine sanitize fuzz qemu-qtests
 
 build: packages ## compile everything (the default)
 	$(CARGO) build --release --locked
@@ -49,6 +49,10 @@ machine: build guest ## whole machines: bare payloads here, stock guests in the 
 bench: build guest ## comparisons with other monitors, written to docs/benchmarks.md
 	tools/bench
 
+interop: build guest ## our devices under other monitors and other back ends under our core, written to docs/interop.md
+	tools/install-packages unit
+	$(RELEASE)/interop --write
+
 fuzz: packages ## each fuzz target under libFuzzer for SECONDS=60; TARGETS="word…" selects
 	tools/fuzz $(or $(SECONDS),60) $(TARGETS)
 
@@ -68,7 +72,7 @@ PREFIX ?= /usr
 install: build ## put programs, manifests and systemd units below $(DESTDIR)$(PREFIX)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/bulkhead $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d
-	install $(addprefix $(RELEASE)/,bulkhead bulkhead-vmm bulkhead-device) $(DESTDIR)$(PREFIX)/bin
+	install $(addprefix $(RELEASE)/,bulkhead bulkhead-vmm bulkhead-device bulkhead-init) $(DESTDIR)$(PREFIX)/bin
 	install -m 644 dist/vhost-user/* $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -m 644 dist/systemd/* $(DESTDIR)$(PREFIX)/lib/systemd/system
 	install -m 644 dist/sysusers.d/* $(DESTDIR)$(PREFIX)/lib/sysusers.d

@@ -12,6 +12,7 @@ use bulkhead_ipc::channel::message::{
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
+use bulkhead_ipc::metrics::{Metrics, MetricsError};
 use bulkhead_ipc::tap::Tap;
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
@@ -24,9 +25,11 @@ use crate::balloon::{self, Balloon};
 use crate::blk::{Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
+use crate::fs::{Fs, FsError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::net::{self, Net, NetError};
 use crate::rate_limit::{Rate, RateLimits};
+use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
@@ -59,6 +62,18 @@ pub enum ServeError {
     /// The network card cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The relay ended.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    /// The counters cannot be mapped.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The directory cannot be shared.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    /// The jail has no directory.
+    #[error("this process was given no directory to share")]
+    NoDirectory,
     /// A queue's thread could not be set up.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -87,6 +102,7 @@ enum Prepared<'a> {
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
     Keyboard(Box<Keyboard<'a>>),
+    Relay(Box<Relay<'a>>),
 }
 
 /// What the control channel's messages act on.
@@ -176,6 +192,8 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
         DeviceConfig::Net(_) => "net",
+        DeviceConfig::Relay(_) => "relay",
+        DeviceConfig::Fs(_) => "fs",
     }
 }
 
@@ -211,6 +229,7 @@ pub fn run(
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
         Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
+        Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
             Err(error)
@@ -256,65 +275,18 @@ fn prepare<'a>(
     }
     let mut resources = Resources { descriptors, taken: Vec::new() };
     let socket = resources.take(start.socket)?;
-    let parts = match &start.config {
-        DeviceConfig::Blk(blk) => {
-            let device = disk(blk, &mut resources)?;
-            let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
-            Parts { device: Box::new(device), main, queue, control: Control::None }
-        }
-        DeviceConfig::Rng(rng) => {
-            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
-            Parts { device, main: PolicyName::RngMain, queue: PolicyName::RngQueue, control: Control::None }
-        }
-        DeviceConfig::Console(config) => {
-            let device = Console::new(resources.ends(config.input, config.output)?, config.size);
-            let control = Control::Console(device.controller());
-            let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
-            Parts { device: Box::new(device), main, queue, control }
-        }
-        DeviceConfig::Uart(config) => {
-            let ends = resources.ends(config.input, config.output)?;
-            resources.finish(channel)?;
-            let events = uart::open(socket, ends, channel)?;
-            seal(PolicyName::UartMain, &events.descriptors(), channel)?;
-            return Ok(Prepared::Uart(Box::new(events)));
-        }
-        DeviceConfig::Flash(config) => {
-            let (file, memory) = (resources.take(config.file)?.into(), resources.take(config.memory)?);
-            resources.finish(channel)?;
-            let flash = flash::open(socket, file, memory, config, channel)?;
-            seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
-            return Ok(Prepared::Flash(Box::new(flash)));
-        }
-        DeviceConfig::Keyboard(config) => {
-            let state = resources.take(config.state)?.into();
-            resources.finish(channel)?;
-            let keyboard = keyboard::open(socket, state, channel)?;
-            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
-            return Ok(Prepared::Keyboard(Box::new(keyboard)));
-        }
-        DeviceConfig::Vsock(config) => {
-            let device = Box::new(Vsock::new(config.guest_cid, resources.take(config.connector)?));
-            let (main, queue) = (PolicyName::VsockMain, PolicyName::VsockQueue);
-            Parts { device, main, queue, control: Control::None }
-        }
-        DeviceConfig::Balloon(config) => {
-            let BalloonConfig { target, actual, deflate_on_oom, free_page_reporting } = *config;
-            let settings = balloon::Settings { target, actual, deflate_on_oom, free_page_reporting };
-            let device = Box::new(Balloon::new(settings));
-            let control = Control::Balloon(device.controller());
-            Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control }
-        }
-        DeviceConfig::Net(config) => {
-            let device = resources.net(config)?;
-            let control = Control::Net(device.controller());
-            let (main, queue) = (PolicyName::NetMain, PolicyName::NetQueue);
-            Parts { device: Box::new(device), main, queue, control }
-        }
+    // Only the mapping is kept.
+    let metrics = match start.metrics {
+        Some(index) => Metrics::map(&resources.descriptors.take(index)?)?,
+        None => Metrics::none(),
+    };
+    let Some(parts) = virtio(&start.config, &mut resources)? else {
+        return without_queues(&start.config, socket, resources, channel);
     };
     let mut held = resources.finish(channel)?;
 
     let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
+    daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;
@@ -322,6 +294,106 @@ fn prepare<'a>(
     drop(sealed);
     daemon.connect(Connection::from(socket))?;
     Ok(Prepared::Virtio(daemon, parts.control))
+}
+
+/// A virtio device; `None`: this is none.
+fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Parts>, ServeError> {
+    Ok(match config {
+        DeviceConfig::Blk(blk) => {
+            let device = disk(blk, resources)?;
+            let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
+            Some(Parts { device: Box::new(device), main, queue, control: Control::None })
+        }
+        DeviceConfig::Rng(rng) => {
+            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
+            Some(Parts {
+                device,
+                main: PolicyName::RngMain,
+                queue: PolicyName::RngQueue,
+                control: Control::None,
+            })
+        }
+        DeviceConfig::Console(config) => {
+            let device = Console::new(resources.ends(config.input, config.output)?, config.size);
+            let control = Control::Console(device.controller());
+            let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
+            Some(Parts { device: Box::new(device), main, queue, control })
+        }
+        DeviceConfig::Vsock(config) => {
+            let device = Box::new(Vsock::new(config.guest_cid, resources.take(config.connector)?));
+            let (main, queue) = (PolicyName::VsockMain, PolicyName::VsockQueue);
+            Some(Parts { device, main, queue, control: Control::None })
+        }
+        DeviceConfig::Balloon(config) => {
+            let BalloonConfig { target, actual, deflate_on_oom, free_page_reporting } = *config;
+            let settings = balloon::Settings { target, actual, deflate_on_oom, free_page_reporting };
+            let device = Box::new(Balloon::new(settings));
+            let control = Control::Balloon(device.controller());
+            Some(Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control })
+        }
+        DeviceConfig::Net(config) => {
+            let device = resources.net(config)?;
+            let control = Control::Net(device.controller());
+            let (main, queue) = (PolicyName::NetMain, PolicyName::NetQueue);
+            Some(Parts { device: Box::new(device), main, queue, control })
+        }
+        DeviceConfig::Fs(config) => {
+            let (directory, descriptors) = jail::shared_directory().ok_or(ServeError::NoDirectory)?;
+            let table = resources.take(config.table)?.into();
+            resources.taken.extend([directory.as_raw_fd(), descriptors.as_raw_fd()]);
+            let device = Box::new(Fs::new(directory, descriptors, Some(table), config.into())?);
+            Some(Parts {
+                device,
+                main: PolicyName::FsMain,
+                queue: PolicyName::FsQueue,
+                control: Control::None,
+            })
+        }
+        DeviceConfig::Uart(_)
+        | DeviceConfig::Flash(_)
+        | DeviceConfig::Keyboard(_)
+        | DeviceConfig::Relay(_) => None,
+    })
+}
+
+/// A device that serves no queues itself.
+fn without_queues<'a>(
+    config: &DeviceConfig,
+    socket: OwnedFd,
+    mut resources: Resources,
+    channel: &'a Channel,
+) -> Result<Prepared<'a>, ServeError> {
+    match config {
+        DeviceConfig::Uart(config) => {
+            let ends = resources.ends(config.input, config.output)?;
+            resources.finish(channel)?;
+            let events = uart::open(socket, ends, channel)?;
+            seal(PolicyName::UartMain, &events.descriptors(), channel)?;
+            Ok(Prepared::Uart(Box::new(events)))
+        }
+        DeviceConfig::Flash(config) => {
+            let (file, memory) = (resources.take(config.file)?.into(), resources.take(config.memory)?);
+            resources.finish(channel)?;
+            let flash = flash::open(socket, file, memory, config, channel)?;
+            seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
+            Ok(Prepared::Flash(Box::new(flash)))
+        }
+        DeviceConfig::Keyboard(config) => {
+            let state = resources.take(config.state)?.into();
+            resources.finish(channel)?;
+            let keyboard = keyboard::open(socket, state, channel)?;
+            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
+            Ok(Prepared::Keyboard(Box::new(keyboard)))
+        }
+        DeviceConfig::Relay(config) => {
+            let back_end = resources.take(config.back_end)?;
+            resources.finish(channel)?;
+            let relay = relay::open(socket, back_end, config, channel);
+            seal(PolicyName::RelayMain, &relay.descriptors(), channel)?;
+            Ok(Prepared::Relay(Box::new(relay)))
+        }
+        other => Err(ServeError::Type { started: "a device without queues".into(), told: type_name(other) }),
+    }
 }
 
 /// A disk and its files.

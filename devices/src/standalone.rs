@@ -45,6 +45,7 @@ pub const TYPES: &[&ServiceType] = &[
     &crate::console::SERVICE,
     &crate::vsock::SERVICE,
     &crate::net::SERVICE,
+    &crate::fs::SERVICE,
 ];
 
 /// A device type as a service.

@@ -39,6 +39,29 @@ const SELECTORS: &[(&str, &[usize])] = &[
     ("timerfd_create", &[0, 1]),
     ("timerfd_settime", &[1]),
     ("writev", &[0]),
+    ("fchownat", &[4]),
+    ("linkat", &[4]),
+    ("mknodat", &[2]),
+    ("openat", &[2]),
+    ("renameat2", &[4]),
+    ("unlinkat", &[2]),
+    ("utimensat", &[3]),
+];
+
+/// The thread that serves a shared directory: what it names lies in there, by its mount tree and by Landlock.
+const SHARING: &str = "fs-queue";
+
+/// What that thread may do, of the calls that no other policy may allow.
+const SHARING_CALLS: &[&str] = &[
+    "getdents64",
+    "linkat",
+    "mkdirat",
+    "mknodat",
+    "openat",
+    "readlinkat",
+    "renameat2",
+    "symlinkat",
+    "unlinkat",
 ];
 
 /// Calls that make threads, processes, programs, sockets, rings, filters or namespaces, that name files or other processes,
@@ -159,7 +182,8 @@ const EXECUTABLE: u64 = 4;
 /// What is wrong with a rule of the named policy, if anything is.
 pub fn fault(policy: &str, rule: &Value) -> Option<String> {
     let syscall = rule.get("syscall").and_then(Value::as_str).unwrap_or("?");
-    if NEVER.contains(&syscall) && (policy, syscall) != BEFORE_THE_SEAL {
+    let shares = policy == SHARING && SHARING_CALLS.contains(&syscall);
+    if NEVER.contains(&syscall) && (policy, syscall) != BEFORE_THE_SEAL && !shares {
         return Some("no policy may allow it: it must happen before the process is sealed".to_owned());
     }
     let conditions = rule.get("args").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();

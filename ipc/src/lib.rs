@@ -7,6 +7,7 @@ pub mod connector;
 pub mod jail;
 pub mod log;
 pub mod memory;
+pub mod metrics;
 mod rights;
 pub mod tap;
 pub mod vfio_user;

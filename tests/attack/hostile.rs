@@ -51,7 +51,7 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 9] = [
+pub const DEVICES: [Kind; 10] = [
     Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
@@ -61,11 +61,16 @@ pub const DEVICES: [Kind; 9] = [
     Kind { name: "vsock", main: PolicyName::VsockMain, others: &[(PolicyName::VsockQueue, "queue0")] },
     Kind { name: "balloon", main: PolicyName::BalloonMain, others: &[(PolicyName::BalloonQueue, "queue0")] },
     Kind { name: "net", main: PolicyName::NetMain, others: &[(PolicyName::NetQueue, "queue0")] },
+    Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
 ];
+
+/// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
+pub const FS: Kind =
+    Kind { name: "fs", main: PolicyName::FsMain, others: &[(PolicyName::FsQueue, "queue0")] };
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
@@ -76,6 +81,8 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Vsock(_) => vsock,
         DeviceConfig::Balloon(_) => balloon,
         DeviceConfig::Net(_) => net,
+        DeviceConfig::Relay(_) => relay,
+        DeviceConfig::Fs(_) => FS,
     }
 }
 

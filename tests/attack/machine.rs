@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -13,6 +14,8 @@ const DEADLINE: &str = "40";
 /// A folder with `bulkhead` and its hostile companions.
 pub struct Bench {
     folder: TempDir,
+    /// Where a relay finds its back end, which never says a word.
+    _back_end: UnixListener,
 }
 
 /// How a machine ended.
@@ -50,10 +53,11 @@ impl Bench {
         fs::write(folder.path().join("firmware"), crate::sizes::halting_firmware()).unwrap();
         fs::File::create(folder.path().join("variables")).unwrap().set_len(1 << 16).unwrap();
         fs::File::create(folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
+        let back_end = UnixListener::bind(folder.path().join("back-end")).unwrap();
         // A device that ends is given up at once: each process ends once.
         fs::write(folder.path().join("machine.toml"), "restart = { max = 0, window = 10, backoff = 0 }\n")
             .unwrap();
-        Self { folder }
+        Self { folder, _back_end: back_end }
     }
 
     pub fn folder(&self) -> &Path {
@@ -64,7 +68,8 @@ impl Bench {
     pub fn run(&self, what: &str) -> Run {
         let mut command = Command::new("timeout");
         command.args(["-sKILL", DEADLINE]).arg(self.folder().join("bulkhead"));
-        let output = self.machine(command, what).output().unwrap();
+        let mut command = self.machine(command, what);
+        let output = command.args(["--vhost-user", "type=rng,socket=back-end,id=relay"]).output().unwrap();
         Run {
             code: output.status.code().unwrap_or(-1),
             messages: String::from_utf8_lossy(&output.stderr).into_owned(),

@@ -127,7 +127,7 @@ impl<'a> Machine<'a> {
                 .map_err(|error| format!("chown: {error}"))?;
             Ok(target)
         };
-        for program in ["bulkhead", "bulkhead-vmm", "bulkhead-device"] {
+        for program in ["bulkhead", "bulkhead-vmm", "bulkhead-device", "bulkhead-init"] {
             copy(&self.context.places.programs.join(program))?;
         }
         std::os::unix::fs::chown(folder, Some(id), Some(id)).map_err(|error| format!("chown: {error}"))?;

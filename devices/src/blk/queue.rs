@@ -253,6 +253,9 @@ impl BlkQueue {
                 let error = MemoryError::OutOfRange { address: request.status_address, len: 1 };
                 ring.fail(&error.into());
             }
+            if status != Status::Ok {
+                ring.count_error();
+            }
             ring.finish(head, len);
         }
         self.release(slot);

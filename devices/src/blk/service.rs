@@ -41,6 +41,11 @@ pub const SERVICE: ServiceType = ServiceType {
         option("--iops", Some("N[,BURST]"), "most requests a second, and at once"),
         option("--read-error", Some("ACTION"), "report (the default), wait or wait-for-space"),
         option("--write-error", Some("ACTION"), "the same, or ignore"),
+        option(
+            "--unlocked",
+            None,
+            "do not lock the image: another service has it, as during a live migration",
+        ),
     ],
     prepare,
 };
@@ -93,18 +98,19 @@ fn open_direct(path: &str, read_only: bool) -> Result<File, StandaloneError> {
 }
 
 fn options(given: &Given, outfit: &mut Outfit) -> Result<BlkOptions, StandaloneError> {
+    let locked = !given.flag("--unlocked");
     let mut backing = Vec::new();
     for layer in given.values("--backing") {
         let (path, format) = layer
             .rsplit_once(':')
             .ok_or_else(|| StandaloneError::usage(format!("--backing: {layer:?} is not FILE:FORMAT")))?;
         let format = known("--backing", format, FORMATS)?;
-        backing.push(BackingImage { file: outfit.add(open_disk(path, true)?.0), format });
+        backing.push(BackingImage { file: outfit.add(open_disk(path, true, locked)?.0), format });
     }
     let read_only = given.flag("--read-only");
     let mut data = Vec::new();
     for path in given.values("--data") {
-        data.push(outfit.add(open_disk(path, read_only)?.0));
+        data.push(outfit.add(open_disk(path, read_only, locked)?.0));
     }
     let ((bps, bps_burst), (iops, iops_burst)) = (rate(given, "--bps")?, rate(given, "--iops")?);
     let (durability, _) = word(given, "--cache", CACHES, (Durability::Flush, false))?;
@@ -127,7 +133,7 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
     let queues = given.number("--num-queues", 1)?;
     let logical_block_size = given.number("--block-size", 512)?;
     let path = given.required("--blk-file")?;
-    let (disk, size) = open_disk(path, read_only)?;
+    let (disk, size) = open_disk(path, read_only, !given.flag("--unlocked"))?;
     let mut options = options(given, outfit)?;
     let (_, direct) = word(given, "--cache", CACHES, (Durability::Flush, false))?;
     if !read_only {

@@ -40,12 +40,25 @@ pub enum OutfitError {
     Locked(PathBuf),
 }
 
+/// A directory for a device to share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Open with `O_PATH`.
+    pub directory: OwnedFd,
+    /// Nothing in it can be changed.
+    pub read_only: bool,
+    /// The host user and group that the process runs as, where this program is root; `None`: it acts for all of them.
+    pub owner: Option<(u32, u32)>,
+}
+
 /// Descriptors for the device's process, and its limits.
 #[derive(Debug)]
 pub struct Outfit {
     descriptors: Vec<OwnedFd>,
     /// Sockets that are there as long as the service.
     doors: Vec<Door>,
+    /// A directory that the device shares.
+    pub shared: Option<Shared>,
     /// Resource limits; a file that it may write and locked memory are none unless a type says so.
     pub limits: Limits,
 }
@@ -53,7 +66,7 @@ pub struct Outfit {
 impl Default for Outfit {
     fn default() -> Self {
         let limits = Limits { file_size: Some(INFLIGHT_AREA), ..Limits::default() };
-        Self { descriptors: Vec::new(), doors: Vec::new(), limits }
+        Self { descriptors: Vec::new(), doors: Vec::new(), shared: None, limits }
     }
 }
 
@@ -97,13 +110,33 @@ pub fn open(what: &'static str, path: &str, write: bool) -> Result<File, OutfitE
     Ok(file)
 }
 
-/// Opens a disk image and locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
+/// Takes hold of a directory.
+///
+/// # Errors
+/// [`OutfitError::Open`], also for what is no directory.
+pub fn open_directory(what: &'static str, path: &str) -> Result<OwnedFd, OutfitError> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    opened.map(OwnedFd::from).map_err(|error| OutfitError::Open { what, path: path.into(), error })
+}
+
+/// Opens a disk image and, with `locked`, locks it: alone for a writer, with others for a reader (`F_OFD_SETLK`, fcntl(2)), as a machine's
 /// supervisor does. Returns it with its size in bytes.
 ///
 /// # Errors
 /// [`OutfitError`].
-pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError> {
+pub fn open_disk(path: &str, read_only: bool, locked: bool) -> Result<(File, u64), OutfitError> {
     let mut file = open("disk", path, !read_only)?;
+    let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
+    if locked {
+        lock(&file, path, read_only)?;
+    }
+    // A block device has its size at its end.
+    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    Ok((file, size))
+}
+
+fn lock(file: &File, path: &str, read_only: bool) -> Result<(), OutfitError> {
     let failed = |error: io::Error| OutfitError::Open { what: "disk", path: path.into(), error };
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     let lock = libc::flock {
@@ -116,7 +149,7 @@ pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError
     let end = Instant::now().checked_add(LOCK_PATIENCE);
     loop {
         match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(Errno::EAGAIN | Errno::EACCES) if end.is_some_and(|end| Instant::now() < end) => {
                 std::thread::sleep(LOCK_INTERVAL);
             }
@@ -124,7 +157,4 @@ pub fn open_disk(path: &str, read_only: bool) -> Result<(File, u64), OutfitError
             Err(errno) => return Err(failed(errno.into())),
         }
     }
-    // A block device has its size at its end.
-    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    Ok((file, size))
 }

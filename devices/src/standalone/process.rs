@@ -10,7 +10,8 @@ use bulkhead_ipc::channel::message::{DeviceConfig, DeviceStart, FdIndex, FromDev
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::uids::UidBlock;
 use bulkhead_ipc::jail::{
-    self, Enforcement, Exit, Identity, JailSpec, JailedProcess, PANIC_EXIT_CODE, ViolationListener,
+    self, Enforcement, Exit, Identity, JailSpec, JailedProcess, PANIC_EXIT_CODE, SharedDirectory,
+    ViolationListener,
 };
 use bulkhead_ipc::log::LogLevel;
 use nix::errno::Errno;
@@ -81,9 +82,11 @@ impl Recipe {
             let opened = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
             opened.map_err(|error| StandaloneError::System(path, error))
         };
-        // A user of its own, where the host has one to give; else that of this program, or nobody's for root.
+        // A user of its own, where the host has one to give; else that of this program, or nobody's for root. A directory is shared
+        // by a user who may use it.
+        let own = outfit.shared.is_none().then(|| UidBlock::claim(None, 1));
         let users =
-            UidBlock::claim(None, 1).inspect_err(|why| info!(%why, "no user of its own for the device")).ok();
+            own.and_then(|own| own.inspect_err(|why| info!(%why, "no user of its own for the device")).ok());
         Ok(Self {
             kind,
             config,
@@ -110,12 +113,16 @@ impl Recipe {
             enforcement: Enforcement::Supervised,
             socket: FdIndex(0),
             config: self.config.clone(),
+            metrics: None,
         });
         let descriptors: Vec<_> =
             std::iter::once(front_end.as_fd()).chain(self.outfit.descriptors()).collect();
         channel.send(&start, &descriptors)?;
         let user = self.users.as_ref().and_then(|users| users.uid(0));
         let subordinate = self.users.as_ref().is_some_and(UidBlock::is_subordinate);
+        let owner = self.outfit.shared.as_ref().and_then(|shared| shared.owner);
+        let owner = owner.map(|(uid, gid)| Identity { uid, gid });
+        let own = user.map(|uid| Identity { uid, gid: uid });
         let stderr = io::stderr();
         let mut jailed = jail::spawn(JailSpec {
             program: self.program.as_fd(),
@@ -124,9 +131,14 @@ impl Recipe {
             log: stderr.as_fd(),
             null: self.null.as_fd(),
             limits: self.outfit.limits,
-            identity: user.map_or_else(Identity::default, |uid| Identity { uid, gid: uid }),
+            identity: owner.or(own).unwrap_or_default(),
             subordinate: user.filter(|_| subordinate),
             cgroup: None,
+            shared: self.outfit.shared.as_ref().map(|shared| SharedDirectory {
+                directory: shared.directory.as_fd(),
+                read_only: shared.read_only,
+                all_owners: shared.owner.is_none(),
+            }),
         })?;
         jailed.release()?;
         jailed.confirm(READY_LIMIT)?;

@@ -54,7 +54,7 @@ fn qemu(service: &Service) -> Child {
     let installed = Command::new("qemu-system-x86_64").arg("--version").output();
     assert!(installed.is_ok(), "qemu-system-x86_64 is missing: install Debian's package qemu-system-x86");
     let child = Command::new("timeout")
-        .args(["60", "qemu-system-x86_64", "-accel", "tcg", "-m", "128", "-nodefaults", "-display", "none"])
+        .args(["180", "qemu-system-x86_64", "-accel", "tcg", "-m", "128", "-nodefaults", "-display", "none"])
         .args(["-object", "memory-backend-memfd,id=m,size=128M,share=on", "-no-reboot"])
         .args(["-machine", "pc,memory-backend=m", "-chardev"])
         .arg(format!("socket,id=c,path={},reconnect=1", service.socket.display()))

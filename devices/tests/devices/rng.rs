@@ -15,3 +15,15 @@ fn every_buffer_is_filled_with_bytes_that_differ() {
     assert_eq!(driver.run(0, &[(BUFFERS, 1 << 20, true)]), 65536, "a request has a limit");
     assert_eq!(driver.run(0, &[(BUFFERS, 8, false)]), 0, "a request without room");
 }
+
+#[test]
+fn where_a_ring_stood_is_told_after_a_reset_by_status() {
+    let service = Service::start("rng", tempfile::tempdir().unwrap(), &[]);
+    let mut driver = Driver::new(service.connect(), 1);
+    for _ in 0..3 {
+        driver.run(0, &[(BUFFERS, 8, true)]);
+    }
+    driver.frontend.set_status(0).unwrap();
+    assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 3);
+    assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 0, "a reset ring begins anew");
+}

@@ -57,6 +57,7 @@ impl Supervised {
             identity: Identity::default(),
             subordinate: None,
             cgroup: None,
+            shared: None,
         };
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);
@@ -75,6 +76,7 @@ impl Supervised {
             enforcement,
             socket: FdIndex(0),
             config,
+            metrics: None,
         };
         let mut fds = vec![socket.as_fd()];
         fds.extend(resources.iter().map(|fd| fd.as_fd()));

@@ -184,6 +184,17 @@ pub enum LinkKind {
     Registers,
     /// vfio-user; the keyboard controller at 60 and 64, IRQ 1.
     Keyboard,
+    /// vhost-user; a back end that is not ours, behind a process that is.
+    Foreign {
+        /// Device type of the virtio specification, section 5.
+        virtio_id: u16,
+        /// Its slot on PCI bus 0, 2–31.
+        slot: u8,
+        /// Queues where the back end cannot tell.
+        queues: u16,
+        /// Bytes of configuration space.
+        config_size: u16,
+    },
 }
 
 /// From the core to the supervisor.
@@ -327,6 +338,8 @@ pub struct DeviceStart {
     pub socket: FdIndex,
     /// The device type and its resources.
     pub config: DeviceConfig,
+    /// Where its queues are counted ([`crate::metrics`]).
+    pub metrics: Option<FdIndex>,
 }
 
 /// Device type and what it was given.
@@ -350,6 +363,10 @@ pub enum DeviceConfig {
     Balloon(BalloonConfig),
     /// virtio-net.
     Net(NetConfig),
+    /// A back end that is not ours.
+    Relay(RelayConfig),
+    /// virtio-fs; the directory came with the jail.
+    Fs(FsConfig),
 }
 
 /// A network card.
@@ -571,6 +588,77 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// The guest names the pages that it does not use.
     pub free_page_reporting: bool,
+}
+
+/// What stands between the core and a vhost-user back end that is not ours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayConfig {
+    /// The stream to the back end, connected by the supervisor.
+    pub back_end: FdIndex,
+    /// Where it listens, for messages.
+    pub path: String,
+    /// What its type is called, for messages.
+    pub kind: String,
+    /// Device-specific feature bits that the type has (virtio 1.2, section 5; bits 0 to 23).
+    pub features: u64,
+    /// Exactly so many queues; `None`: as many as the back end has.
+    pub queues: Option<u16>,
+    /// The least number of queues that a device of the type has.
+    pub least_queues: u16,
+    /// No device of the type works without a configuration space; it is the back end's unless `config` is it.
+    pub has_config: bool,
+    /// The configuration space, where it is the front end's: fs, net.
+    pub config: Option<Vec<u8>>,
+    /// Features that go with it.
+    pub own_features: u64,
+}
+
+/// A shared directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsConfig {
+    /// A file without a name in which the device notes what a successor must know. The supervisor keeps it.
+    pub table: FdIndex,
+    /// The name that the guest mounts it by: 1 to 36 bytes.
+    pub tag: String,
+    /// Refuse changes.
+    pub read_only: bool,
+    /// What the guest may keep.
+    pub cache: FsCache,
+    /// Whether mounts below the directory are shared too.
+    pub submounts: bool,
+    /// Whether extended attributes are.
+    pub xattr: bool,
+    /// Whose files are whose.
+    pub owners: FsOwners,
+}
+
+/// What the guest may keep of a shared directory instead of asking again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FsCache {
+    /// Nothing: the host's changes are seen at once.
+    Never,
+    /// Names and attributes for a second; contents until a file is opened again and has changed.
+    Auto,
+    /// Names and attributes; no contents.
+    Metadata,
+    /// Everything: for directories that nobody else changes.
+    Always,
+}
+
+/// Whose files are whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FsOwners {
+    /// The guest's users and groups are the host's. The process may act for all of them.
+    All,
+    /// All that the guest does is done by one user and group of the host, whose files are the guest's root's.
+    One {
+        /// The user.
+        uid: u32,
+        /// The group.
+        gid: u32,
+        /// Whom the guest sees as owner of the files of others.
+        others: u32,
+    },
 }
 
 /// From a device process to the supervisor.

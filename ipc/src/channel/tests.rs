@@ -30,6 +30,7 @@ fn start() -> ToDevice {
             logical_block_size: 512,
             options: BlkOptions::default(),
         }),
+        metrics: None,
     })
 }
 

@@ -46,12 +46,18 @@ pub(super) struct Plan {
     pub(super) argv: *const *const c_char,
     /// Namespaces that are created here, the network's aside.
     pub(super) unshare: c_ulong,
+    /// A directory that the process shares, and `MOUNT_ATTR_…` for it.
+    pub(super) shared: Option<(RawFd, u64)>,
+    /// Capabilities that stay, in the process's own user namespace: one bit each.
+    pub(super) kept: u32,
 }
 
 /// First number above all descriptors with a fixed place.
 const PROGRAM: c_int = 4;
 const REPORT: c_int = 5;
 const FREE: c_int = 6;
+/// The shared directory, when there is one; `/proc/self/fd` is the next.
+pub(super) const SHARED: c_int = 6;
 /// Where descriptors wait while the fixed places are filled.
 const PARKED: c_int = 16;
 
@@ -114,12 +120,14 @@ unsafe fn build(plan: &Plan) -> Failure {
             check(Step::Unshare, libc::syscall(libc::SYS_unshare, plan.unshare))?;
             wait_for_map()?;
             identity(plan)?;
+            private_mounts()?;
+            share(plan)?;
             empty_root()?;
             check(Step::Unshare, libc::syscall(libc::SYS_unshare, NETWORK))?;
             check(Step::Session, libc::syscall(libc::SYS_setsid))?;
             libc::syscall(libc::SYS_umask, 0o077);
             limits(plan)?;
-            privileges()?;
+            privileges(plan.kept)?;
             parent_death()?;
             let environment: *const c_char = ptr::null();
             check(
@@ -151,6 +159,10 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
     };
     let (null, log, channel) = (park(plan.null)?, park(plan.log)?, park(plan.channel)?);
     let (program, report) = (park(plan.program)?, park(plan.report)?);
+    let shared = match plan.shared {
+        Some((directory, _)) => Some(park(directory)?),
+        None => None,
+    };
     let places = [
         (null, 0, 0),
         (log, 1, 0),
@@ -162,6 +174,12 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
     for (from, to, flags) in places {
         // SAFETY: no memory is involved.
         check(step, unsafe { libc::syscall(libc::SYS_dup3, from, to, flags) })?;
+    }
+    if let Some(directory) = shared {
+        // The new mount namespace has a copy of every mount, and moves the working directory to its copy: the way by which a
+        // descriptor of the supervisor's namespace leads into this one.
+        // SAFETY: no memory is involved.
+        check(Step::Share, unsafe { libc::syscall(libc::SYS_fchdir, directory) })?;
     }
     // SAFETY: no memory is involved; nothing in this process uses a descriptor above.
     check(step, unsafe { libc::syscall(libc::SYS_close_range, FREE, c_uint::MAX, 0) })?;
@@ -239,11 +257,9 @@ unsafe fn identity(plan: &Plan) -> Result<(), Failure> {
     Ok(())
 }
 
-/// An empty, read-only, tiny tmpfs becomes the root; the host's is detached. /proc is only the place where it is mounted for
-/// a moment: `pivot_root(".", ".")` puts the old root on top of the new one, and unmounting the top leaves the new one.
-unsafe fn empty_root() -> Result<(), Failure> {
-    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    // SAFETY: all strings are static and zero-terminated; the kernel only reads them.
+/// No mount of this namespace shows up in another.
+unsafe fn private_mounts() -> Result<(), Failure> {
+    // SAFETY: the string is static and zero-terminated; the kernel only reads it.
     unsafe {
         check(
             Step::PrivateMounts,
@@ -256,6 +272,46 @@ unsafe fn empty_root() -> Result<(), Failure> {
                 ptr::null::<c_void>(),
             ),
         )?;
+    }
+    Ok(())
+}
+
+/// The shared directory as descriptor 6 and `/proc/self/fd` as 7, each a mount tree of its own that nothing leads out of: it is attached
+/// nowhere, and at its root `..` stays where it is.
+unsafe fn share(plan: &Plan) -> Result<(), Failure> {
+    /// `struct mount_attr` of <linux/mount.h>: what to set, what to clear, propagation, user namespace.
+    type Attributes = [u64; 4];
+    const RECURSIVE: c_uint = 0x8000;
+    const EMPTY_PATH: c_uint = 0x1000;
+    let Some((_, set)) = plan.shared else { return Ok(()) };
+    let attributes: Attributes = [set, 0, 0, 0];
+    let tree = |path: *const c_char, flags: c_uint| -> Result<(), Failure> {
+        // The lowest descriptors from 6 on are free, and stay open across the exec.
+        // SAFETY: the callers pass static strings that end with a zero, which the kernel only reads.
+        check(Step::Share, unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, flags) })
+            .map(drop)
+    };
+    tree(c".".as_ptr(), libc::OPEN_TREE_CLONE | RECURSIVE)?;
+    // SAFETY: the kernel reads a live structure of the given size and an empty static string.
+    check(Step::Share, unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            SHARED,
+            c"".as_ptr(),
+            EMPTY_PATH | RECURSIVE,
+            &raw const attributes,
+            size_of::<Attributes>(),
+        )
+    })?;
+    tree(c"/proc/self/fd".as_ptr(), libc::OPEN_TREE_CLONE)
+}
+
+/// An empty, read-only, tiny tmpfs becomes the root; the host's is detached. /proc is only the place where it is mounted for
+/// a moment: `pivot_root(".", ".")` puts the old root on top of the new one, and unmounting the top leaves the new one.
+unsafe fn empty_root() -> Result<(), Failure> {
+    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    // SAFETY: all strings are static and zero-terminated; the kernel only reads them.
+    unsafe {
         check(
             Step::MountRoot,
             libc::syscall(
@@ -286,17 +342,24 @@ unsafe fn limits(plan: &Plan) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Securebits locked, bounding and ambient sets empty, all sets empty, `no_new_privs`.
-unsafe fn privileges() -> Result<(), Failure> {
+/// Securebits locked, bounding and ambient sets empty, all sets empty, `no_new_privs`; but for capabilities that are to stay, which
+/// are inherited and ambient.
+unsafe fn privileges(kept: u32) -> Result<(), Failure> {
     // <linux/securebits.h>: NOROOT, NO_SETUID_FIXUP and NO_CAP_AMBIENT_RAISE set and locked; KEEP_CAPS clear and locked.
     const SECUREBITS: c_ulong = 0b1110_1111;
+    /// The same without the lock on ambient capabilities, to set which is the next step.
+    const FIRST: c_ulong = 0b0010_1111;
+    /// CAP_SETPCAP, which changing the securebits takes; the exec ends it.
+    const SETPCAP: u32 = 1 << 8;
     // <linux/capability.h>: version 3 with two 32-bit halves of effective, permitted and inheritable.
     const HEADER: [u32; 2] = [0x2008_0522, 0];
-    const EMPTY: [u32; 6] = [0; 6];
-    // SAFETY: prctl's arguments here are integers; capset reads two live constants.
+    // SAFETY: prctl's arguments here are integers; capset reads two live structures.
     unsafe {
-        check(Step::SecureBits, prctl(libc::PR_SET_SECUREBITS, SECUREBITS, 0))?;
+        check(Step::SecureBits, prctl(libc::PR_SET_SECUREBITS, FIRST, 0))?;
         for capability in 0..64 {
+            if capability < 32 && kept >> capability & 1 == 1 {
+                continue;
+            }
             match check(Step::BoundingSet, prctl(libc::PR_CAPBSET_DROP, capability, 0)) {
                 Ok(_) => {}
                 // The first number that this kernel has no capability for.
@@ -305,7 +368,15 @@ unsafe fn privileges() -> Result<(), Failure> {
             }
         }
         check(Step::AmbientSet, prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as c_ulong, 0))?;
-        check(Step::Capabilities, libc::syscall(libc::SYS_capset, HEADER.as_ptr(), EMPTY.as_ptr()))?;
+        let first: [u32; 6] = [kept | SETPCAP, kept | SETPCAP, kept, 0, 0, 0];
+        check(Step::Capabilities, libc::syscall(libc::SYS_capset, HEADER.as_ptr(), first.as_ptr()))?;
+        for capability in (0..32).filter(|capability| kept >> capability & 1 == 1) {
+            let raise = libc::PR_CAP_AMBIENT_RAISE as c_ulong;
+            check(Step::AmbientSet, prctl(libc::PR_CAP_AMBIENT, raise, capability))?;
+        }
+        check(Step::SecureBits, prctl(libc::PR_SET_SECUREBITS, SECUREBITS, 0))?;
+        let last: [u32; 6] = [kept, kept, kept, 0, 0, 0];
+        check(Step::Capabilities, libc::syscall(libc::SYS_capset, HEADER.as_ptr(), last.as_ptr()))?;
         check(Step::NoNewPrivileges, prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0))?;
     }
     Ok(())

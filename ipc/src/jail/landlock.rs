@@ -3,18 +3,19 @@
 //! Contains unsafe code: its system calls have no safe interface here.
 //!
 //! Every right that this kernel can withhold is withheld, and no rule gives one back: no path of any file system, no TCP port, no
-//! abstract socket and no signal to a process outside. Descriptors that the process was given keep their rights.
+//! abstract socket and no signal to a process outside. Descriptors that the process was given keep their rights. The one exception
+//! is a process that shares a directory: below that it may do what sharing takes, and neither execute nor make or drive devices.
 //! It goes up in the program, at its start, and not before `execveat`: there a rule would have to allow the program's own file
 //! for ever. The other threads do not exist then, so all inherit it.
 
 use std::ffi::c_long;
 use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
 
-use super::JailError;
+use super::{JailError, shared};
 
 /// `struct landlock_ruleset_attr` of <linux/landlock.h>.
 #[repr(C)]
@@ -68,6 +69,7 @@ pub(super) fn restrict() -> Result<(), JailError> {
     let fd = Errno::result(fd).map_err(JailError::Landlock)?;
     // SAFETY: the call returned a new descriptor, which nobody else owns.
     let fd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap_or(-1)) };
+    shared::allow(fd.as_fd(), ruleset.files).map_err(JailError::Landlock)?;
     // SAFETY: no memory is involved.
     let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, fd.as_raw_fd(), 0 as c_long) };
     Errno::result(result).map(drop).map_err(JailError::Landlock)

@@ -21,6 +21,7 @@ mod layer;
 mod policy;
 mod process;
 mod seal;
+mod shared;
 mod steps;
 pub mod uids;
 mod violation;
@@ -29,10 +30,11 @@ pub use error::JailError;
 pub use landlock::landlock_version;
 pub use layer::{Layer, LayerError};
 pub use policy::{PolicyName, PolicySummary, policies};
-pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, spawn};
+pub use process::{Exit, Identity, JailSpec, JailedProcess, Limits, SharedDirectory, spawn};
 pub use seal::{
     Enforcement, PANIC_EXIT_CODE, Sealed, enter, enter_setup, enter_thread, open_descriptors, seal,
     set_enforcement,
 };
+pub use shared::shared_directory;
 pub use steps::Step;
 pub use violation::{Violation, ViolationListener, syscall_name};

@@ -50,11 +50,17 @@ pub enum PolicyName {
     NetMain,
     /// virtio-net: a pair of queues and its way out.
     NetQueue,
+    /// What stands before a back end that is not ours: its only thread.
+    RelayMain,
+    /// virtio-fs: control channel and vhost-user messages.
+    FsMain,
+    /// virtio-fs: its queues.
+    FsQueue,
 }
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 23] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -75,6 +81,9 @@ impl PolicyName {
         Self::BalloonQueue,
         Self::NetMain,
         Self::NetQueue,
+        Self::RelayMain,
+        Self::FsMain,
+        Self::FsQueue,
     ];
 
     /// The policy's file in the source tree.
@@ -120,6 +129,9 @@ impl PolicyName {
             Self::BalloonQueue => BALLOON_QUEUE,
             Self::NetMain => NET_MAIN,
             Self::NetQueue => NET_QUEUE,
+            Self::RelayMain => RELAY_MAIN,
+            Self::FsMain => FS_MAIN,
+            Self::FsQueue => FS_QUEUE,
         }
     }
 }

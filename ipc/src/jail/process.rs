@@ -117,7 +117,29 @@ pub struct JailSpec<'a> {
     pub subordinate: Option<u32>,
     /// The cgroup that the process is born in, a folder opened with `O_PATH`; `None`: the supervisor's.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// A directory that the process shares.
+    pub shared: Option<SharedDirectory<'a>>,
 }
+
+/// A directory of the host that a process shares with its guest: all of the host's files that it reaches. It becomes a mount tree of
+/// its own, which [`super::shared_directory`] takes.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedDirectory<'a> {
+    /// The directory, open with `O_PATH`; the process's host user must be allowed to search it.
+    pub directory: BorrowedFd<'a>,
+    /// Nothing in it can be changed.
+    pub read_only: bool,
+    /// The process acts for every user and group of the host, with the capabilities for that and in this directory alone: for a
+    /// supervisor that is root. [`JailSpec::identity`] does not count then.
+    pub all_owners: bool,
+}
+
+/// CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SETGID and CAP_SETUID: to act for every user. Without CAP_FSETID, so that the kernel
+/// takes set-user-ID bits from files that are written.
+const ALL_OWNERS: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 7;
+/// MOUNT_ATTR_RDONLY; and NOSUID, NODEV and NOEXEC: nothing in the directory gives rights or reaches a device.
+const READ_ONLY: u64 = 1;
+const HARMLESS: u64 = 2 | 4 | 8;
 
 /// A process that was started in a jail; killed and reaped on drop unless it was reaped before.
 #[derive(Debug)]
@@ -172,7 +194,9 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
         let own = nix::unistd::geteuid().as_raw();
         Identity { uid: spec.subordinate.unwrap_or(own), gid: nix::unistd::getegid().as_raw() }
     };
-    if identity.uid == 0 || identity.gid == 0 {
+    let all_owners = privileged && spec.shared.is_some_and(|shared| shared.all_owners);
+    let identity = if all_owners { Identity { uid: 0, gid: 0 } } else { identity };
+    if !all_owners && (identity.uid == 0 || identity.gid == 0) {
         return Err(JailError::RootIdentity);
     }
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
@@ -189,6 +213,10 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
         limits: spec.limits.table(),
         argv: argv.as_ptr(),
         unshare: UNSHARED,
+        shared: spec.shared.map(|shared| {
+            (shared.directory.as_raw_fd(), if shared.read_only { HARMLESS | READ_ONLY } else { HARMLESS })
+        }),
+        kept: if all_owners { ALL_OWNERS } else { 0 },
     };
     let (pid, pidfd) = clone(&plan, spec.cgroup)?;
     let mut process = JailedProcess { pid, pidfd, report: Some(ours), helper: None, exit: None };
@@ -245,7 +273,7 @@ fn clone(plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<(i32, OwnedFd), 
     Ok((i32::try_from(pid).map_err(|_| JailError::Clone(Errno::ERANGE))?, pidfd))
 }
 
-/// Maps exactly one user and one group, each to its own number: id 0 does not exist in the jail.
+/// Maps exactly one user and one group, each to its own number: id 0 does not exist in the jail. Or all of them, each to itself.
 fn write_maps(pid: i32, identity: Identity, privileged: bool, user: bool) -> Result<(), JailError> {
     let write = |file: &'static str, id: u32, text: &str| {
         fs::write(format!("/proc/{pid}/{file}"), text).map_err(|source| JailError::Map { file, id, source })
@@ -254,8 +282,10 @@ fn write_maps(pid: i32, identity: Identity, privileged: bool, user: bool) -> Res
         // user_namespaces(7): an ordinary user may map its group only after giving up setgroups.
         write("setgroups", identity.gid, "deny")?;
     }
-    write("gid_map", identity.gid, &format!("{0} {0} 1", identity.gid))?;
-    if user { write("uid_map", identity.uid, &format!("{0} {0} 1", identity.uid)) } else { Ok(()) }
+    // Id 0 is for processes that act for every user, which are user 0 of all.
+    let map = |id| if id == 0 { "0 0 4294967295".to_owned() } else { format!("{id} {id} 1") };
+    write("gid_map", identity.gid, &map(identity.gid))?;
+    if user { write("uid_map", identity.uid, &map(identity.uid)) } else { Ok(()) }
 }
 
 impl JailedProcess {

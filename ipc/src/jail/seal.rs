@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
-use super::{JailError, PolicyName, landlock};
+use super::{JailError, PolicyName, landlock, shared};
 use crate::log::Line;
 
 /// Exit code after a panic. Each process is number 1 of its pid namespace, where SIGABRT by itself does nothing.
@@ -53,8 +53,10 @@ pub fn enter() -> Result<OwnedFd, JailError> {
     // SAFETY: only this thread runs yet, and no allocation of it is affected.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     nix::sys::prctl::set_dumpable(false).map_err(JailError::call("become not dumpable"))?;
+    let open = open_descriptors()?;
+    let given = [&[0, 1, 2, CHANNEL], shared::given(&open)].concat();
     landlock::restrict()?;
-    compare(&open_descriptors()?, &[0, 1, 2, CHANNEL])?;
+    compare(&open, &given)?;
     // SAFETY: descriptor 3 is open and by the contract of `spawn` it is ours; the check above would have failed in a program
     // that had opened it for something else before, since that program's own descriptor would then be number 4.
     Ok(unsafe { OwnedFd::from_raw_fd(CHANNEL) })
@@ -133,20 +135,25 @@ impl Sealed {
     }
 }
 
-/// Numbers of all open descriptors in ascending order, by one `poll` call: there is no /proc in a jail.
+/// Numbers of all open descriptors in ascending order, by one `poll` call: there is no /proc in a jail. `poll` takes those opened with
+/// `O_PATH` for closed; they are asked for one by one, as far as any process has descriptors before it serves.
 ///
 /// # Errors
 /// [`JailError::Call`] when the limit cannot be read or `poll` fails.
 pub fn open_descriptors() -> Result<Vec<RawFd>, JailError> {
     /// More than any jailed process is allowed.
     const MOST: u64 = 65536;
+    const FIRST: RawFd = 1024;
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(JailError::call("read RLIMIT_NOFILE"))?;
     let numbers = 0..RawFd::try_from(limit.min(MOST)).unwrap_or(RawFd::MAX);
     let mut table: Vec<libc::pollfd> = numbers.map(|fd| libc::pollfd { fd, events: 0, revents: 0 }).collect();
     // SAFETY: the table is live and its length is passed with it.
     let result = unsafe { libc::poll(table.as_mut_ptr(), table.len() as libc::nfds_t, 0) };
     Errno::result(result).map_err(JailError::call("list the open descriptors"))?;
-    Ok(table.iter().filter(|entry| entry.revents & libc::POLLNVAL == 0).map(|entry| entry.fd).collect())
+    // SAFETY: F_GETFD takes any number and changes nothing.
+    let is_path = |fd: RawFd| fd < FIRST && unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
+    let is_open = |entry: &&libc::pollfd| entry.revents & libc::POLLNVAL == 0 || is_path(entry.fd);
+    Ok(table.iter().filter(is_open).map(|entry| entry.fd).collect())
 }
 
 /// Compares two ascending lists.

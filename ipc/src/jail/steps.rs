@@ -35,10 +35,11 @@ pub enum Step {
     ParentDeathSignal,
     ParentGone,
     Execute,
+    Share,
 }
 
 impl Step {
-    const ALL: [Self; 21] = [
+    const ALL: [Self; 22] = [
         Self::Descriptors,
         Self::Signals,
         Self::Unshare,
@@ -60,6 +61,7 @@ impl Step {
         Self::ParentDeathSignal,
         Self::ParentGone,
         Self::Execute,
+        Self::Share,
     ];
 
     /// The step that a number on the report socket stands for.
@@ -92,6 +94,7 @@ impl fmt::Display for Step {
             Self::ParentDeathSignal => "set its parent-death signal",
             Self::ParentGone => "go on: the supervisor is gone",
             Self::Execute => "execute the program",
+            Self::Share => "take the shared directory with it (as a mount of its own, with /proc/self/fd)",
         })
     }
 }

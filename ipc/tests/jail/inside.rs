@@ -23,6 +23,8 @@ pub enum Ask {
     SetUp(PolicyName),
     /// Open `file` in the folder whose descriptor comes along to read and to write, open the folder, listen on a TCP port.
     LandlockedCalls,
+    /// Try the shared directory, and what lies around it; `file` in another folder, whose descriptor comes along.
+    SharedCalls,
     /// Fork until it fails; how often that worked.
     Forks,
     /// Touch so many bytes of shared memory, and answer if that was survived.
@@ -131,6 +133,39 @@ fn landlocked_calls(folder: &OwnedFd) -> Vec<i32> {
     vec![open("file", OFlag::O_RDONLY), open("file", OFlag::O_WRONLY), open(".", OFlag::O_DIRECTORY), tcp]
 }
 
+/// Everything with `O_NONBLOCK` and the like left out: what is asked is where names lead.
+fn shared_calls(other: &OwnedFd) -> Vec<i32> {
+    let (directory, descriptors) = jail::shared_directory().expect("a shared directory");
+    let open = |folder: &OwnedFd, name: &str, flags| openat(folder, name, flags, Mode::empty());
+    let errno = |result: nix::Result<OwnedFd>| result.err().map_or(0, |errno| errno as i32);
+    let held = open(&directory, "file", OFlag::O_PATH).expect("hold the file");
+    let again = std::os::fd::AsRawFd::as_raw_fd(&held).to_string();
+    // 1: what is above is another directory.
+    let above = |folder: &OwnedFd| {
+        let number = |fd: &OwnedFd| nix::sys::stat::fstat(fd).map(|it| (it.st_dev, it.st_ino));
+        let up = open(folder, "..", OFlag::O_PATH | OFlag::O_DIRECTORY).expect("hold what is above");
+        i32::from(number(&up) != number(folder))
+    };
+    let device = nix::sys::stat::mknodat(
+        &directory,
+        "device",
+        nix::sys::stat::SFlag::S_IFCHR,
+        Mode::from_bits_retain(0o600),
+        nix::sys::stat::makedev(1, 3),
+    );
+    vec![
+        errno(open(&directory, "file", OFlag::O_RDONLY)),
+        errno(open(&directory, "file", OFlag::O_RDWR)),
+        errno(open(&descriptors, &again, OFlag::O_RDONLY)),
+        errno(open(&directory, "../secret", OFlag::O_RDONLY)),
+        errno(open(&directory, "link", OFlag::O_RDONLY)),
+        above(&directory),
+        above(&descriptors),
+        errno(open(other, "secret", OFlag::O_RDONLY)),
+        device.err().map_or(0, |errno| errno as i32),
+    ]
+}
+
 fn forks() -> i64 {
     for count in 0..1000 {
         // SAFETY: the child makes one system call.
@@ -166,6 +201,10 @@ fn serve(channel: &Channel) {
         match ask {
             Ask::LandlockedCalls => {
                 let answer = Answer::Errors(landlocked_calls(&descriptors[0]));
+                channel.send(&answer, &[]).unwrap();
+            }
+            Ask::SharedCalls => {
+                let answer = Answer::Errors(shared_calls(&descriptors[0]));
                 channel.send(&answer, &[]).unwrap();
             }
             Ask::Forks => channel.send(&Answer::Returned(forks()), &[]).unwrap(),

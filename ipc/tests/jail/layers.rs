@@ -12,6 +12,7 @@ use crate::{Case, DEADLINE, Jailed, Place};
 
 pub const CASES: &[Case] = &[
     ("cannot use a folder that was handed in, nor TCP, with seccomp out of the way", landlock),
+    ("reaches nothing but the directory that it shares", shared_directory),
     ("has users of its own, and groups where root starts it", users),
     ("is born in its cgroup, which goes with the machine", born_in_cgroup),
     ("cannot outgrow its cgroup in threads", forks),
@@ -45,6 +46,54 @@ fn landlock() {
     assert_eq!(errors, [libc::EACCES, libc::EACCES, libc::EACCES, tcp]);
 }
 
+fn shared_directory() {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+    let outside = tempfile::tempdir().unwrap();
+    let folder = outside.path().join("shared");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("file"), "text").unwrap();
+    fs::write(outside.path().join("secret"), "secret").unwrap();
+    symlink(outside.path().join("secret"), folder.join("link")).unwrap();
+    for (path, mode) in [
+        (outside.path().to_owned(), 0o777),
+        (folder.clone(), 0o777),
+        (folder.join("file"), 0o666),
+        (outside.path().join("secret"), 0o666),
+    ] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let withheld = if landlock_version().is_ok() { libc::EACCES } else { 0 };
+    let root = nix::unistd::geteuid().is_root();
+    for (read_only, all_owners) in [(false, false), (true, false), (false, true)] {
+        let directory = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&folder).unwrap();
+        let place = Place { shared: Some((directory.into(), read_only, all_owners)), ..Place::default() };
+        let jailed = Jailed::start_at("serve", Limits { file_size: None, ..Limits::default() }, &place);
+        let other = File::open(outside.path()).unwrap();
+        jailed.channel.send(&Ask::SharedCalls, &[other.as_fd()]).unwrap();
+        let (answer, _) = jailed.channel.recv(Some(DEADLINE)).unwrap();
+        let Answer::Errors(errors) = answer else { panic!("{answer:?}") };
+        let write = if read_only { libc::EROFS } else { 0 };
+        let expected = [
+            ("a file in it to read", 0),
+            ("a file in it to write", write),
+            ("the same file by its descriptor's name", 0),
+            ("what lies beside it", libc::ENOENT),
+            ("what a link in it leads to", libc::ENOENT),
+            ("whether what lies above it is another directory", 0),
+            ("whether what lies above the descriptors is another directory", 0),
+            ("a file of another directory", withheld),
+        ];
+        for ((what, expected), found) in expected.into_iter().zip(&errors) {
+            assert_eq!(*found, expected, "{what}, read-only {read_only}, all owners {all_owners}");
+        }
+        assert_ne!(errors[expected.len()], 0, "a device was made");
+        let status = fs::read_to_string(format!("/proc/{}/status", jailed.process.pid())).unwrap();
+        // CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID: in the process's own user namespace.
+        let kept = if all_owners && root { "CapEff:\t00000000000000cb" } else { "CapEff:\t0000000000000000" };
+        assert!(status.contains(kept), "{status}");
+    }
+}
+
 fn users() {
     let block = match UidBlock::claim(None, 2) {
         Ok(block) => block,
@@ -60,7 +109,7 @@ fn users() {
         let place = Place {
             identity: Identity { uid, gid: uid },
             subordinate: block.is_subordinate().then_some(uid),
-            cgroup: None,
+            ..Place::default()
         };
         let jailed = Jailed::start_at("serve", Limits::default(), &place);
         let pid = jailed.process.pid();

@@ -19,7 +19,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::Channel;
-use bulkhead_ipc::jail::{Identity, JailError, JailSpec, JailedProcess, Limits, cgroup, spawn};
+use bulkhead_ipc::jail::{
+    Identity, JailError, JailSpec, JailedProcess, Limits, SharedDirectory, cgroup, spawn,
+};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
@@ -131,6 +133,8 @@ pub struct Place {
     pub identity: Identity,
     pub subordinate: Option<u32>,
     pub cgroup: Option<OwnedFd>,
+    /// A directory to share, and whether for reading only and for all owners.
+    pub shared: Option<(OwnedFd, bool, bool)>,
 }
 
 impl Jailed {
@@ -170,6 +174,11 @@ impl Jailed {
             identity: place.identity,
             subordinate: place.subordinate,
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
+            shared: place.shared.as_ref().map(|(directory, read_only, all_owners)| SharedDirectory {
+                directory: directory.as_fd(),
+                read_only: *read_only,
+                all_owners: *all_owners,
+            }),
         })?;
         Ok(Self { process, channel, log })
     }

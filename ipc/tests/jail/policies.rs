@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 19] = files![
+const FILES: [(&str, &str); 22] = files![
     "common",
     "core-setup",
     "core-main",
@@ -100,7 +100,10 @@ const FILES: [(&str, &str); 19] = files![
     "vsock-main",
     "vsock-queue",
     "balloon-main",
-    "balloon-queue"
+    "balloon-queue",
+    "relay-main",
+    "fs-main",
+    "fs-queue"
 ];
 
 fn rules(file: &str) -> Vec<Value> {

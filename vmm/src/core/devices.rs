@@ -76,12 +76,14 @@ pub(super) fn greet(lines: Vec<Line>, reports: &Arc<Reports>) -> Result<Vec<Gree
 /// Opens the session with a device process, for which a virtio device has the usual time or that of `limit`.
 fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Result<Greeted, CoreError> {
     let Line { link, stream, rom } = line;
-    let (virtio_id, slot) = match link.kind {
-        LinkKind::VirtioVhostUser { virtio_id, slot } => (virtio_id, slot),
+    let (kind, slot) = match link.kind {
+        LinkKind::VirtioVhostUser { virtio_id, slot } => (DeviceType::from_id(virtio_id), slot),
+        LinkKind::Foreign { virtio_id, slot, queues, config_size } => {
+            (DeviceType { queues, config_size, multi_queue: true, ..DeviceType::from_id(virtio_id) }, slot)
+        }
         LinkKind::Registers | LinkKind::Keyboard => return greet_registers(&link, stream, reports),
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
-    let kind = DeviceType::from_id(virtio_id);
     // The supervisor replaces the process, or says that it will not.
     let mut settings = Settings { hold_on_failure: true, ..Settings::new(&link.id, kind) };
     settings.start_limit = limit.unwrap_or(settings.start_limit);

@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, NetSpec, RestartRule, RomSpec, Size, SmbiosSpec, StreamTarget,
-    VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, RestartRule, RomSpec, Size, SmbiosSpec,
+    StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -29,6 +29,8 @@ Examples:
       Does this host have what is needed?
   bulkhead run --kernel vmlinuz --initrd initrd.img --memory 1G --disk path=disk.img --rng
       A machine whose serial port is this terminal. Ctrl-A X ends it.
+  bulkhead run -- make test
+      A command in a guest that sees this host's files and cannot change them.
   bulkhead run --firmware seabios --disk path=disk.img
       A machine that boots from its disk, as a PC does.
   bulkhead run --name web --kernel vmlinuz --serial attach --disk path=web.img,id=root
@@ -37,6 +39,14 @@ Examples:
 
 const RUN_HELP: &str = concat!(
     "\
+Commands:
+  `bulkhead run -- COMMAND …` runs a command in a guest, as root there, and ends with its exit status.
+  The kernel is an installed one (or --kernel), the root is the host's (or --root DIR, any unpacked
+  tree) for reading only: what the guest changes stays in its memory and is gone afterwards, but for
+  the directories that --rw names. The command begins in the current directory, with this terminal;
+  input that is no terminal is not passed on. It needs no configuration and no privileges. --verbose
+  and --dry-run print the options that it stands for, most of which may be given as well.
+
 Terminal:
   With --serial stdio (the default) or --console stdio on a terminal, all keys go to the guest,
   Ctrl-C included. Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H prints help.
@@ -193,6 +203,10 @@ pub enum Command {
     Sendkey(SendkeyArgs),
     /// Say what this host offers, and what is lost without it
     Doctor(DoctorArgs),
+    /// Print what the devices of a machine have counted: requests, bytes, errors, times
+    Stats(StatsArgs),
+    /// Show machines, processes and what devices do, again and again (end with Ctrl-C)
+    Top(TopArgs),
 }
 
 /// Options of `bulkhead run`. Each may also stand in the configuration file.
@@ -247,7 +261,7 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "path=FILE,…",
-        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below; repeat for more disks"
+        help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below, or vhost-user=SOCKET of another back end; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
     /// Network cards.
@@ -337,6 +351,64 @@ pub struct RunArgs {
     /// Append messages to a file and not to standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Devices of other back ends.
+    #[arg(
+        long = "vhost-user",
+        value_name = "type=TYPE,socket=PATH,…",
+        help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
+    )]
+    pub vhost_user: Vec<VhostUserSpec>,
+    /// Shared directories.
+    #[arg(
+        long = "fs",
+        value_name = "tag=TAG,path=DIR,…",
+        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY]; repeat for more"
+    )]
+    pub fs: Vec<FsSpec>,
+    /// With a command: share this directory for writing; repeat for more
+    #[arg(long, value_name = "DIR")]
+    pub rw: Vec<PathBuf>,
+    /// With a command: the root, any unpacked tree [default: the host's]
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// With a command: print what it stands for, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With a command: print what it stands for, and do it
+    #[arg(long)]
+    pub verbose: bool,
+    /// With a command: keep the initial RAM file system that is made for it
+    #[arg(long, value_name = "FILE")]
+    pub save_initrd: Option<PathBuf>,
+    /// A command for a guest that sees this host's files, instead of a machine: no configuration is needed
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// Options of `bulkhead stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The machine
+    pub name: String,
+    /// Print JSON
+    #[arg(long, conflicts_with = "prometheus")]
+    pub json: bool,
+    /// Print the text format of Prometheus
+    #[arg(long)]
+    pub prometheus: bool,
+}
+
+/// Options of `bulkhead top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The machine; without it all machines of this user (of all users for root)
+    pub name: Option<String>,
+    /// Milliseconds between two looks
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    pub interval: u32,
+    /// End after so many looks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
 }
 
 /// Options of `bulkhead ps`.

@@ -21,6 +21,8 @@ use super::resources::Disk;
 /// image, which is dropped at the limit.
 const CORE_MEMORY: u64 = 320 << 20;
 const DISK_MEMORY: u64 = 256 << 20;
+/// What is known of the files that the guest holds, and the cache of their contents, which the kernel takes back first.
+const SHARE_MEMORY: u64 = 1 << 30;
 const OTHER_MEMORY: u64 = 64 << 20;
 /// The kernel's tables for a mapping of guest RAM, one part in so many (8 bytes for each 4 KiB, twice in the core).
 const TABLES: u64 = 128;
@@ -108,6 +110,8 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.vsock.as_ref().map(|vsock| vsock.id.as_str()));
     names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
     names.extend(config.nics.iter().map(|nic| nic.id.as_str()));
+    names.extend(config.vhost_user.iter().map(|device| device.id.as_str()));
+    names.extend(config.shares.iter().map(|share| share.id.as_str()));
     names
 }
 
@@ -293,13 +297,14 @@ impl Confinement {
         let own = asked.memory.map(|memory| memory.0).unwrap_or(match role {
             Role::Core => CORE_MEMORY.saturating_add(u64::from(config.cpus) << 22),
             Role::Blk => DISK_MEMORY,
+            Role::Fs => SHARE_MEMORY,
             _ => OTHER_MEMORY,
         });
         // Every page of guest RAM is charged to the process that touches it first, and that may be any that maps it. A limit
         // without room for all of it would let the guest have a device killed. The UART, the flash
         // chip and the keyboard map none.
         let ram = match role {
-            Role::Uart | Role::Flash | Role::Keyboard => 0,
+            Role::Uart | Role::Flash | Role::Keyboard | Role::Relay => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);

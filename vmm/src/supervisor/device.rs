@@ -155,6 +155,10 @@ fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
         AddRequest::Net { spec, folder }
     } else if let Some(spec) = args.vsock.clone() {
         AddRequest::Vsock { spec, folder }
+    } else if let Some(spec) = args.vhost_user.clone() {
+        AddRequest::VhostUser { spec, folder }
+    } else if let Some(spec) = args.fs.clone() {
+        AddRequest::Fs { spec, folder }
     } else if let Some(spec) = args.balloon.clone() {
         AddRequest::Balloon { spec }
     } else if args.rng {

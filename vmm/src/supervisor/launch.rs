@@ -5,33 +5,40 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FlashConfig, ImageFormat, KeyboardConfig, LinkKind, NetBackend,
-    NetConfig, NetLimits, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat,
+    KeyboardConfig, LinkKind, NetBackend, NetConfig, NetLimits, RelayConfig, RngConfig, ToCore, ToDevice,
+    UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
-use bulkhead_ipc::jail::{self, Enforcement, JailError, JailSpec, Limits};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailError, JailSpec, Limits, SharedDirectory};
 use bulkhead_ipc::vfio_user::shadow::SHADOW_SIZE;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::pipe2;
 use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
+use super::config::fs::Cache;
 use super::config::net::RateSpec;
-use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
-use super::resources::{Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Stream, Variables, Vsock};
+use super::resources::{
+    Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables, Vsock,
+};
 use super::smbios::Tables;
 use super::terminal;
 
@@ -44,6 +51,7 @@ const VIRTIO_BALLOON: u16 = 5;
 const VIRTIO_VSOCK: u16 = 19;
 /// A descriptor for each connection of a vsock, and some.
 const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
+const VIRTIO_FS: u16 = 26;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -83,6 +91,16 @@ pub enum LaunchError {
         /// What failed.
         source: ChannelError,
     },
+    /// A back end that is not ours is not there.
+    #[error("device {id}: cannot connect to the back end at '{path}': {reason}", path = path.display())]
+    BackEnd {
+        /// Which device.
+        id: String,
+        /// Where it should listen.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// A descriptor, most likely too many of them.
     #[error("cannot start {id}: {source}")]
     Io {
@@ -115,6 +133,8 @@ enum Plan<'a> {
     Vsock(&'a Vsock),
     Balloon(&'a Balloon),
     Net(&'a Nic),
+    Foreign(&'a VhostUserConfig),
+    Fs(&'a Share),
 }
 
 impl<'a> Plan<'a> {
@@ -129,6 +149,8 @@ impl<'a> Plan<'a> {
         plans.extend(resources.vsock.as_ref().map(Self::Vsock));
         plans.extend(resources.balloon.as_ref().map(Self::Balloon));
         plans.extend(resources.nics.iter().map(Self::Net));
+        plans.extend(resources.foreign.iter().map(Self::Foreign));
+        plans.extend(resources.shares.iter().map(Self::Fs));
         plans
     }
 
@@ -143,6 +165,8 @@ impl<'a> Plan<'a> {
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
             Self::Net(nic) => &nic.config.id,
+            Self::Foreign(device) => &device.id,
+            Self::Fs(share) => &share.config.id,
         }
     }
 
@@ -157,6 +181,8 @@ impl<'a> Plan<'a> {
             Self::Vsock(_) => Role::Vsock,
             Self::Balloon(_) => Role::Balloon,
             Self::Net(_) => Role::Net,
+            Self::Foreign(_) => Role::Relay,
+            Self::Fs(_) => Role::Fs,
         }
     }
 
@@ -172,6 +198,13 @@ impl<'a> Plan<'a> {
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
             Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
             Self::Net(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_NET, slot },
+            Self::Foreign(device) => LinkKind::Foreign {
+                virtio_id: device.device_id,
+                slot,
+                queues: device.queues.unwrap_or(device.least_queues),
+                config_size: device.config_size,
+            },
+            Self::Fs(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_FS, slot },
         }
     }
 
@@ -192,7 +225,13 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
             Self::Keyboard(_) => Some(KEYBOARD_STATE),
+            Self::Foreign(_) => Some(0),
+            Self::Fs(_) => None,
         };
+        if matches!(self, Self::Fs(_)) {
+            // A descriptor for each file that the guest knows, as far as the host allows, and what is known of it.
+            return Limits { file_size, descriptors: 1 << 19, data: Some(512 << 20), ..Limits::default() };
+        }
         // The kernel counts io_uring's rings as locked memory, for all processes of one user together.
         let allowed = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(_, hard)| hard);
         let locked = if matches!(self, Self::Blk(_)) { IO_URING_LOCKED.min(allowed) } else { 0 };
@@ -206,7 +245,49 @@ impl<'a> Plan<'a> {
         Limits { file_size, locked, descriptors, ..Limits::default() }
     }
 
-    fn config(&self, cpus: u8, successor: bool, fds: &mut Fds<'a>) -> DeviceConfig {
+    /// Whether its process has queues to count.
+    const fn counts(&self) -> bool {
+        matches!(
+            self,
+            Self::Blk(_)
+                | Self::Rng(_)
+                | Self::Console(_)
+                | Self::Net(_)
+                | Self::Vsock(_)
+                | Self::Balloon(_)
+                | Self::Fs(_)
+        )
+    }
+
+    /// A connection to the back end, where it is not ours.
+    fn connect(&self) -> Result<Option<UnixStream>, LaunchError> {
+        let Self::Foreign(device) = self else { return Ok(None) };
+        connect_now(&device.socket).map(Some).map_err(|errno| LaunchError::BackEnd {
+            id: device.id.clone(),
+            path: device.socket.clone(),
+            reason: match errno {
+                Errno::ENOENT => "there is no such socket: start the back end first".to_owned(),
+                Errno::ECONNREFUSED => "nobody listens there: start the back end first".to_owned(),
+                Errno::EAGAIN => {
+                    "it does not accept connections: it serves somebody else, or hangs".to_owned()
+                }
+                Errno::EACCES => "permission denied for this user".to_owned(),
+                Errno::ENAMETOOLONG => "the path is too long for a socket".to_owned(),
+                errno => errno.desc().to_owned(),
+            },
+        })
+    }
+
+    /// What it is told of `config`, and of its back end or whether it is a successor.
+    fn config<'b>(
+        &self,
+        cpus: u8,
+        (back_end, successor): (Option<&'b UnixStream>, bool),
+        fds: &mut Fds<'b>,
+    ) -> DeviceConfig
+    where
+        'a: 'b,
+    {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
             Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
@@ -232,9 +313,21 @@ impl<'a> Plan<'a> {
                 connector: fds.add(&vsock.for_device),
             }),
             Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
+            Self::Fs(share) => DeviceConfig::Fs(fs_config(share, fds.add(&share.table))),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
+            }),
+            Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
+                back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
+                path: device.socket.to_string_lossy().into_owned(),
+                kind: device.kind.clone(),
+                features: device.features,
+                queues: device.queues,
+                least_queues: device.least_queues,
+                has_config: device.needs_config,
+                config: device.config.clone(),
+                own_features: device.own_features,
             }),
         }
     }
@@ -307,6 +400,36 @@ fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
     }
 }
 
+/// Connects to a Unix socket without waiting for one that does not accept.
+fn connect_now(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|_| Errno::last())?;
+    Ok(stream)
+}
+
+fn fs_config(share: &Share, table: FdIndex) -> FsConfig {
+    let it = &share.config;
+    let cache = match it.cache {
+        Cache::Auto => FsCache::Auto,
+        Cache::Always => FsCache::Always,
+        Cache::Metadata => FsCache::Metadata,
+        Cache::Never => FsCache::Never,
+    };
+    let one = |(uid, gid)| FsOwners::One { uid, gid, others: it.others };
+    FsConfig {
+        table,
+        tag: it.tag.clone(),
+        read_only: it.readonly,
+        cache,
+        submounts: it.submounts,
+        xattr: it.xattr,
+        owners: share.owner.map_or(FsOwners::All, one),
+    }
+}
+
 const fn ipc_level(level: LogLevel) -> bulkhead_ipc::log::LogLevel {
     use bulkhead_ipc::log::LogLevel as Ipc;
     match level {
@@ -376,6 +499,8 @@ fn start_device<'a>(
     plan: &Plan<'a>,
     (socket, successor): (&'a UnixStream, bool),
 ) -> Result<Process, LaunchError> {
+    let back_end = plan.connect()?;
+    let meter = if plan.counts() { resources.meters.of(plan.id()) } else { None };
     let mut fds = Fds::default();
     let start = ToDevice::Start(DeviceStart {
         id: plan.id().to_owned(),
@@ -383,7 +508,8 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, successor, &mut fds),
+        config: plan.config(config.cpus, (back_end.as_ref(), successor), &mut fds),
+        metrics: meter.as_deref().map(|meter| fds.add(meter)),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());
     let program = Program {
@@ -503,6 +629,9 @@ impl Program<'_> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| io(error.into()))?;
         // Only our end: what a process writes while the pipe is full makes it wait, not lose its last words.
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|error| io(error.into()))?;
+        // A directory is shared by a user who may use it, and not by one of the process's own.
+        let share = self.resources.shares.iter().find(|share| share.config.id == id);
+        let owner = share.and_then(|share| share.owner).map(|(uid, gid)| Identity { uid, gid });
         let jailed = jail::spawn(JailSpec {
             program: self.file.as_fd(),
             arguments: self.arguments,
@@ -510,9 +639,14 @@ impl Program<'_> {
             log: write.as_fd(),
             null: self.resources.null.as_fd(),
             limits: self.limits,
-            identity: place.identity,
-            subordinate: place.subordinate,
+            identity: owner.unwrap_or(place.identity),
+            subordinate: place.subordinate.filter(|_| share.is_none()),
             cgroup: place.cgroup.as_ref().map(AsFd::as_fd),
+            shared: share.map(|share| SharedDirectory {
+                directory: share.directory.as_fd(),
+                read_only: share.config.readonly,
+                all_owners: share.owner.is_none(),
+            }),
         })
         .map_err(|source| LaunchError::Jail { id: id.to_owned(), source })?;
         Ok(Process {

@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod command;
 pub mod config;
 pub mod confinement;
 pub mod console;
@@ -30,8 +31,10 @@ pub mod resources;
 pub mod run;
 pub mod security;
 mod smbios;
+pub mod stats;
 pub mod stop;
 pub mod terminal;
+pub mod top;
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -86,6 +89,14 @@ pub fn main() -> ExitCode {
             Err(error) => fail(&error, error.exit_code()),
         },
         Command::Events(args) => match events::events(&args) {
+            Ok(()) => ExitCode::Success,
+            Err(error) => fail(&error, client_code(&error)),
+        },
+        Command::Stats(args) => match stats::stats(&args) {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, client_code(&error)),
+        },
+        Command::Top(args) => match top::top(&args) {
             Ok(()) => ExitCode::Success,
             Err(error) => fail(&error, client_code(&error)),
         },

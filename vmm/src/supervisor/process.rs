@@ -35,8 +35,12 @@ pub enum Role {
     Balloon,
     /// A network card.
     Net,
+    /// A shared directory.
+    Fs,
     /// The process that started the others.
     Supervisor,
+    /// What stands before a back end that is not ours.
+    Relay,
 }
 
 impl Role {
@@ -53,7 +57,9 @@ impl Role {
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
             Self::Net => "net",
+            Self::Fs => "fs",
             Self::Supervisor => "supervisor",
+            Self::Relay => "relay",
         }
     }
 }
@@ -81,6 +87,9 @@ impl Role {
             (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
             (Self::Net, None) => PolicyName::NetMain,
             (Self::Net, Some(_)) => PolicyName::NetQueue,
+            (Self::Relay, _) => PolicyName::RelayMain,
+            (Self::Fs, None) => PolicyName::FsMain,
+            (Self::Fs, Some(_)) => PolicyName::FsQueue,
         }
     }
 }

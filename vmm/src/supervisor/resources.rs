@@ -4,8 +4,10 @@
 mod added;
 mod balloon;
 mod disk;
+mod meters;
 pub mod nic;
 mod roms;
+mod share;
 mod slots;
 mod stream;
 mod variables;
@@ -23,18 +25,22 @@ use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::Disk;
 use disk::{lock, open_disk};
+use meters::Meters;
 use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use roms::Rom;
+pub use share::Share;
 use slots::Slots;
 pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 pub use vsock::Vsock;
 
-use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget};
+use super::config::{
+    CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
+};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
@@ -182,6 +188,9 @@ pub enum ResourceError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// An ordinary user acts as nobody else.
+    #[error("fs {0}: owner= is for machines of root; this user shares a directory as itself")]
+    ShareOwner(String),
     /// No slot.
     #[error("device {0}: no PCI slot is free")]
     NoSlot(String),
@@ -250,6 +259,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// The network cards.
     pub nics: Vec<Nic>,
+    /// The devices of back ends that are not ours; a connection is made for each process.
+    pub foreign: Vec<VhostUserConfig>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
@@ -274,6 +285,10 @@ pub struct Resources {
     pub null: File,
     /// Cgroups and users.
     pub confinement: Confinement,
+    /// Memory for what the devices count.
+    pub meters: Meters,
+    /// The shared directories.
+    pub shares: Vec<Share>,
 }
 
 impl Resources {
@@ -302,13 +317,16 @@ impl Resources {
         let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
         let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
         let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
+        let foreign = config.vhost_user.iter().map(|device| &*device.id);
         let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
+        let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
+        let shared = shares.iter().map(|share| &*share.config.id);
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
         let cards = config.nics.iter().map(|nic| &*nic.id);
-        for id in ids.chain(vsock).chain(balloon).chain(cards) {
+        for id in ids.chain(vsock).chain(balloon).chain(cards).chain(foreign).chain(shared) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -326,6 +344,7 @@ impl Resources {
             variables,
             roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
             disks,
+            foreign: config.vhost_user.clone(),
             slots,
             processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
@@ -336,6 +355,8 @@ impl Resources {
             null: open_device("/dev/null", true)?,
             confinement,
             nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
+            meters: Meters::default(),
+            shares,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

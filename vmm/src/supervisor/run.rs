@@ -1,15 +1,16 @@
 //! `bulkhead run`.
 
-use std::io;
+use std::io::{self, Write};
 use std::time::Instant;
 
 use thiserror::Error;
 
 use super::api::server::{Server, ServerError};
 use super::cli::{LogLevel, RunArgs};
+use super::command::{self, CommandError};
 use super::config::{self, ConfigError, MachineConfig};
 use super::doctor::kvm::KvmError;
-use super::event_loop::{Environment, EventLoop, signals};
+use super::event_loop::{End, Environment, EventLoop, signals};
 use super::exit_code::ExitCode;
 use super::launch::LaunchError;
 use super::logs::Log;
@@ -19,6 +20,9 @@ use super::terminal;
 /// Why a machine was not started, or its supervision failed.
 #[derive(Debug, Error)]
 pub enum RunError {
+    /// A command without configuration.
+    #[error(transparent)]
+    Command(#[from] CommandError),
     /// What was asked for makes no sense.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -45,20 +49,31 @@ impl RunError {
             Self::Resource(ResourceError::Program { .. } | ResourceError::Host { .. })
             | Self::Server(ServerError::Io(_))
             | Self::Io(_) => ExitCode::Internal,
-            Self::Config(_) | Self::Resource(_) | Self::Server(ServerError::NameInUse(_)) => ExitCode::Usage,
+            Self::Command(_)
+            | Self::Config(_)
+            | Self::Resource(_)
+            | Self::Server(ServerError::NameInUse(_)) => ExitCode::Usage,
             Self::Launch(LaunchError::Jail { source, .. }) if source.missing_layer().is_some() => {
                 ExitCode::Host
             }
+            Self::Launch(LaunchError::BackEnd { .. }) => ExitCode::Usage,
             Self::Launch(_) => ExitCode::Internal,
         }
     }
 }
 
 /// Starts a machine and stays until it has ended.
-pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
+pub fn run(mut args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
     // Before anything is opened: from here on a signal is an event, and every way out closes what was opened.
     signals().thread_block().map_err(io::Error::from)?;
     terminal::restore_on_panic();
+    let command = command::prepare(&mut args)?;
+    if let Some(command) = command.as_ref().filter(|command| command.verbose || command.dry_run) {
+        let _nobody_listens = io::stderr().write_all(command.words.as_bytes());
+        if command.dry_run {
+            return Ok(ExitCode::Success);
+        }
+    }
     let config = config::resolve(args)?;
     let log_file = config.log.file.as_deref().map(open_log).transpose()?;
     let debug_port = config.debug_port.as_deref().map(open_debug_port).transpose()?;
@@ -74,7 +89,11 @@ pub fn run(args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
         if end.restarts(&config) {
             continue;
         }
-        return Ok(end.exit_code());
+        return Ok(match end {
+            // The status of the command, as it is.
+            End::DebugExit(status) if command.is_some() => ExitCode::Guest(status),
+            end => end.exit_code(),
+        });
     }
 }
 

@@ -33,6 +33,9 @@ impl DeviceType {
     /// Sockets between guest and host, section 5.10.
     pub const VSOCK: Self = Self { id: 19, class: 0x00_FF_00, config_size: 8, queues: 3, multi_queue: false };
 
+    /// File system, section 5.11: tag and number of request queues.
+    pub const FS: Self = Self { id: 26, class: 0x01_80_00, config_size: 40, queues: 2, multi_queue: true };
+
     /// The type with a virtio device ID. One that has no entry here gets class FF, no configuration space and one queue or more.
     #[must_use]
     pub const fn from_id(id: u16) -> Self {
@@ -43,6 +46,7 @@ impl DeviceType {
             4 => Self::ENTROPY,
             5 => Self::BALLOON,
             19 => Self::VSOCK,
+            26 => Self::FS,
             _ => Self { id, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: true },
         }
     }

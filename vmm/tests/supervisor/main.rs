@@ -6,6 +6,7 @@
 
 mod api;
 mod events;
+mod foreign;
 mod harness;
 mod hosts;
 mod hung;
@@ -40,6 +41,7 @@ fn main() {
         streams::CASES,
         api::CASES,
         hosts::CASES,
+        foreign::CASES,
     ];
     for (name, case) in cases.concat() {
         if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {

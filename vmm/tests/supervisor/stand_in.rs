@@ -164,15 +164,9 @@ fn count_lives(kept: &mut Vec<OwnedFd>) -> u8 {
     lives[0]
 }
 
-pub fn device() {
-    let control = Control::new();
-    let (message, fds) = control.recv::<ToDevice>();
-    let ToDevice::Start(start) = message else { panic!("{message:?}") };
-    let DeviceStart { id, enforcement, config, socket, .. } = start;
-    jail::set_enforcement(enforcement);
-    let mut fds = Descriptors::from(fds);
-    let mut kept = vec![fds.take(socket).unwrap()];
-    let policy = match config {
+/// Takes what a device of this type is given; the policy of its main thread.
+fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) -> PolicyName {
+    match config {
         DeviceConfig::Blk(blk) => {
             kept.push(fds.take(blk.disk).unwrap());
             PolicyName::BlkMain
@@ -220,7 +214,30 @@ pub fn device() {
             }
             PolicyName::NetMain
         }
-    };
+        DeviceConfig::Relay(relay) => {
+            kept.push(fds.take(relay.back_end).unwrap());
+            PolicyName::RelayMain
+        }
+        DeviceConfig::Fs(fs) => {
+            kept.push(fds.take(fs.table).unwrap());
+            let (directory, descriptors) = jail::shared_directory().unwrap();
+            kept.extend([directory, descriptors]);
+            PolicyName::FsMain
+        }
+    }
+}
+
+pub fn device() {
+    let control = Control::new();
+    let (message, fds) = control.recv::<ToDevice>();
+    let ToDevice::Start(start) = message else { panic!("{message:?}") };
+    let DeviceStart { id, enforcement, config, socket, metrics, .. } = start;
+    jail::set_enforcement(enforcement);
+    let mut fds = Descriptors::from(fds);
+    let mut kept = vec![fds.take(socket).unwrap()];
+    // Only the mapping of it would be kept.
+    drop(metrics.map(|metrics| fds.take(metrics).unwrap()));
+    let policy = take(config, &mut fds, &mut kept);
     fds.finish().unwrap();
     if id == "early" || id == "counts" && matches!(count_lives(&mut kept), 1 | 2) {
         exit(5);
@@ -279,7 +296,6 @@ fn serve(control: &Control, id: &str) {
             }
             (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
-            (ToDevice::Start(_), _) => panic!("twice"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }

@@ -15,6 +15,7 @@ use super::session::LogSource;
 use super::vring::VringError;
 use super::worker::{EnterThread, WorkerError, WorkerHandle};
 use crate::memory::MemoryError;
+use crate::metrics::Metrics;
 use crate::vhost_user::connection::{Connection, ConnectionError, Kind, Message};
 use crate::vhost_user::deadline::Deadline;
 use crate::vhost_user::message::{
@@ -112,6 +113,7 @@ pub struct Daemon {
     pub(super) log: Option<LogSource>,
     pub(super) inflight: Option<InflightArea>,
     pub(super) status: u8,
+    pub(super) metrics: Metrics,
     pub(super) queues: Vec<QueueState>,
 }
 
@@ -144,8 +146,14 @@ impl Daemon {
             log: None,
             inflight: None,
             status: 0,
+            metrics: Metrics::none(),
             queues,
         })
+    }
+
+    /// Counts into this memory, from the next start of a ring on.
+    pub fn set_metrics(&mut self, metrics: Metrics) {
+        self.metrics = metrics;
     }
 
     /// Descriptors that the workers keep open for the life of the daemon, for the seal's check.

@@ -28,6 +28,8 @@ const F_LOG: u32 = 1;
 pub(super) struct QueueState {
     size: Option<u16>,
     base: u16,
+    /// Where the ring stood at a reset. QEMU (7.2) resets the status of a device before it asks where its rings stand.
+    stood: Option<u16>,
     /// User addresses of descriptor table, available ring, used ring.
     addresses: Option<[u64; 3]>,
     kick: Option<SharedFd>,
@@ -70,7 +72,8 @@ impl Daemon {
     pub(super) fn set_vring_base(&mut self, payload: &[u8]) -> Result<Answer, Refusal> {
         let VhostUserVringState { index, num } = state(payload)?;
         let bad = Refusal::Value { what: "ring base", value: u64::from(num) };
-        self.stopped_queue(index)?.base = u16::try_from(num).map_err(|_| bad)?;
+        let queue = self.stopped_queue(index)?;
+        (queue.base, queue.stood) = (u16::try_from(num).map_err(|_| bad)?, None);
         Ok(Answer::Done)
     }
 
@@ -112,7 +115,8 @@ impl Daemon {
         let (_, queue) = self.queue(index)?;
         // The ring stays stopped until it gets a kick descriptor again.
         queue.kick = None;
-        Ok(Answer::Reply(encode(&VhostUserVringState { index, num: u32::from(queue.base) })))
+        let num = queue.stood.take().unwrap_or(queue.base).into();
+        Ok(Answer::Reply(encode(&VhostUserVringState { index, num })))
     }
 
     pub(super) fn set_vring_kick(
@@ -187,6 +191,7 @@ impl Daemon {
         let enabled = self.features != 0 && self.features & VHOST_USER_F_PROTOCOL_FEATURES == 0;
         for queue in &mut self.queues {
             queue.enabled = enabled;
+            queue.stood = queue.stood.or(Some(queue.base));
             queue.base = 0;
         }
         Ok(())
@@ -225,12 +230,12 @@ impl Daemon {
             ),
             None => None,
         };
-        let ring = Vring::start(setup, self.memory.ram().clone(), inflight)?;
+        let ring = Vring::start(setup, self.memory.ram().clone(), inflight)?.with_meter(&self.metrics);
         let worker = self.device.worker_of(number);
         let worker = self.workers.get(worker).ok_or(Refusal::State("the queue has no worker"))?;
         worker.start(ring)?;
         if let Some(queue) = self.queues.get_mut(usize::from(number)) {
-            queue.running = true;
+            (queue.running, queue.stood) = (true, None);
         }
         Ok(())
     }

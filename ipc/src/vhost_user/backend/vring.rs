@@ -24,6 +24,7 @@ use vm_memory::Bytes;
 use super::chain::{Chain, ChainError};
 use super::inflight::InflightQueue;
 use crate::memory::{GuestRam, MemoryError, single};
+use crate::metrics::{Meter, Metrics};
 
 /// Why a ring cannot run (any longer).
 #[derive(Debug, Error)]
@@ -120,6 +121,7 @@ pub struct Vring {
     /// Heads of the entries that are written and not published.
     unpublished: Vec<u16>,
     broken: bool,
+    meter: Option<Meter>,
 }
 
 impl Vring {
@@ -174,12 +176,25 @@ impl Vring {
             signalled: used,
             unpublished: Vec::with_capacity(BATCH),
             broken: false,
+            meter: None,
         };
         // A predecessor may have died between the used ring and the interrupt.
         if ring.inflight.is_some() {
             ring.call();
         }
         Ok(ring)
+    }
+
+    /// Counts from here on.
+    #[must_use]
+    pub fn with_meter(mut self, metrics: &Metrics) -> Self {
+        self.meter = Meter::new(metrics, self.setup.index, self.setup.size);
+        self
+    }
+
+    /// A request that is about to be finished has failed.
+    pub fn count_error(&self) {
+        self.meter.iter().for_each(Meter::failed);
     }
 
     /// The queue's number.
@@ -238,7 +253,10 @@ impl Vring {
         let head = match self.resubmit.pop_front() {
             Some(head) => head,
             None => {
-                let Some(head) = self.next_head()? else { return Ok(false) };
+                let Some(head) = self.next_head()? else {
+                    self.meter.iter_mut().for_each(Meter::idle);
+                    return Ok(false);
+                };
                 if let Some(inflight) = self.inflight.as_mut() {
                     inflight.taken(head);
                 }
@@ -249,6 +267,7 @@ impl Vring {
             .walk(self.ram.memory(), self.setup.descriptors, self.setup.size, head, self.setup.indirect)
             .map_err(|source| VringError::Chain { head, source })?;
         self.taken = self.taken.saturating_add(1);
+        self.meter.iter_mut().for_each(|meter| meter.taken(head, chain.readable_bytes()));
         Ok(true)
     }
 
@@ -278,6 +297,7 @@ impl Vring {
     /// It stays marked in flight and is the next to be taken.
     pub fn put_back(&mut self, head: u16) {
         self.taken = self.taken.saturating_sub(1);
+        self.meter.iter_mut().for_each(|meter| meter.put_back(head));
         self.resubmit.push_front(head);
     }
 
@@ -299,6 +319,7 @@ impl Vring {
     /// Writes an entry of the used ring without its index.
     fn place_used(&mut self, head: u16, written: u32) {
         self.taken = self.taken.saturating_sub(1);
+        self.meter.iter_mut().for_each(|meter| meter.finished(head, written));
         if self.broken {
             return;
         }
@@ -343,11 +364,13 @@ impl Vring {
         if self.signalled != self.published && !self.broken {
             let wanted = self.wants_interrupt();
             self.signalled = self.published;
+            let told = matches!(wanted, Ok(true));
             match wanted {
                 Ok(true) => self.call(),
                 Ok(false) => {}
                 Err(error) => self.fail(&error),
             }
+            self.meter.iter_mut().for_each(|meter| meter.signalled(told));
         }
     }
 

@@ -22,6 +22,7 @@ mod network;
 mod refusals;
 mod restart;
 mod serial;
+mod shared;
 mod vsock;
 
 use std::process::ExitCode;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         keyboard::cases(),
         vsock::cases(),
         network::cases(),
+        shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

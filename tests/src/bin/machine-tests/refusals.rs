@@ -103,6 +103,33 @@ const REFUSALS: &[Refusal] = &[
         &["already"],
     ),
     refusal(
+        "missing shared directory",
+        &["--kernel", "%", "--fs", "tag=a,path=@/none"],
+        exit::USAGE,
+        &["fs0", "none", "no such directory"],
+    ),
+    refusal(
+        "shared directory is a file",
+        &["--kernel", "%", "--fs", "tag=a,path=@/text"],
+        exit::USAGE,
+        &["text", "a directory is needed"],
+    ),
+    refusal("tag is empty", &["--kernel", "%", "--fs", "tag=,path=@"], exit::USAGE, &["tag", "empty"]),
+    refusal(
+        "tag is too long",
+        &["--kernel", "%", "--fs", "tag=1234567890123456789012345678901234567,path=@"],
+        exit::USAGE,
+        &["tag", "37", "36"],
+    ),
+    refusal(
+        "two directories with one tag",
+        &["--kernel", "%", "--fs", "tag=a,path=@", "--fs", "tag=a,path=@"],
+        exit::USAGE,
+        &["tag 'a'", "already", "fs0"],
+    ),
+    refusal("no directory to write", &["--rw", "@/none", "--", "true"], exit::USAGE, &["--rw", "none"]),
+    refusal("a root without a command", &["--root", "@"], exit::USAGE, &["--root", "COMMAND"]),
+    refusal(
         "two devices with one id",
         &["--kernel", "%", "--disk", "path=@/disk,id=a", "--disk", "path=@/other,id=a"],
         exit::USAGE,

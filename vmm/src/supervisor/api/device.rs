@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use bulkhead_ipc::metrics::Counters;
 use serde::{Deserialize, Serialize};
 
 use crate::supervisor::process::Role;
@@ -40,6 +41,20 @@ pub enum AddRequest {
     Balloon {
         /// As after `--balloon`.
         spec: String,
+    },
+    /// A device of a back end that is not ours.
+    VhostUser {
+        /// As after `--vhost-user`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
+    /// A shared directory.
+    Fs {
+        /// As after `--fs`.
+        spec: String,
+        /// Where a relative path starts.
+        folder: PathBuf,
     },
 }
 
@@ -82,6 +97,19 @@ pub struct DeviceEntry {
     pub last_end: Option<String>,
     /// The version of its program.
     pub version: String,
+}
+
+/// What a device has counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Its id.
+    pub id: String,
+    /// Its type.
+    pub role: Role,
+    /// How often its process was replaced.
+    pub restarts: u64,
+    /// The counts, all processes of the device together; none for a device that does not count.
+    pub counters: Option<Counters>,
 }
 
 /// What a device does.

@@ -9,7 +9,9 @@ pub mod device;
 pub mod packet;
 pub mod server;
 
-pub use device::{AddRequest, BalloonEntry, DeviceEntry, DeviceState, EventEntry, EventKind, ProgramInfo};
+pub use device::{
+    AddRequest, BalloonEntry, DeviceEntry, DeviceState, DeviceStats, EventEntry, EventKind, ProgramInfo,
+};
 use serde::{Deserialize, Serialize};
 
 use super::process::Role;
@@ -102,6 +104,8 @@ pub enum Request {
         /// In.
         up: bool,
     },
+    /// What the devices have counted.
+    Stats,
 }
 
 /// What the machine answers.
@@ -133,6 +137,11 @@ pub enum Response {
     },
     /// The balloon.
     Balloon(BalloonEntry),
+    /// What the devices have counted.
+    Stats {
+        /// In the order of their places.
+        devices: Vec<DeviceStats>,
+    },
     /// Refused.
     Error {
         /// A sentence for a person.

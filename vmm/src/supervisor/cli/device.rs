@@ -81,6 +81,14 @@ pub struct DeviceAddArgs {
         help = "Network card: user, tap=NAME or socket=PATH, with the options of `bulkhead run`"
     )]
     pub net: Option<String>,
+    /// A device of another back end, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "type=TYPE,socket=PATH,…",
+        group = "what",
+        help = "Device of a vhost-user back end, as for `bulkhead run`"
+    )]
+    pub vhost_user: Option<String>,
     /// The entropy device
     #[arg(long, group = "what")]
     pub rng: bool,
@@ -90,6 +98,14 @@ pub struct DeviceAddArgs {
     /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub limit: Option<String>,
+    /// A shared directory, as for `bulkhead run`.
+    #[arg(
+        long,
+        value_name = "tag=TAG,path=DIR,…",
+        group = "what",
+        help = "Shared directory: tag=TAG,path=DIR[,readonly=on]…, as for `bulkhead run`"
+    )]
+    pub fs: Option<String>,
 }
 
 /// Options of `bulkhead device remove`.

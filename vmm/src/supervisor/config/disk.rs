@@ -28,11 +28,13 @@ pub struct DiskSpec {
     pub addr: Option<PciAddress>,
     /// Everything else.
     pub options: DiskOptions,
+    /// `path` is the socket of a vhost-user back end that is not ours.
+    pub vhost_user: bool,
 }
 
 /// The keys, in the order in which help names them.
 fn keys() -> Vec<&'static str> {
-    [&["path", "readonly", "id", "restart", "addr"][..], &DiskOptions::KEYS].concat()
+    [&["path", "readonly", "id", "restart", "addr", "vhost-user"][..], &DiskOptions::KEYS].concat()
 }
 
 impl<'de> Deserialize<'de> for DiskSpec {
@@ -99,6 +101,9 @@ pub enum DiskSpecError {
     /// `readonly` with something other than on or off.
     #[error("readonly={0}: say readonly=on or readonly=off")]
     Readonly(String),
+    /// A key that a disk of another program does not have.
+    #[error("{0}= cannot be said of the back end behind vhost-user=SOCKET, which sees to it itself")]
+    Elsewhere(String),
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
@@ -134,6 +139,7 @@ struct Draft {
     restart: Option<RestartPolicy>,
     addr: Option<PciAddress>,
     options: DiskOptions,
+    vhost_user: bool,
 }
 
 impl Draft {
@@ -143,6 +149,7 @@ impl Draft {
         }
         self.given.push(key.to_owned());
         match key {
+            "path" if self.vhost_user => return Err(DiskSpecError::Twice(key.to_owned())),
             "path" => self.path = Some(PathBuf::from(value)),
             "readonly" => {
                 self.readonly = match value {
@@ -154,6 +161,12 @@ impl Draft {
             "id" => self.id = Some(value.to_owned()),
             "restart" => self.restart = Some(value.parse()?),
             "addr" => self.addr = Some(value.parse()?),
+            "vhost-user" => {
+                if self.path.replace(PathBuf::from(value)).is_some() {
+                    return Err(DiskSpecError::Twice("path".to_owned()));
+                }
+                self.vhost_user = true;
+            }
             _ => {
                 if !self.options.set(key, value)? {
                     let hint = hint(key, &keys());
@@ -165,8 +178,12 @@ impl Draft {
     }
 
     fn finish(self) -> Result<DiskSpec, DiskSpecError> {
-        let Self { path, readonly, id, restart, addr, options, .. } = self;
+        let Self { given, path, readonly, id, restart, addr, options, vhost_user } = self;
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(DiskSpecError::NoPath)?;
+        let own = |key: &&String| !["vhost-user", "id", "restart"].contains(&key.as_str());
+        if let Some(key) = given.iter().find(own).filter(|_| vhost_user) {
+            return Err(DiskSpecError::Elsewhere(key.clone()));
+        }
         if options.cache.direct && options.format.0 != ImageFormat::Raw {
             return Err(DiskSpecError::Direct);
         }
@@ -176,7 +193,7 @@ impl Draft {
         if options.read_error.0 == ErrorAction::Ignore {
             return Err(DiskSpecError::ReadError);
         }
-        Ok(DiskSpec { path, readonly, id, restart, addr, options })
+        Ok(DiskSpec { path, readonly, id, restart, addr, options, vhost_user })
     }
 }
 
@@ -210,11 +227,14 @@ mod tests {
         let disk: DiskSpec = "path=/a.img,readonly=on,id=root,restart=never,addr=5.1".parse().unwrap();
         let restart = Some(RestartPolicy::Never);
         let (options, addr) = (DiskOptions::default(), Some(PciAddress { slot: 5, function: 1 }));
-        let id = Some("root".into());
-        let expected = DiskSpec { path: "/a.img".into(), readonly: true, id, restart, addr, options };
+        let (id, vhost_user) = (Some("root".into()), false);
+        let expected =
+            DiskSpec { path: "/a.img".into(), readonly: true, id, restart, addr, options, vhost_user };
         assert_eq!(disk, expected);
         let disk: DiskSpec = "path=a=b.img".parse().unwrap();
         assert_eq!(disk.path, PathBuf::from("a=b.img"));
+        let disk: DiskSpec = "vhost-user=/run/x,id=y".parse().unwrap();
+        assert_eq!((disk.vhost_user, disk.path.to_str()), (true, Some("/run/x")));
         assert!("readonly,path=a".parse::<DiskSpec>().unwrap().readonly);
     }
 
@@ -262,5 +282,7 @@ mod tests {
         assert!(refusal("path=a,readonly=maybe").contains("readonly=maybe"));
         assert!(refusal("path=a,restart=often").contains("'often' is not a restart policy"));
         assert!(refusal("path=a,path=b").contains("given twice"));
+        assert!(refusal("path=a,vhost-user=b").contains("given twice"));
+        assert!(refusal("vhost-user=b,readonly=on").contains("back end"));
     }
 }

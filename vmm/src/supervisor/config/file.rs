@@ -15,6 +15,7 @@ use super::confinement::{CgroupChoice, LimitSpec, ProcessLimits, UidChoice, word
 use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
+use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
 use super::restart::{RestartPolicy, RestartRule};
@@ -23,6 +24,7 @@ use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
 use super::table::{RngSpec, StreamSpec};
+use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
 use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
@@ -99,6 +101,8 @@ struct File {
     log_format: Option<LogFormat>,
     log_file: Option<PathBuf>,
     option_rom: Vec<RomSpec>,
+    vhost_user: Vec<VhostUserSpec>,
+    fs: Vec<FsSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -180,6 +184,12 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         log_format: file.log_format,
         log_file: file.log_file.map(at),
         roms: file.option_rom.into_iter().map(|rom| rom.at(base)).collect(),
+        vhost_user: {
+            let at = |spec: VhostUserSpec| VhostUserSpec { socket: at(spec.socket), ..spec };
+            file.vhost_user.into_iter().map(at).collect()
+        },
+        fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
+        ..RunArgs::default()
     })
 }
 
@@ -247,13 +257,6 @@ mod tests {
             readonly = true
             id = "root"
             restart = "never"
-            [[net]]
-            user = true
-            hostfwd = ["tcp:8080:80"]
-            ip-filter = ["10.0.0.1"]
-            [[net]]
-            socket = "wire"
-            rx-rate = "1M"
         "#;
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert_eq!(run.kernel, Some("/etc/vmlinuz".into()));
@@ -269,8 +272,6 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert!(run.nets.first().is_some_and(|net| net.user && net.hostfwd == ["tcp:8080:80"]));
-        assert_eq!(run.nets.last().unwrap().socket, Some("/etc/wire".into()));
         assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
@@ -281,6 +282,36 @@ mod tests {
         assert_eq!(run.cgroup, Some(CgroupChoice::Off));
         assert_eq!(run.uids, "200000:1000".parse().ok());
         assert_eq!(run.limits, ["root:memory=64M,cpu=50,read-iops=100".parse().unwrap()]);
+    }
+
+    #[test]
+    fn reads_tables_of_devices() {
+        let text = r#"
+            [[net]]
+            user = true
+            hostfwd = ["tcp:8080:80"]
+            ip-filter = ["10.0.0.1"]
+            [[net]]
+            socket = "wire"
+            rx-rate = "1M"
+            [[vhost-user]]
+            type = "fs"
+            socket = "fs.sock"
+            config-size = 44
+            [[fs]]
+            tag = "data"
+            path = "shared"
+            cache = "never"
+            owner = "1000:1000"
+        "#;
+        let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
+        assert!(run.nets.first().is_some_and(|net| net.user && net.hostfwd == ["tcp:8080:80"]));
+        assert_eq!(run.nets.last().unwrap().socket, Some("/etc/wire".into()));
+        let foreign = run.vhost_user.first().unwrap();
+        assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
+        let fs = run.fs.first().unwrap();
+        assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
+        assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod disk_options;
 pub mod file;
 pub mod firmware;
+pub mod fs;
 pub mod liveness;
 pub mod nearest;
 pub mod net;
@@ -19,10 +20,11 @@ pub mod size;
 pub mod smbios;
 pub mod stream;
 pub mod table;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::mem::take;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process;
 
 pub use balloon::{BalloonConfig, BalloonSpec, balloon_pages};
@@ -31,6 +33,7 @@ pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
+pub use fs::FsSpec;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use net::{NetSpec, NetSpecError, NicConfig};
@@ -43,6 +46,7 @@ pub use size::Size;
 pub use smbios::SmbiosSpec;
 pub use stream::StreamTarget;
 use thiserror::Error;
+pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::jail::Layer;
@@ -118,6 +122,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// The network cards.
     pub nics: Vec<NicConfig>,
+    /// Devices of back ends that are not ours, in the order of their PCI slots behind all others.
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
     /// The virtio console, `Off` when there is none.
@@ -144,6 +150,31 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// The shared directories in the order of their PCI slots.
+    pub shares: Vec<ShareConfig>,
+}
+
+/// A shared directory with its id settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareConfig {
+    /// The name that the guest mounts it by, unique in the machine.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// The guest cannot change anything in it.
+    pub readonly: bool,
+    /// What the guest may keep.
+    pub cache: fs::Cache,
+    /// What is mounted below it is shared, too.
+    pub submounts: bool,
+    /// Extended attributes are shared.
+    pub xattr: bool,
+    /// Whose files are whose.
+    pub owner: Option<fs::Owner>,
+    /// Whom the guest sees as the owner of files of others than the one user.
+    pub others: u32,
+    /// Unique among the processes of the machine.
+    pub id: String,
 }
 
 /// A disk with its id settled.
@@ -249,13 +280,16 @@ pub enum ConfigError {
         name: String,
     },
     /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
+    #[error("'{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
     DuplicateId {
         /// The second of the two.
         path: PathBuf,
         /// The id.
         id: String,
     },
+    /// A device of another back end.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::VhostUserSpecError),
     /// More devices than slots.
     #[error("{0} virtio devices are too many: bus 0 has room for {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
@@ -333,6 +367,14 @@ pub enum ConfigError {
         "net: the id '{0}' already belongs to another device or process of this machine; give it another with id=NAME"
     )]
     NetId(String),
+    /// A tag that cannot be one.
+    #[error("fs '{path}': {fault}", path = path.display())]
+    Tag {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        fault: String,
+    },
     /// A command line that C cannot hold.
     #[error("cmdline: contains a zero byte")]
     CmdlineZero,
@@ -351,7 +393,8 @@ impl MachineConfig {
             disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
         let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
-        disk.or_else(other).unwrap_or(self.restart)
+        let foreign = || self.vhost_user.iter().find(|device| device.id == id).map(|device| device.restart);
+        disk.or_else(other).or_else(foreign).unwrap_or(self.restart)
     }
 }
 
@@ -368,18 +411,17 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
     );
     check_streams(&serial, &console)?;
-    let disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let (disks, foreign) = disks(&mut args, &mut file);
+    let name = name(&mut args, &mut file)?;
     let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
-    let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
-    let mut named = Others::resolve(&mut args, &mut file, &disks, memory, restart)?;
-    check_count(disks.len() + nets.len() + usize::from(rng) + named.ids().count(), &console)?;
-    let name = name(&mut args, &mut file)?;
-    let nics = name_nets(&nets, (&disks, &named), &name, &mut rules)?;
+    let mut named =
+        Others::resolve(&mut args, &mut file, (&name, &disks, foreign), memory, (restart, &mut rules))?;
+    check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
@@ -397,8 +439,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
     let others =
         others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
-    let others = others.chain(nics.iter().map(|nic| nic.id.as_str())).chain(named.ids());
-    let restarts = apply(&rules, &mut disks, others.collect())?;
+    let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
     named.apply(&restarts);
     let (kernel, initrd, (cmdline, cmdline_added)) =
         direct_boot(&mut args, &mut file, firmware.is_some(), (&serial, &console))?;
@@ -420,7 +461,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         memory,
         thp: args.thp.or(file.thp) != Some(Switch::Off),
         disks,
-        nics,
+        nics: named.nics,
+        vhost_user: named.vhost_user,
         rng,
         console,
         serial,
@@ -434,6 +476,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log: log(&mut args, &mut file),
+        shares: named.shares,
     };
     check_limits(&config)?;
     find_roms(config)
@@ -474,6 +517,17 @@ fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
 fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError> {
     let virtio = others + usize::from(*console != StreamTarget::Off);
     if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
+}
+
+/// The disks, and the devices of other back ends, disks among them.
+fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUserSpec>) {
+    let mut disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
+    let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
+    let mut foreign = take(foreign);
+    for disk in disks.extract_if(.., |disk| disk.vhost_user) {
+        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+    }
+    (disks, foreign)
 }
 
 /// The four options about the jail.
@@ -636,34 +690,6 @@ fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskCo
     }
     pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
-}
-
-/// Settles the ids of the network cards, and checks them. Their restart policies come to `rules`.
-fn name_nets(
-    nets: &[NetSpec],
-    (disks, named): (&[DiskConfig], &Others),
-    machine: &str,
-    rules: &mut Vec<RestartRule>,
-) -> Result<Vec<NicConfig>, ConfigError> {
-    let mut nics: Vec<NicConfig> = Vec::with_capacity(nets.len());
-    for (index, net) in nets.iter().enumerate() {
-        let id = match &net.id {
-            Some(id) => check_name("id of a network card", id.clone())?,
-            None => format!("net{index}"),
-        };
-        let taken = RESERVED.contains(&id.as_str())
-            || named.ids().any(|other| other == id)
-            || disks.iter().any(|disk| disk.id == id)
-            || nics.iter().any(|nic| nic.id == id);
-        if taken {
-            return Err(ConfigError::NetId(id));
-        }
-        let nic =
-            net.resolve(machine, &id, Path::new("")).map_err(|source| ConfigError::Net { id, source })?;
-        rules.extend(net.restart.map(|policy| RestartRule { device: Some(nic.id.clone()), policy }));
-        nics.push(nic);
-    }
-    Ok(nics)
 }
 
 #[cfg(test)]

@@ -1,8 +1,13 @@
-//! The devices of which a machine has at most one and which have a name: vsock and balloon.
+//! The devices with names that are no disks: vsock and balloon, of which a machine has at most one, network cards, those of other
+//! back ends, and shared directories.
+
+use std::mem::take;
+use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, RESERVED, RestartPolicy, VSOCK,
-    VsockConfig, VsockSpec, balloon_pages, check_name,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, RESERVED,
+    RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
+    balloon_pages, check_name, fs,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -11,28 +16,47 @@ use crate::supervisor::cli::RunArgs;
 pub(super) struct Others {
     pub vsock: Option<VsockConfig>,
     pub balloon: Option<BalloonConfig>,
+    pub nics: Vec<NicConfig>,
+    pub vhost_user: Vec<VhostUserConfig>,
+    pub shares: Vec<ShareConfig>,
 }
 
 impl Others {
-    /// Takes them out of the options, those of the command line first.
+    /// Takes them out of the options, those of the command line first; `foreign` were taken already. What cards and directories
+    /// say of restarts comes before all other rules.
     pub fn resolve(
         args: &mut RunArgs,
         file: &mut RunArgs,
-        disks: &[DiskConfig],
+        (machine, disks, foreign): (&str, &[DiskConfig], Vec<VhostUserSpec>),
         memory: u64,
-        restart: RestartPolicy,
+        (restart, rules): (RestartPolicy, &mut Vec<RestartRule>),
     ) -> Result<Self, ConfigError> {
+        let mut this = Self::default();
         let vsock = args.vsock.take().or(file.vsock.take());
-        let vsock = vsock.map(|vsock| name_vsock(vsock, disks, restart)).transpose()?;
+        this.vsock = vsock.map(|vsock| name_vsock(vsock, disks, restart)).transpose()?;
         let balloon = args.balloon.take().or(file.balloon.take());
-        let balloon = balloon.map(|balloon| name_balloon(balloon, disks, vsock.as_ref(), memory, restart));
-        Ok(Self { vsock, balloon: balloon.transpose()? })
+        let named = balloon.map(|balloon| name_balloon(balloon, disks, this.vsock.as_ref(), memory, restart));
+        this.balloon = named.transpose()?;
+        let taken = |this: &Self| -> Vec<String> {
+            let disks = disks.iter().map(|disk| disk.id.as_str());
+            RESERVED.into_iter().chain(disks).chain(this.ids()).map(str::to_owned).collect()
+        };
+        let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        this.nics = name_nets(&nets, taken(&this), machine, rules)?;
+        this.vhost_user = name_foreign(foreign, taken(&this))?;
+        let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
+        this.shares = name_shares(fs, taken(&this), rules)?;
+        Ok(this)
     }
 
     /// Their ids.
     pub fn ids(&self) -> impl Iterator<Item = &str> {
         let vsock = self.vsock.iter().map(|vsock| vsock.id.as_str());
-        vsock.chain(self.balloon.iter().map(|balloon| balloon.id.as_str()))
+        vsock
+            .chain(self.balloon.iter().map(|balloon| balloon.id.as_str()))
+            .chain(self.nics.iter().map(|nic| nic.id.as_str()))
+            .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
+            .chain(self.shares.iter().map(|share| share.id.as_str()))
     }
 
     /// Gives them the policies that were said of them by name.
@@ -88,4 +112,88 @@ pub fn name_balloon(
         id,
         restart: spec.restart.unwrap_or(restart),
     })
+}
+
+/// Gives network cards their ids, and checks them.
+fn name_nets(
+    nets: &[NetSpec],
+    mut taken: Vec<String>,
+    machine: &str,
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<NicConfig>, ConfigError> {
+    let mut nics: Vec<NicConfig> = Vec::with_capacity(nets.len());
+    for (index, net) in nets.iter().enumerate() {
+        let id = match &net.id {
+            Some(id) => check_name("id of a network card", id.clone())?,
+            None => format!("net{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::NetId(id));
+        }
+        taken.push(id.clone());
+        let nic =
+            net.resolve(machine, &id, Path::new("")).map_err(|source| ConfigError::Net { id, source })?;
+        let rule = net.restart.map(|policy| RestartRule { device: Some(nic.id.clone()), policy });
+        rules.splice(0..0, rule);
+        nics.push(nic);
+    }
+    Ok(nics)
+}
+
+/// Gives the devices of other back ends their ids.
+fn name_foreign(
+    specs: Vec<VhostUserSpec>,
+    mut taken: Vec<String>,
+) -> Result<Vec<VhostUserConfig>, ConfigError> {
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, spec) in specs.into_iter().enumerate() {
+        let id = match &spec.id {
+            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
+            None => format!("vhost-user{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::DuplicateId { path: spec.socket, id });
+        }
+        taken.push(id.clone());
+        named.push(spec.resolve(id, RestartPolicy::always())?);
+    }
+    Ok(named)
+}
+
+impl ShareConfig {
+    /// A directory with its id.
+    pub fn new(spec: FsSpec, id: String) -> Result<Self, ConfigError> {
+        let id = check_name(&format!("id of fs '{}'", spec.path.display()), id)?;
+        if let Some(fault) = fs::tag_fault(&spec.tag) {
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
+        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
+    }
+}
+
+/// Gives shared directories their ids.
+fn name_shares(
+    specs: Vec<FsSpec>,
+    mut taken: Vec<String>,
+    rules: &mut Vec<RestartRule>,
+) -> Result<Vec<ShareConfig>, ConfigError> {
+    let mut shares: Vec<ShareConfig> = Vec::with_capacity(specs.len());
+    for (index, mut spec) in specs.into_iter().enumerate() {
+        if let Some(other) = shares.iter().find(|other| other.tag == spec.tag) {
+            let fault = format!("the tag '{}' is already that of {}", spec.tag, other.id);
+            return Err(ConfigError::Tag { path: spec.path, fault });
+        }
+        let id = spec.id.take().unwrap_or_else(|| format!("fs{index}"));
+        let restart = spec.restart;
+        let share = ShareConfig::new(spec, id)?;
+        if taken.contains(&share.id) {
+            return Err(ConfigError::DuplicateId { path: share.path, id: share.id });
+        }
+        taken.push(share.id.clone());
+        let rule = restart.map(|policy| RestartRule { device: Some(share.id.clone()), policy });
+        rules.splice(0..0, rule);
+        shares.push(share);
+    }
+    Ok(shares)
 }

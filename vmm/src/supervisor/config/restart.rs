@@ -68,6 +68,15 @@ impl FromStr for RestartRule {
 }
 
 impl RestartPolicy {
+    /// Another process takes the place each time, after pauses that grow up to a second.
+    #[must_use]
+    pub fn always() -> Self {
+        match Self::default() {
+            Self::Restart { window, backoff, .. } => Self::Restart { max: None, window, backoff },
+            Self::Never => Self::Never,
+        }
+    }
+
     fn limited(max: u32, seconds: u32) -> Self {
         Self::with_backoff(max, seconds, DEFAULT_BACKOFF)
     }
@@ -100,10 +109,7 @@ impl FromStr for RestartPolicy {
         let wrong = || RestartError(text.to_owned());
         match text {
             "never" => Ok(Self::Never),
-            "always" => match Self::default() {
-                Self::Restart { window, backoff, .. } => Ok(Self::Restart { max: None, window, backoff }),
-                Self::Never => Ok(Self::Never),
-            },
+            "always" => Ok(Self::always()),
             _ => {
                 let numbers: Result<Vec<u32>, _> = text.split('/').map(str::parse).collect();
                 match numbers.map_err(|_| wrong())?.as_slice() {

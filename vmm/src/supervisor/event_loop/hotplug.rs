@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, KEYBOARD, NetSpec,
-    PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, VSOCK, VsockConfig, VsockSpec, check_name,
-    name_balloon, name_vsock,
+    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD,
+    NetSpec, PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig, VSOCK, VhostUserConfig,
+    VhostUserSpec, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -84,6 +84,8 @@ impl EventLoop<'_> {
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
             AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
+            AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
+            AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
         if let Some(change) = self.changes.iter().find(|change| change.id == id) {
@@ -106,9 +108,10 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Net(_, restart) => *restart,
-            NewDevice::Rng | NewDevice::Console => self.config.restart,
+            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
+            NewDevice::VhostUser(device) => device.restart,
         };
         if let Err(error) = self.environment.watch_vsock(self.resources) {
             self.resources.remove(id);
@@ -140,8 +143,24 @@ impl EventLoop<'_> {
             .map_err(|error| error.to_string())
     }
 
+    fn new_foreign(&self, spec: &str, folder: &Path) -> Result<VhostUserConfig, String> {
+        let mut spec: VhostUserSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        spec.socket = folder.join(spec.socket);
+        let id = match spec.id.take() {
+            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
+            None => {
+                let names = (0..).map(|index| format!("vhost-user{index}"));
+                names.into_iter().find(|id| !self.is_taken(id)).unwrap_or_default()
+            }
+        };
+        spec.resolve(id, RestartPolicy::always()).map_err(|error| error.to_string())
+    }
+
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
         let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if disk.vhost_user {
+            return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
+        }
         let id = match disk.id {
             Some(id) if [RNG, CONSOLE, VSOCK, BALLOON].contains(&id.as_str()) => {
                 return Err(format!("the id '{id}' belongs to another kind of device"));
@@ -171,6 +190,24 @@ impl EventLoop<'_> {
         let nic =
             net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
         Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))
+    }
+
+    fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
+        let mut spec: FsSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if let Some(other) = self.resources.shares.iter().find(|share| share.config.tag == spec.tag) {
+            return Err(format!("the tag '{}' is already that of {}", spec.tag, other.config.id));
+        }
+        if spec.id.as_deref().is_some_and(|id| [RNG, CONSOLE].contains(&id)) {
+            return Err("rng and console are ids of other kinds of devices".to_owned());
+        }
+        if spec.restart.is_some() {
+            return Err("restart= is for `bulkhead run`; an added directory follows the machine's --restart"
+                .to_owned());
+        }
+        spec.path = folder.join(spec.path);
+        let free = || (0..).map(|index| format!("fs{index}")).find(|id| !self.is_taken(id));
+        let id = spec.id.take().or_else(free).unwrap_or_default();
+        ShareConfig::new(spec, id).map_err(|error| error.to_string())
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.

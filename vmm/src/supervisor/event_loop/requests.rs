@@ -10,7 +10,7 @@ use super::{EventLoop, Phase};
 use crate::supervisor::api::packet::is_stream_socket;
 use crate::supervisor::api::server::Attachment;
 use crate::supervisor::api::{
-    DeviceEntry, DeviceState, MachineEntry, ProcessEntry, ProgramInfo, Request, Response,
+    DeviceEntry, DeviceState, DeviceStats, MachineEntry, ProcessEntry, ProgramInfo, Request, Response,
 };
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::{CONSOLE, KEYBOARD, SERIAL, SUPERVISOR};
@@ -36,6 +36,7 @@ impl EventLoop<'_> {
             Request::Devices => {
                 Ok(Some(Response::Devices { devices: self.devices(), protocol: message::PROTOCOL }))
             }
+            Request::Stats => Ok(Some(Response::Stats { devices: self.stats() })),
             // Answered when they are carried out.
             Request::DeviceRestart { device } => self.order(client, Some(&device), None).map(|()| None),
             Request::DeviceUpgrade { device, program } => {
@@ -98,6 +99,19 @@ impl EventLoop<'_> {
                 restarts: recovery.restarts,
                 last_end: recovery.last_end.clone(),
                 version: self.environment.programs.version_of(&process.id).to_owned(),
+            })
+            .collect()
+    }
+
+    fn stats(&self) -> Vec<DeviceStats> {
+        let devices = self.processes.iter().zip(&self.recoveries);
+        let devices = devices.filter(|(process, _)| process.role != Role::Core && !process.id.is_empty());
+        devices
+            .map(|(process, recovery)| DeviceStats {
+                id: process.id.clone(),
+                role: process.role,
+                restarts: recovery.restarts,
+                counters: self.resources.meters.read(&process.id),
             })
             .collect()
     }

@@ -1,11 +1,13 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
 use super::nic::Nic;
-use super::{Balloon, Disk, ResourceError, Resources, Stream, Vsock, open_device, open_disk, take_place};
+use super::{
+    Balloon, Disk, ResourceError, Resources, Share, Stream, Vsock, open_device, open_disk, take_place,
+};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, RNG, RestartPolicy, StreamTarget,
-    VsockConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, RNG, RestartPolicy, ShareConfig,
+    StreamTarget, VhostUserConfig, VsockConfig,
 };
 
 /// A device to be added.
@@ -23,6 +25,10 @@ pub enum NewDevice {
     Balloon(BalloonConfig),
     /// A network card, and what follows the death of its process.
     Net(Box<NicConfig>, RestartPolicy),
+    /// A device of a back end that is not ours.
+    VhostUser(VhostUserConfig),
+    /// A shared directory.
+    Share(ShareConfig),
 }
 
 impl NewDevice {
@@ -35,6 +41,8 @@ impl NewDevice {
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
             Self::Net(nic, _) => &nic.id,
+            Self::VhostUser(device) => &device.id,
+            Self::Share(share) => &share.id,
         }
     }
 }
@@ -80,6 +88,7 @@ impl Resources {
                 self.disks.push(disk);
             }
             NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
+            NewDevice::Share(share) => self.shares.push(Share::open(share)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
@@ -88,6 +97,7 @@ impl Resources {
                 nic.begin()?;
                 self.nics.push(nic);
             }
+            NewDevice::VhostUser(device) => self.foreign.push(device.clone()),
         }
         Ok(())
     }
@@ -96,6 +106,7 @@ impl Resources {
     pub fn remove(&mut self, id: &str) {
         self.slots.release(id);
         self.confinement.remove(id);
+        self.meters.remove(id);
         self.disks.retain(|disk| disk.id != id);
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
             self.vsock = None;
@@ -104,6 +115,8 @@ impl Resources {
             self.balloon = None;
         }
         self.nics.retain(|nic| nic.config.id != id);
+        self.foreign.retain(|device| device.id != id);
+        self.shares.retain(|share| share.config.id != id);
         match id {
             RNG => self.urandom = None,
             CONSOLE => self.console = None,

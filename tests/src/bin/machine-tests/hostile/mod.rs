@@ -75,6 +75,7 @@ fn start(
         identity: Identity::default(),
         subordinate: None,
         cgroup: None,
+        shared: None,
     };
     let mut process = jail::spawn(spec).map_err(text)?;
     drop(log_end);
@@ -101,7 +102,7 @@ const HOSTILE: [(&str, LinkKind); 3] = [
 fn play(kind: LinkKind, stream: UnixStream, random: &mut Random) -> Outcome<u64> {
     match kind {
         LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::play(stream, random),
-        LinkKind::VirtioVhostUser { .. } => vhost_user::play(stream, random),
+        LinkKind::VirtioVhostUser { .. } | LinkKind::Foreign { .. } => vhost_user::play(stream, random),
     }
 }
 
@@ -143,6 +144,7 @@ impl Rig {
             enforcement: Enforcement::Standalone,
             socket: FdIndex(0),
             config: DeviceConfig::Console(config),
+            metrics: None,
         });
         console_channel.send(&message, &[device_end.as_fd(), theirs.as_fd()]).map_err(text)?;
         let (answer, _) = console_channel.recv::<FromDevice>(Some(PATIENCE)).map_err(text)?;
@@ -422,7 +424,7 @@ fn good(streams: Vec<UnixStream>) -> Outcome<Vec<UnixStream>> {
         let copy = stream.try_clone().map_err(text)?;
         match kind {
             LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::serve(copy),
-            LinkKind::VirtioVhostUser { .. } => vhost_user::serve(copy),
+            LinkKind::VirtioVhostUser { .. } | LinkKind::Foreign { .. } => vhost_user::serve(copy),
         }
     };
     thread::scope(|scope| -> Outcome {

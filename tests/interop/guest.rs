@@ -1,0 +1,213 @@
+//! A stock Debian kernel with a shell in QEMU's emulation, spoken to by its serial port; and our services beside it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::program;
+
+/// For anything that happens in a guest.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What the guest does first: its folders, and the modules of its devices.
+const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
+     export PATH=/bin:/sbin; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev 2>/dev/null; \
+     mount -t tmpfs tmpfs /tmp; while read -r module rest; do insmod /modules/$module.ko $rest 2>/dev/null; done </modules/order; \
+     stty -echo 2>/dev/null; true";
+
+/// A service of ours, ended when dropped.
+pub struct Service {
+    pub child: Child,
+    pub socket: PathBuf,
+}
+
+impl Service {
+    /// Starts it, and waits until it listens.
+    pub fn start(folder: &Path, kind: &str, name: &str, options: &[&str]) -> Self {
+        let socket = folder.join(name);
+        let log = fs::File::options().append(true).create(true).open(folder.join("log")).unwrap();
+        let mut command = Command::new(program("bulkhead-device"));
+        command.arg(kind).arg("--socket-path").arg(&socket).args(options);
+        let mut child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        let end = Instant::now() + PATIENCE;
+        while !socket.exists() {
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none() && Instant::now() < end, "{kind} does not listen: {ended:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self { child, socket }
+    }
+
+    /// Kills the process that serves the front end; false when there is none.
+    pub fn kill_device(&self) -> bool {
+        let path = format!("/proc/{0}/task/{0}/children", self.child.id());
+        let children = fs::read_to_string(path).unwrap_or_default();
+        let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        let kill = |pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+        pids.map(kill).filter(Result::is_ok).count() > 0
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+/// A guest.
+pub struct Guest {
+    child: Child,
+    keyboard: ChildStdin,
+    screen: Receiver<Vec<u8>>,
+    seen: String,
+    monitor: PathBuf,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+fn kernel(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("build/guest").join(name)
+}
+
+impl Guest {
+    /// Starts QEMU with a machine of 256 MiB, whose memory a back end can map, and these options.
+    pub fn start(folder: &TempDir, name: &str, options: &[String]) -> Result<Self, String> {
+        let monitor = folder.path().join(format!("{name}.monitor"));
+        let mut command = Command::new("timeout");
+        command.args(["-sKILL", "240", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "256"]);
+        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        command.args([
+            "-object",
+            "memory-backend-memfd,id=m,size=256M,share=on",
+            "-machine",
+            "pc,memory-backend=m",
+        ]);
+        command.arg("-monitor").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        let (kernel, initrd) = (kernel("bzImage"), kernel("initramfs"));
+        if !kernel.exists() {
+            return Err("not run: there is no guest, `make guest` makes it".to_owned());
+        }
+        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+        command.args(["-append", "console=ttyS0 quiet panic=-1 rdinit=/bin/busybox -- sh"]);
+        command.args(options).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| error.to_string())?;
+        let (keyboard, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (say, screen) = channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count) = output.read(&mut bytes) {
+                if count == 0 || say.send(bytes[..count].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { child, keyboard, screen, seen: String::new(), monitor })
+    }
+
+    /// Waits for the shell and loads the modules.
+    pub fn boot(&mut self) -> Result<(), String> {
+        self.until("# ")?;
+        self.run(SET_UP)?;
+        // What was left of the prompt.
+        self.run("true").map(drop)
+    }
+
+    fn until(&mut self, word: &str) -> Result<String, String> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.seen.find(word) {
+                let rest = self.seen.split_off(at + word.len());
+                return Ok(std::mem::replace(&mut self.seen, rest));
+            }
+            match self.screen.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(_) => {
+                    let from = self.seen.len().saturating_sub(600);
+                    let tail = self.seen.get(from..).unwrap_or_default();
+                    return Err(format!(
+                        "the guest does not say {word:?}; it said: …{}",
+                        tail.escape_debug()
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Runs a line of shell; its output. A status other than 0 is an error.
+    pub fn run(&mut self, line: &str) -> Result<String, String> {
+        // What is typed does not contain what is waited for.
+        writeln!(self.keyboard, "{line}; echo \"@@\"$?\"@@\"").map_err(|error| error.to_string())?;
+        let mut text = self.until("@@")?;
+        loop {
+            let status = self.until("@@")?;
+            match status.trim_end_matches('@').parse::<i32>() {
+                Ok(0) => break,
+                Ok(status) => return Err(format!("`{line}` has status {status}: {}", text.escape_debug())),
+                // The echo of what was typed.
+                Err(_) => text = status,
+            }
+        }
+        Ok(text.trim_end_matches('@').replace('\r', "").trim().to_owned())
+    }
+
+    /// Says a line to QEMU's monitor; what it answers within a moment.
+    pub fn monitor(&self, line: &str) -> Result<String, String> {
+        let failed = |error: std::io::Error| format!("monitor: {error}");
+        let mut stream = UnixStream::connect(&self.monitor).map_err(failed)?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(failed)?;
+        let mut text = String::new();
+        let prompt = |stream: &mut UnixStream, text: &mut String| {
+            text.clear();
+            let mut bytes = [0; 4096];
+            while !text.ends_with("(qemu) ") {
+                match stream.read(&mut bytes) {
+                    Ok(0) => break,
+                    Ok(count) => text.push_str(&String::from_utf8_lossy(&bytes[..count])),
+                    Err(error) => return Err(failed(error)),
+                }
+            }
+            Ok(())
+        };
+        prompt(&mut stream, &mut text)?;
+        stream.write_all(format!("{line}\n").as_bytes()).map_err(failed)?;
+        prompt(&mut stream, &mut text)?;
+        Ok(text)
+    }
+}
+
+/// Tries until it holds.
+pub fn wait(what: &str, mut holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
+    let end = Instant::now() + PATIENCE;
+    while !holds()? {
+        if Instant::now() > end {
+            return Err(format!("waited for {what} in vain"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A file of so many bytes that repeat nowhere.
+pub fn random_file(path: &Path, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    fs::File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
+    fs::write(path, &bytes).unwrap();
+    bytes
+}
+
+/// SHA-256 as the tool of the same name says it.
+pub fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).split_whitespace().next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,103 @@
+//! Shared directories, and commands that need no configuration.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use bulkhead_tests::ensure;
+use bulkhead_tests::harness::{Case, Context, Outcome};
+use bulkhead_tests::machine::{Machine, bulkhead};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// An ordinary user.
+const USER: u32 = 65534;
+
+/// What the guest does: `@` stands for the project, `%` for the folder of the programs, `$` for what shows the result.
+const SCRIPT: &str = r#"
+cd @
+exec 3<Makefile 4>>kept
+echo one >&4
+touch started
+while [ ! -e go ]; do sleep 0.1; done
+echo two >&4
+read -r line <&3 && echo "$line" >first
+make -s && $ >out || exit 1
+touch /etc/bulkhead-was-here || exit 2
+%/guest-fs @ exercise 1 60 20 || exit 3
+exit 7
+"#;
+
+pub fn cases() -> Vec<Case> {
+    let plain = ("hello: hello.txt\n\tsed s/h/H/ hello.txt >hello\n", "cat hello", "Hello\n");
+    let compiled = ("hello: hello.c\n\tcc -o hello hello.c\n", "./hello", "hello\n");
+    vec![
+        Case::new(
+            "stock",
+            "an ordinary user's command runs in a guest that sees the host's files, and its devices are killed",
+            150,
+            move |context| command(context, plain),
+        ),
+        Case::new("stock", "bulkhead run builds a C project", 200, move |context| command(context, compiled))
+            .not_in_lab("the compiler alone takes a minute there"),
+    ]
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn own(path: &Path) -> Outcome {
+    std::os::unix::fs::chown(path, Some(USER), Some(USER)).map_err(text)
+}
+
+/// A makefile, what shows its result, and what that is.
+type Project = (&'static str, &'static str, &'static str);
+
+fn command(context: &Context, (makefile, show, shown): Project) -> Outcome {
+    let project = context.folder.join("project");
+    fs::create_dir(&project).map_err(text)?;
+    own(&project)?;
+    for (name, content) in [
+        ("Makefile", makefile),
+        ("hello.txt", "hello\n"),
+        ("hello.c", "#include <stdio.h>\nint main(void) { puts(\"hello\"); return 0; }\n"),
+    ] {
+        fs::write(project.join(name), content).map_err(text)?;
+        own(&project.join(name))?;
+    }
+    let programs = context.folder.clone();
+    fs::copy(context.places.programs.join("guest-fs"), programs.join("guest-fs")).map_err(text)?;
+    let place = project.to_string_lossy();
+    let script = SCRIPT
+        .replace('@', &place)
+        .replace('%', &programs.to_string_lossy())
+        .replace("$ >", &format!("{show} >"));
+    let mut command = bulkhead(context);
+    command.args(["run", "--memory", "768M", "--rw", &place, "--", "sh", "-c", &script]);
+    let mut running = Machine::from_command(context, command).as_user(USER)?.start()?;
+    while !project.join("started").exists() {
+        ensure!(!context.left().is_zero(), "the command has not begun");
+        ensure!(!running.processes().is_empty(), "bulkhead has ended: {:?}", running.messages());
+        thread::sleep(Duration::from_millis(50));
+    }
+    // Whatever the guest has open and knows by name, it has and knows afterwards.
+    let shares: Vec<_> =
+        running.processes().into_iter().filter(|process| process.title().contains("/fs")).collect();
+    ensure!(shares.len() == 2, "{} processes share directories", shares.len());
+    for process in &shares {
+        let pid = i32::try_from(process.pid).map_err(text)?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(text)?;
+    }
+    fs::write(project.join("go"), "").map_err(text)?;
+    own(&project.join("go"))?;
+    running.expect_exit(7)?;
+    let first = makefile.split_inclusive('\n').next().unwrap_or_default();
+    for (name, expected) in [("kept", "one\ntwo\n"), ("first", first), ("out", shown)] {
+        let found = fs::read_to_string(project.join(name)).map_err(|error| format!("{name}: {error}"))?;
+        ensure!(found == expected, "{name} holds {found:?}");
+    }
+    ensure!(!Path::new("/etc/bulkhead-was-here").exists(), "the guest has changed the host's root");
+    Ok(())
+}
