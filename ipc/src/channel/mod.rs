@@ -14,6 +14,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod device_config;
 pub mod message;
 mod packet;
 #[cfg(test)]

@@ -284,5 +284,7 @@ mod tests {
         assert!(refusal("path=a,path=b").contains("given twice"));
         assert!(refusal("path=a,vhost-user=b").contains("given twice"));
         assert!(refusal("vhost-user=b,readonly=on").contains("back end"));
+        assert!(refusal("vhost-user=b,path=a").contains("given twice"));
+        assert!(refusal("cache=none,vhost-user=b").contains("cache= cannot be said"));
     }
 }

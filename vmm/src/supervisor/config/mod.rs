@@ -280,7 +280,7 @@ pub enum ConfigError {
         name: String,
     },
     /// Two devices with one id.
-    #[error("'{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
+    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
     DuplicateId {
         /// The second of the two.
         path: PathBuf,
@@ -362,11 +362,6 @@ pub enum ConfigError {
         /// Why not.
         source: NetSpecError,
     },
-    /// Two devices with one id.
-    #[error(
-        "net: the id '{0}' already belongs to another device or process of this machine; give it another with id=NAME"
-    )]
-    NetId(String),
     /// A tag that cannot be one.
     #[error("fs '{path}': {fault}", path = path.display())]
     Tag {

@@ -128,7 +128,7 @@ fn name_nets(
             None => format!("net{index}"),
         };
         if taken.contains(&id) {
-            return Err(ConfigError::NetId(id));
+            return Err(ConfigError::IdTaken { device: "net", id });
         }
         taken.push(id.clone());
         let nic =
@@ -152,7 +152,7 @@ fn name_foreign(
             None => format!("vhost-user{index}"),
         };
         if taken.contains(&id) {
-            return Err(ConfigError::DuplicateId { path: spec.socket, id });
+            return Err(ConfigError::IdTaken { device: "vhost-user", id });
         }
         taken.push(id.clone());
         named.push(spec.resolve(id, RestartPolicy::always())?);
@@ -188,7 +188,7 @@ fn name_shares(
         let restart = spec.restart;
         let share = ShareConfig::new(spec, id)?;
         if taken.contains(&share.id) {
-            return Err(ConfigError::DuplicateId { path: share.path, id: share.id });
+            return Err(ConfigError::IdTaken { device: "fs", id: share.id });
         }
         taken.push(share.id.clone());
         let rule = restart.map(|policy| RestartRule { device: Some(share.id.clone()), policy });
