@@ -15,7 +15,7 @@
 //! | `sockets` | connections that come and go on the host |
 //! | `service` | the device under other monitors |
 //!
-//! Memory is bounded: so many connections, so many bytes for each ([`stream`]), and no buffer at all for what flows. Connections
+//! Memory is bounded: so many connections, so many bytes for each (`stream`), and no buffer at all for what flows. Connections
 //! do not outlive the process. A successor finds rings that were used before and tells the guest so, by the event for a
 //! transport that was reset (5.10.6.7).
 
