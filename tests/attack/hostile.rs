@@ -52,7 +52,11 @@ pub const CORE: Kind = Kind {
 
 /// The devices.
 pub const DEVICES: [Kind; 10] = [
-    Kind { name: "blk", main: PolicyName::BlkMain, others: &[(PolicyName::BlkQueue, "queue0")] },
+    Kind {
+        name: "blk",
+        main: PolicyName::BlkMain,
+        others: &[(PolicyName::BlkQueue, "queue0"), (PolicyName::BlkImage, "image-0")],
+    },
     Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
     Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
     Kind { name: "uart", main: PolicyName::UartMain, others: &[] },

@@ -15,7 +15,7 @@
 //! - a forbidden call ends the process and is reported by process, thread, call, arguments and file, before READY too; panics,
 //!   faults and the allocator's every path do not end in one.
 //!
-//! The policies are those of `PolicyName::ALL` but the first filter of the core's set-up: one that nobody attacked fails the suite. The outcomes are compared with the table
+//! The policies are those of `PolicyName::ALL` but the first filter of the core's set-up and those of a shared directory: one that nobody attacked fails the suite. The outcomes are compared with the table
 //! in docs/security.md; `--write` writes it instead. `--mishaps` tries no attack: it is part of the workload of `unused-rules`.
 //!
 //! Contains unsafe code: this is the attacker, and it becomes another user.
