@@ -8,6 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::harness::Outcome;
+use bulkhead_tests::processes::{Process, descendants};
+
+/// How long the processes of a contender that was killed may take to end.
+const END_LIMIT: Duration = Duration::from_secs(20);
 
 /// A program that was started, killed when this is dropped.
 pub struct Started {
@@ -18,9 +22,15 @@ pub struct Started {
 }
 
 impl Drop for Started {
+    /// Waits for the whole tree: what still winds down would slow the next contender.
     fn drop(&mut self) {
+        let tree = descendants(self.child.id());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let end = Instant::now() + END_LIMIT;
+        while tree.iter().any(Process::is_alive) && Instant::now() < end {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

@@ -30,7 +30,10 @@ fn times(places: &Places, rounds: usize, title: &str, guest: &Guest<'_>, limit: 
     let mut results: Vec<(Contender, Vec<f64>)> =
         Contender::ALL.map(|contender| (contender, Vec::new())).into();
     for round in 1..=rounds {
-        for (contender, values) in &mut results {
+        // Another one begins each time, so that nobody always follows the same.
+        let first = round % results.len();
+        for place in (0..results.len()).map(|place| (first + place) % results.len()) {
+            let Some((contender, values)) = results.get_mut(place) else { continue };
             let started = measure::until(contender.command(places, guest), Stream::Output, INIT, LIMIT)?;
             eprintln!("round {round}: {} {:.0} ms", contender.name(), started.milliseconds);
             values.push(started.milliseconds);
