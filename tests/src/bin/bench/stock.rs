@@ -31,14 +31,14 @@ fn times(places: &Places, rounds: usize, title: &str, guest: &Guest<'_>, limit: 
         Contender::ALL.map(|contender| (contender, Vec::new())).into();
     for round in 1..=rounds {
         // Another one begins each time, so that nobody always follows the same.
-        let first = round % results.len();
-        for place in (0..results.len()).map(|place| (first + place) % results.len()) {
-            let Some((contender, values)) = results.get_mut(place) else { continue };
+        results.rotate_left(1);
+        for (contender, values) in &mut results {
             let started = measure::until(contender.command(places, guest), Stream::Output, INIT, LIMIT)?;
             eprintln!("round {round}: {} {:.0} ms", contender.name(), started.milliseconds);
             values.push(started.milliseconds);
         }
     }
+    results.sort_by_key(|(contender, _)| Contender::ALL.iter().position(|other| other == contender));
     let base = results.iter().find(|(contender, _)| *contender == Contender::QemuPc);
     let base = base.map_or(1.0, |(_, values)| table::median(values));
     let rows: Vec<_> = results
