@@ -163,6 +163,11 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let family = descendants(std::process::id());
         let found = family.iter().find(|process| process.pid == child.id()).cloned().unwrap();
+        // Its arguments appear a moment after it does.
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while found.title() != "sleep 60" && std::time::Instant::now() < end {
+            std::thread::yield_now();
+        }
         assert!(found.is_alive() && found.title() == "sleep 60", "{}", found.title());
         child.kill().unwrap();
         child.wait().unwrap();
