@@ -30,8 +30,9 @@ fn times(places: &Places, rounds: usize, title: &str, guest: &Guest<'_>, limit: 
     let mut results: Vec<(Contender, Vec<f64>)> =
         Contender::ALL.map(|contender| (contender, Vec::new())).into();
     for round in 1..=rounds {
-        // Another one begins each time, so that nobody always follows the same.
+        // Another one begins each time, and every other round runs backwards: nobody always follows the same.
         results.rotate_left(1);
+        results.reverse();
         for (contender, values) in &mut results {
             let started = measure::until(contender.command(places, guest), Stream::Output, INIT, LIMIT)?;
             eprintln!("round {round}: {} {:.0} ms", contender.name(), started.milliseconds);
