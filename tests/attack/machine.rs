@@ -69,7 +69,10 @@ impl Bench {
         let mut command = Command::new("timeout");
         command.args(["-sKILL", DEADLINE]).arg(self.folder().join("bulkhead"));
         let mut command = self.machine(command, what);
-        let output = command.args(["--vhost-user", "type=rng,socket=back-end,id=relay"]).output().unwrap();
+        let output = command
+            .args(["--vhost-user", "type=rng,socket=back-end,id=relay,restart=0/10"])
+            .output()
+            .unwrap();
         Run {
             code: output.status.code().unwrap_or(-1),
             messages: String::from_utf8_lossy(&output.stderr).into_owned(),

@@ -160,8 +160,18 @@ fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
         for word in words() {
             let run = bench.run(&format!("mishap-{mishap}_{word}"));
             let failed = |what: &str| Err(format!("{mishap} on {word}: {what} in\n{}", run.messages));
-            let devices =
-                ["disk0", "rng", "console", "serial", "firmware-vars", "keyboard", "vsock", "balloon", "net"];
+            let devices = [
+                "disk0",
+                "rng",
+                "console",
+                "serial",
+                "firmware-vars",
+                "keyboard",
+                "vsock",
+                "balloon",
+                "net",
+                "relay",
+            ];
             let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
             for process in processes {
                 let ended = |line: &str| line.contains(&format!("{process} (process ")) && line.contains(end);
