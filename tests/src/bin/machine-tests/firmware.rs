@@ -33,7 +33,7 @@ pub fn cases() -> Vec<Case> {
             30,
             multiboot,
         ),
-        Case::new("stock", "SeaBIOS, GRUB and Debian from a partitioned disk", 240, grub),
+        Case::new("stock", "SeaBIOS, GRUB and Debian from a partitioned disk", 240, grub).long_in_lab(),
         Case::new(
             "stock",
             "OVMF and Debian from an EFI system partition, with variables that stay",
