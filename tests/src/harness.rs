@@ -93,11 +93,11 @@ impl Case {
         self
     }
 
-    /// The same case, which in the lab needs QEMU to take a lock that it forgets (`tools/lab-bql.c`).
+    /// The same case, which in the lab needs QEMU to take a lock that it forgets (`tools/lab-qemu.c`).
     #[must_use]
     pub fn with_lock_in_lab(mut self) -> Self {
         let lab = env::var_os("BULKHEAD_IN_LAB").filter(|how| how != "locked");
-        self.skip = lab.map(|_| "the lab's QEMU would abort, and is not one that tools/lab-bql.c knows");
+        self.skip = lab.map(|_| "the lab's QEMU would abort, and is not one that tools/lab-qemu.c knows");
         self
     }
 

@@ -1,15 +1,21 @@
 /*
- * Loaded into the lab's QEMU by LD_PRELOAD: takes the lock that QEMU forgets.
+ * Loaded into the lab's QEMU by LD_PRELOAD: mends two places where QEMU's emulation of SVM forgets the big QEMU lock.
  *
- * QEMU's helper_write_crN() (target/i386/tcg), for a write to CR8 by a guest of the emulated SVM while an interrupt waits for it, calls
+ * 1. QEMU's helper_write_crN() (target/i386/tcg), for a write to CR8 by a guest of the emulated SVM while an interrupt waits for it, calls
  * cpu_interrupt() without the big QEMU lock, and QEMU ends with "tcg_handle_interrupt: assertion failed". KVM lets its guests write CR8, and
  * UEFI firmware does so at the end of each interrupt; Linux does not. So it is in Debian's QEMU 7.2, 10.0 and 11.1.
  *
- * Here cpu_interrupt() begins with a jump to a function that takes the lock around it where it is not held. The beginning of the function
- * must be what is expected; otherwise nothing is changed. With BULKHEAD_LAB_BQL_REPORT set, says on standard output what came of it.
+ * 2. helper_vmrun() and do_vmexit() change the CPU's word of pending interrupts in two steps and without the lock. An interrupt that the
+ * main loop raises in between is lost: its APIC has it and does not raise it again, the CPU stays halted, and the lab stands still.
+ *
+ * Here cpu_interrupt() begins with a jump to a function that takes the lock around it where it is not held, and a thread asks each CPU
+ * to look at its APIC again now and then. The beginning of the function must be what is expected; otherwise nothing is changed. With
+ * BULKHEAD_LAB_QEMU_REPORT set, says on standard output what came of it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -28,11 +34,51 @@ static void (*lock)(const char *file, int line);
 static void (*unlock)(void);
 static void (*original)(void *cpu, int mask);
 
+/* CPU_INTERRUPT_POLL: the CPU asks its APIC what is pending. */
+enum { POLL = 0x10, POLL_MICROSECONDS = 20000, MOST_CPUS = 16 };
+
+/* The CPUs that were interrupted so far; QEMU's lock guards them. */
+static void *cpus[MOST_CPUS];
+static int known;
+
+static void *poll_for_lost_interrupts(void *unused)
+{
+    for (;;) {
+        usleep(POLL_MICROSECONDS);
+        lock(__FILE__, __LINE__);
+        for (int cpu = 0; cpu < known; cpu++)
+            original(cpus[cpu], POLL);
+        unlock();
+    }
+    return unused;
+}
+
+/* Before the first interrupt there may be no lock yet, and no signal must end up in the thread. */
+static void remember(void *cpu)
+{
+    for (int other = 0; other < known; other++)
+        if (cpus[other] == cpu)
+            return;
+    if (known == MOST_CPUS)
+        return;
+    cpus[known++] = cpu;
+    if (known > 1)
+        return;
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, NULL, poll_for_lost_interrupts, NULL))
+        fputs("lab: no thread for lost interrupts: the lab may stand still\n", stderr);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
 static void cpu_interrupt_locked(void *cpu, int mask)
 {
     bool take = !locked();
     if (take)
         lock(__FILE__, __LINE__);
+    remember(cpu);
     original(cpu, mask);
     if (take)
         unlock();
@@ -89,6 +135,6 @@ static bool patch(void)
 __attribute__((constructor)) static void loaded(void)
 {
     bool done = patch();
-    if (getenv("BULKHEAD_LAB_BQL_REPORT"))
+    if (getenv("BULKHEAD_LAB_QEMU_REPORT"))
         puts(done ? "cpu_interrupt takes the lock" : "cpu_interrupt is not as expected");
 }
