@@ -577,9 +577,7 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
     match &config.firmware {
         Some(firmware) => {
             let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
-            let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
-            let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
-            let files = firmware::files(config, firmware, &disks);
+            let files = firmware::files(config, firmware, &resources.bootable());
             let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
             let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
             Boot::Firmware { image, files, menu: firmware.menu, variables, roms }

@@ -59,6 +59,13 @@ impl Others {
             .chain(self.shares.iter().map(|share| share.id.as_str()))
     }
 
+    /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
+    pub fn bootable<'a>(&'a self, disks: &'a [DiskConfig]) -> Vec<&'a str> {
+        let disks = disks.iter().map(|disk| &*disk.id);
+        let foreign = self.vhost_user.iter().filter(|device| device.is_bootable()).map(|device| &*device.id);
+        disks.chain(self.nics.iter().map(|nic| &*nic.id)).chain(foreign).collect()
+    }
+
     /// Gives them the policies that were said of them by name.
     pub fn apply(&mut self, restarts: &[(String, RestartPolicy)]) {
         let policy_of =
