@@ -22,7 +22,7 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::balloon::{self, Balloon};
-use crate::blk::{Blk, BlkError, Files, Layer};
+use crate::blk::{self, Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller};
 use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
@@ -108,6 +108,7 @@ enum Prepared<'a> {
 /// What the control channel's messages act on.
 enum Control {
     None,
+    Blk(blk::Controller),
     Console(Controller),
     Balloon(balloon::Controller),
     Net(net::Controller),
@@ -213,7 +214,7 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::None | Control::Balloon(_) => Ok(()),
+                Control::None | Control::Blk(_) | Control::Balloon(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
                 Control::Net(net) => {
                     let Some(Left { input, output }) = net.left() else { return Ok(()) };
@@ -302,7 +303,8 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
         DeviceConfig::Blk(blk) => {
             let device = disk(blk, resources)?;
             let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
-            Some(Parts { device: Box::new(device), main, queue, control: Control::None })
+            let control = Control::Blk(device.controller());
+            Some(Parts { device: Box::new(device), main, queue, control })
         }
         DeviceConfig::Rng(rng) => {
             let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
@@ -474,7 +476,7 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             match (<[OwnedFd; 1]>::try_from(descriptors), control) {
                 (Ok([stream]), Control::Console(console)) => console.attach(stream),
                 (Ok([stream]), Control::Net(net)) => net.attach(stream),
-                (Ok(_), Control::None | Control::Balloon(_)) => {}
+                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_)) => {}
                 (Err(descriptors), _) => {
                     warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
                 }
@@ -492,6 +494,11 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
         (ToDevice::Resize { columns, rows }, Control::Console(console)) => {
             console.resize(columns, rows);
             daemon.config_changed();
+        }
+        (ToDevice::DiskSize { bytes }, Control::Blk(disk)) => {
+            if disk.resize(bytes) {
+                daemon.config_changed();
+            }
         }
         (ToDevice::Balloon { target }, Control::Balloon(balloon)) => {
             if let Some(target) = target {

@@ -317,6 +317,11 @@ pub enum ToDevice {
         /// In.
         up: bool,
     },
+    /// A raw disk's file has another size.
+    DiskSize {
+        /// Bytes.
+        bytes: u64,
+    },
 }
 
 /// A key of a keyboard, going down or up.

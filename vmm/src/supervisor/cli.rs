@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
     DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceLinkArgs, DeviceListArgs, DeviceRemoveArgs,
-    DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceResizeArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 

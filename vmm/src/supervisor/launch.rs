@@ -213,7 +213,7 @@ impl<'a> Plan<'a> {
         let file_size = match self {
             // An image in a format grows.
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
-            Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
+            Self::Blk(disk) if !disk.readonly => Some(disk.most_written()),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
             Self::Blk(_)
             | Self::Rng(_)
@@ -242,7 +242,9 @@ impl<'a> Plan<'a> {
             Self::Net(nic) => usual.saturating_add(u64::from(nic.config.queues) << 3),
             _ => usual,
         };
-        Limits { file_size, locked, descriptors, ..Limits::default() }
+        // A disk may be given another size while the machine runs.
+        let file_may_grow = matches!(self, Self::Blk(disk) if !disk.readonly);
+        Limits { file_size, file_may_grow, locked, descriptors, ..Limits::default() }
     }
 
     /// Whether its process has queues to count.

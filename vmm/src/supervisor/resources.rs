@@ -23,7 +23,7 @@ pub use added::NewDevice;
 pub use balloon::Balloon;
 use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
-pub use disk::Disk;
+pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
 use meters::Meters;
 use nic::{Nic, NicError};
