@@ -28,6 +28,7 @@ use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::net::{self, Net, NetError};
+use crate::pmem::Pmem;
 use crate::rate_limit::{Rate, RateLimits};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
@@ -192,6 +193,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
+        DeviceConfig::Pmem(_) => "pmem",
         DeviceConfig::Net(_) => "net",
         DeviceConfig::Relay(_) => "relay",
         DeviceConfig::Fs(_) => "fs",
@@ -332,6 +334,12 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             let device = Box::new(Balloon::new(settings));
             let control = Control::Balloon(device.controller());
             Some(Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control })
+        }
+        DeviceConfig::Pmem(config) => {
+            let file = File::from(resources.take(config.file)?);
+            let device = Box::new(Pmem::new(file, config.address, config.size));
+            let (main, queue) = (PolicyName::PmemMain, PolicyName::PmemQueue);
+            Some(Parts { device, main, queue, control: Control::None })
         }
         DeviceConfig::Net(config) => {
             let device = resources.net(config)?;

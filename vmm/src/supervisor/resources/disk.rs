@@ -222,7 +222,7 @@ fn open_direct(id: &str, path: &Path, readonly: bool) -> Result<File, ResourceEr
     })
 }
 
-fn lock_file(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), ResourceError> {
+pub(super) fn lock_file(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), ResourceError> {
     let (id, path): (String, PathBuf) = (id.to_owned(), path.to_owned());
     match lock(file, readonly) {
         Ok(()) => Ok(()),
