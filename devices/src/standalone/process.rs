@@ -200,7 +200,7 @@ impl Process {
     }
 
     /// Waits until something happened: to the process, to this program, on the channel, to a policy.
-    fn poll(&self, signals: &SignalFd) -> Result<[bool; 4], StandaloneError> {
+    fn poll(&mut self, signals: &SignalFd) -> Result<[bool; 4], StandaloneError> {
         let mut fds = vec![
             PollFd::new(self.jailed.as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
@@ -220,17 +220,16 @@ impl Process {
             Err(errno) => return Err(StandaloneError::system("poll")(errno)),
         }
         let happened = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
-        // A listener whose thread is gone says so for ever.
-        let violated =
-            |fd: &PollFd<'_>| fd.revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
         let channel = self.channel.is_some() && fds.last().is_some_and(happened);
+        let [ended, signal] = [0, 1].map(|index| fds.get(index).is_some_and(happened));
         let listeners = fds.get(2..2 + self.listeners.len()).unwrap_or_default();
-        Ok([
-            fds.first().is_some_and(happened),
-            fds.get(1).is_some_and(happened),
-            channel,
-            listeners.iter().any(violated),
-        ])
+        let events: Vec<_> = listeners.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect();
+        drop(fds);
+        let violated = events.iter().any(|events| events.contains(PollFlags::POLLIN));
+        // A listener whose threads are gone says so for ever.
+        let mut events = events.into_iter();
+        self.listeners.retain(|_| events.next() != Some(PollFlags::POLLHUP));
+        Ok([ended, signal, channel, violated])
     }
 
     /// Takes what the process says. Nothing of it is trusted, and only the first READY brings listeners.

@@ -132,7 +132,7 @@ fn disk(size: u64) -> OwnedFd {
     file.into()
 }
 
-fn blk(queues: u16) -> DeviceConfig {
+pub fn blk(queues: u16) -> DeviceConfig {
     DeviceConfig::Blk(BlkConfig {
         disk: FdIndex(1),
         read_only: false,
