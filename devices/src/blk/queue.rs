@@ -588,7 +588,10 @@ impl Beginning<'_> {
         };
         buffers.restart(self.ring.ram(), direction);
         for segment in segments {
-            buffers.push(segment.address, u64::from(segment.len))?;
+            // No guest RAM: a broken driver, or O_DIRECT by anybody in the guest on persistent memory, where nobody else may suffer.
+            if buffers.push(segment.address, u64::from(segment.len)).is_err() {
+                return Ok(Begun::Finished(Status::IoError));
+            }
         }
         (self.request.step, self.request.offset) = (step, offset);
         let durable = self.shared.writes_through();

@@ -14,6 +14,7 @@ pub mod nearest;
 pub mod net;
 mod others;
 pub mod pci;
+pub mod pmem;
 pub mod restart;
 pub mod rom;
 pub mod size;
@@ -40,6 +41,7 @@ pub use net::{NetSpec, NetSpecError, NicConfig};
 use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
+pub use pmem::{PmemConfig, PmemSpec};
 pub use restart::{RestartPolicy, RestartRule};
 pub use rom::RomSpec;
 pub use size::Size;
@@ -150,6 +152,8 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// Files that the guest sees as memory, in the order of their places.
+    pub pmems: Vec<PmemConfig>,
     /// The shared directories in the order of their PCI slots.
     pub shares: Vec<ShareConfig>,
 }
@@ -406,6 +410,7 @@ impl MachineConfig {
             .chain(self.nics.iter().map(|nic| &*nic.id))
             .chain(self.vhost_user.iter().map(|device| &*device.id))
             .chain(self.shares.iter().map(|share| &*share.id))
+            .chain(self.pmems.iter().map(|pmem| &*pmem.id))
             .collect()
     }
 }
@@ -488,6 +493,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log: log(&mut args, &mut file),
+        pmems: named.pmems,
         shares: named.shares,
     };
     check_limits(&config)?;
