@@ -42,7 +42,10 @@ impl Others {
             let disks = disks.iter().map(|disk| disk.id.as_str());
             RESERVED.into_iter().chain(disks).chain(this.ids()).map(str::to_owned).collect()
         };
-        let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        let mut nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        if matches!(nets.as_slice(), [only] if only.none) {
+            nets.clear();
+        }
         this.nics = name_nets(&nets, taken(&this), machine, rules)?;
         this.vhost_user = name_foreign(foreign, taken(&this))?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
