@@ -305,7 +305,7 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             Some(Parts { device: Box::new(device), main, queue, control: Control::None })
         }
         DeviceConfig::Rng(rng) => {
-            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
+            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?), rng.limit));
             Some(Parts {
                 device,
                 main: PolicyName::RngMain,

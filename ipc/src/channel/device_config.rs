@@ -165,6 +165,17 @@ pub enum ErrorAction {
 pub struct RngConfig {
     /// `/dev/urandom`.
     pub source: FdIndex,
+    /// How much the guest gets of it; `None`: as much as it likes.
+    pub limit: Option<RngLimit>,
+}
+
+/// How much entropy a guest gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngLimit {
+    /// Bytes in a period, and at once after a pause; at least 1.
+    pub max_bytes: u64,
+    /// The period, milliseconds; at least 1.
+    pub period: u32,
 }
 
 /// A virtio console with one port.

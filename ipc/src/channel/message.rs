@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
     FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    RelayConfig, RngConfig, UartConfig, VsockConfig,
+    RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
 };
 
 use crate::channel::ChannelError;

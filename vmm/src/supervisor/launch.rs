@@ -37,7 +37,7 @@ use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
-    Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables, Vsock,
+    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables, Vsock,
 };
 use super::smbios::Tables;
 use super::terminal;
@@ -125,7 +125,7 @@ pub fn advice(error: &JailError) -> &'static str {
 /// A device to be.
 enum Plan<'a> {
     Blk(&'a Disk),
-    Rng(&'a File),
+    Rng(&'a Entropy),
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
@@ -141,7 +141,7 @@ impl<'a> Plan<'a> {
     /// The devices of a machine.
     fn all(resources: &'a Resources) -> Vec<Self> {
         let mut plans: Vec<Self> = resources.disks.iter().map(Self::Blk).collect();
-        plans.extend(resources.urandom.as_ref().map(Self::Rng));
+        plans.extend(resources.entropy.as_ref().map(Self::Rng));
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
@@ -290,7 +290,9 @@ impl<'a> Plan<'a> {
     {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
-            Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
+            Self::Rng(entropy) => {
+                DeviceConfig::Rng(RngConfig { source: fds.add(&entropy.source), limit: entropy.limit })
+            }
             Self::Console(stream) => DeviceConfig::Console(ConsoleConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),

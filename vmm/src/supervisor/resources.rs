@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 pub use added::NewDevice;
 pub use balloon::Balloon;
-use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::channel::message::{Processors, RngLimit};
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::Disk;
 use disk::{lock, open_disk};
@@ -242,6 +242,21 @@ pub enum ResourceError {
     },
 }
 
+/// What an entropy device gives.
+#[derive(Debug)]
+pub struct Entropy {
+    /// `/dev/urandom`.
+    pub source: File,
+    /// How much of it.
+    pub limit: Option<RngLimit>,
+}
+
+impl Entropy {
+    fn open(limit: Option<RngLimit>) -> Result<Self, ResourceError> {
+        Ok(Self { source: open_device("/dev/urandom", false)?, limit })
+    }
+}
+
 /// All that a machine needs from its host.
 #[derive(Debug)]
 pub struct Resources {
@@ -265,8 +280,8 @@ pub struct Resources {
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
     pub processors: Processors,
-    /// `/dev/urandom`, when there is an entropy device.
-    pub urandom: Option<File>,
+    /// What an entropy device has, when there is one.
+    pub entropy: Option<Entropy>,
     /// What the keyboard's process leaves to its successor, when there is one.
     pub keyboard: Option<OwnedFd>,
     /// The host's side of the serial port.
@@ -347,7 +362,7 @@ impl Resources {
             foreign: config.vhost_user.clone(),
             slots,
             processors,
-            urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            entropy: config.rng.then(|| Entropy::open(config.rng_limit)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
             balloon: config.balloon.as_ref().map(Balloon::new),
             core_program: open_program("bulkhead-vmm")?,

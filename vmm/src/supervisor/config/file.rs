@@ -19,14 +19,15 @@ use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
 use super::restart::{RestartPolicy, RestartRule};
+use super::rng::RngSpec;
 use super::rom::RomSpec;
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
-use super::table::{RngSpec, StreamSpec};
+use super::table::{StreamSpec, SwitchSpec};
 use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
-use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
+use super::{CONSOLE, KEYBOARD, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -81,7 +82,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
-    keyboard: Option<RngSpec>,
+    keyboard: Option<SwitchSpec>,
     vsock: Option<VsockSpec>,
     balloon: Option<BalloonSpec>,
     name: Option<String>,
@@ -136,7 +137,6 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
     };
     let rules = [
         of(None, file.restart),
-        of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
         of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
         of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
         of(Some(KEYBOARD), file.keyboard.as_ref().and_then(|keyboard| keyboard.restart)),
@@ -163,7 +163,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
         nets: file.net.into_iter().map(|net| NetSpec { socket: net.socket.map(at), ..net }).collect(),
-        rng: file.rng.map(|rng| Switch::from(rng.on)),
+        rng: file.rng,
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
@@ -272,11 +272,12 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
+        assert_eq!((run.rng.map(|rng| rng.on), run.keyboard), (Some(true), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
-        assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
+        assert_eq!(rules, ["None=3/10", "Some(\"console\")=never"]);
+        assert_eq!(run.rng.and_then(|rng| rng.restart), Some(RestartPolicy::always()));
         assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
         assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
         assert_eq!(run.cgroup, Some(CgroupChoice::Off));

@@ -15,6 +15,7 @@ pub mod net;
 mod others;
 pub mod pci;
 pub mod restart;
+pub mod rng;
 pub mod rom;
 pub mod size;
 pub mod smbios;
@@ -41,6 +42,7 @@ use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rng::RngSpec;
 pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -49,6 +51,7 @@ use thiserror::Error;
 pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
+use bulkhead_ipc::channel::message::RngLimit;
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
 
@@ -126,6 +129,8 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
+    /// How much the guest gets of it.
+    pub rng_limit: Option<RngLimit>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
     /// The serial port, `Off` when there is none.
@@ -408,9 +413,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
-    let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
+    let (rng, rng_limit) = entropy(&args, &file, &mut rules);
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
@@ -459,6 +464,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         nics: named.nics,
         vhost_user: named.vhost_user,
         rng,
+        rng_limit,
         console,
         serial,
         keyboard,
@@ -475,6 +481,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     check_limits(&config)?;
     find_roms(config)
+}
+
+/// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
+fn entropy(args: &RunArgs, file: &RunArgs, rules: &mut Vec<RestartRule>) -> (bool, Option<RngLimit>) {
+    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None) };
+    let restart = rng.restart.or(file.rng.and_then(|rng| rng.restart));
+    rules.extend(restart.map(|policy| RestartRule { device: Some(RNG.to_owned()), policy }));
+    (true, rng.limit)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
