@@ -162,7 +162,7 @@ impl<'a> EventLoop<'a> {
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
             ToDevice::Resize { .. } | ToDevice::Keys(_) | ToDevice::Link { .. } => {}
-            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }) => {
+            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {
                 tracing::warn!(?message, "a control message that this device does not know");
             }
         }

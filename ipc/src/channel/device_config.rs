@@ -189,6 +189,26 @@ pub struct ConsoleConfig {
     pub size: Option<(u16, u16)>,
 }
 
+/// A virtio console of named ports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortsConfig {
+    /// The ports, the first of which is port 1; at most 15.
+    pub ports: Vec<PortConfig>,
+    /// A file without a name in which the device notes what a successor must know; empty at the start.
+    pub state: Option<FdIndex>,
+}
+
+/// A named port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortConfig {
+    /// Its name in the guest.
+    pub name: String,
+    /// Bytes for the guest; `None`: nobody sends any until `AttachPort`.
+    pub input: Option<FdIndex>,
+    /// Bytes from the guest; `None`: nobody reads them until `AttachPort`.
+    pub output: Option<FdIndex>,
+}
+
 /// A serial line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UartConfig {

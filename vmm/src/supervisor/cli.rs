@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, RestartRule, RngSpec, RomSpec, Size,
-    SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PortSpec, RestartRule, RngSpec, RomSpec,
+    Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -119,6 +119,12 @@ Vsock:
   With --vsock cid=N,path=SOCKET the guest has context id N, and streams to the host by Unix sockets:
   a guest that connects to port P of the host (context id 2) reaches the socket SOCKET_P; who connects
   to SOCKET and sends the line CONNECT P reaches port P of the guest, and reads OK and a port first.
+
+Ports:
+  With --port name=NAME,unix=PATH the guest has a character device that udev calls
+  /dev/virtio-ports/NAME, as QEMU's virtserialport makes it. Who connects to the socket PATH is at its
+  other end, and takes the place of whoever was there; while nobody is, the guest's end hangs up. All
+  ports are one device, \"ports\". No byte is dropped while somebody is connected: the guest waits.
 
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
@@ -283,6 +289,13 @@ pub struct RunArgs {
     /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]
     #[arg(long, value_name = "TARGET", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
     pub console: Option<StreamTarget>,
+    /// Named ports.
+    #[arg(
+        long = "port",
+        value_name = "name=NAME,unix=PATH",
+        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; repeat for more ports"
+    )]
+    pub ports: Vec<PortSpec>,
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
     #[arg(long, value_name = "TARGET")]
     pub serial: Option<StreamTarget>,

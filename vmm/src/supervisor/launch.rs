@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
     DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat,
-    KeyboardConfig, LinkKind, NetBackend, NetConfig, NetLimits, RelayConfig, RngConfig, ToCore, ToDevice,
-    UartConfig, VsockConfig,
+    KeyboardConfig, LinkKind, NetBackend, NetConfig, NetLimits, PortConfig, PortsConfig, RelayConfig,
+    RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -30,14 +30,15 @@ use thiserror::Error;
 use super::cli::LogLevel;
 use super::config::fs::Cache;
 use super::config::net::RateSpec;
-use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL, VhostUserConfig};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, PORTS, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
-    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, Resources, Share, Stream, Variables, Vsock,
+    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Port, Ports, Resources, Share,
+    Stream, Variables, Vsock,
 };
 use super::smbios::Tables;
 use super::terminal;
@@ -135,6 +136,7 @@ enum Plan<'a> {
     Net(&'a Nic),
     Foreign(&'a VhostUserConfig),
     Fs(&'a Share),
+    Ports(&'a Ports),
 }
 
 impl<'a> Plan<'a> {
@@ -151,6 +153,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.nics.iter().map(Self::Net));
         plans.extend(resources.foreign.iter().map(Self::Foreign));
         plans.extend(resources.shares.iter().map(Self::Fs));
+        plans.extend(resources.ports.as_ref().map(Self::Ports));
         plans
     }
 
@@ -167,6 +170,7 @@ impl<'a> Plan<'a> {
             Self::Net(nic) => &nic.config.id,
             Self::Foreign(device) => &device.id,
             Self::Fs(share) => &share.config.id,
+            Self::Ports(_) => PORTS,
         }
     }
 
@@ -174,7 +178,7 @@ impl<'a> Plan<'a> {
         match self {
             Self::Blk(_) => Role::Blk,
             Self::Rng(_) => Role::Rng,
-            Self::Console(_) => Role::Console,
+            Self::Console(_) | Self::Ports(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
             Self::Keyboard(_) => Role::Keyboard,
@@ -191,7 +195,9 @@ impl<'a> Plan<'a> {
         match self {
             Self::Blk(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BLOCK, slot },
             Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY, slot },
-            Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
+            Self::Console(_) | Self::Ports(_) => {
+                LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot }
+            }
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
             Self::Keyboard(_) => LinkKind::Keyboard,
@@ -215,6 +221,8 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
             Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
+            Self::Ports(ports) if ports.ports.iter().any(|port| port.stream.writes_file) => None,
+            Self::Ports(_) => Some(PORTS_STATE),
             Self::Blk(_)
             | Self::Rng(_)
             | Self::Console(_)
@@ -252,6 +260,7 @@ impl<'a> Plan<'a> {
             Self::Blk(_)
                 | Self::Rng(_)
                 | Self::Console(_)
+                | Self::Ports(_)
                 | Self::Net(_)
                 | Self::Vsock(_)
                 | Self::Balloon(_)
@@ -298,6 +307,7 @@ impl<'a> Plan<'a> {
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
             }),
+            Self::Ports(ports) => DeviceConfig::Ports(ports_config(ports, fds)),
             Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
                 file: fds.add(&variables.file),
                 memory: fds.add(&variables.memory),
@@ -400,6 +410,17 @@ fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
         link: config.link,
         successor,
     }
+}
+
+fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
+    let mut end = |fd: &'a Option<OwnedFd>| fd.as_ref().map(|fd| fds.add(fd));
+    let port = |port: &'a Port| PortConfig {
+        name: port.name.clone(),
+        input: end(&port.stream.input),
+        output: end(&port.stream.output),
+    };
+    let named = ports.ports.iter().map(port).collect();
+    PortsConfig { ports: named, state: Some(fds.add(&ports.state)) }
 }
 
 /// Connects to a Unix socket without waiting for one that does not accept.

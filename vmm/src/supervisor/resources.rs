@@ -6,6 +6,7 @@ mod balloon;
 mod disk;
 mod meters;
 pub mod nic;
+mod port;
 mod roms;
 mod share;
 mod slots;
@@ -30,6 +31,7 @@ use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
+pub use port::{PORTS_STATE, Port, Ports};
 use roms::Rom;
 pub use share::Share;
 use slots::Slots;
@@ -39,7 +41,7 @@ pub use variables::Variables;
 pub use vsock::Vsock;
 
 use super::config::{
-    CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
+    CONSOLE, KEYBOARD, MachineConfig, PORTS, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
 };
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
@@ -288,6 +290,8 @@ pub struct Resources {
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
     pub console: Option<Stream>,
+    /// The named ports.
+    pub ports: Option<Ports>,
     /// The host's side of the vsock.
     pub vsock: Option<Vsock>,
     /// The balloon.
@@ -340,8 +344,9 @@ impl Resources {
         let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
         let shared = shares.iter().map(|share| &*share.config.id);
         let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
+        let ports = (!config.ports.is_empty()).then_some(PORTS);
         let cards = config.nics.iter().map(|nic| &*nic.id);
-        for id in ids.chain(vsock).chain(balloon).chain(cards).chain(foreign).chain(shared) {
+        for id in ids.chain(vsock).chain(balloon).chain(cards).chain(foreign).chain(shared).chain(ports) {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -375,6 +380,7 @@ impl Resources {
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
+            ports: Ports::open(&config.ports)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
     }
@@ -384,6 +390,7 @@ impl Resources {
     /// # Errors
     /// The kernel refuses.
     pub fn reset(&self) -> io::Result<()> {
+        self.ports.as_ref().map_or(Ok(()), |ports| ports.state.set_len(0))?;
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
 }

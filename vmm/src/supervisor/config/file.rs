@@ -18,6 +18,7 @@ use super::firmware::{self, BootOrder};
 use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
+use super::port::PortSpec;
 use super::restart::{RestartPolicy, RestartRule};
 use super::rng::RngSpec;
 use super::rom::RomSpec;
@@ -104,6 +105,7 @@ struct File {
     option_rom: Vec<RomSpec>,
     vhost_user: Vec<VhostUserSpec>,
     fs: Vec<FsSpec>,
+    port: Vec<PortSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -189,6 +191,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             file.vhost_user.into_iter().map(at).collect()
         },
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
+        ports: file.port.into_iter().map(|port| port.below(base)).collect(),
         ..RunArgs::default()
     })
 }
@@ -299,6 +302,9 @@ mod tests {
             type = "fs"
             socket = "fs.sock"
             config-size = 44
+            [[port]]
+            name = "agent"
+            target = "unix=agent.sock"
             [[fs]]
             tag = "data"
             path = "shared"
@@ -310,6 +316,7 @@ mod tests {
         assert_eq!(run.nets.last().unwrap().socket, Some("/etc/wire".into()));
         let foreign = run.vhost_user.first().unwrap();
         assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
+        assert_eq!(run.ports, ["name=agent,unix=/etc/agent.sock".parse().unwrap()]);
         let fs = run.fs.first().unwrap();
         assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
         assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));

@@ -14,6 +14,7 @@ pub mod nearest;
 pub mod net;
 mod others;
 pub mod pci;
+pub mod port;
 pub mod restart;
 pub mod rng;
 pub mod rom;
@@ -41,6 +42,7 @@ pub use net::{NetSpec, NetSpecError, NicConfig};
 use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
+pub use port::PortSpec;
 pub use restart::{RestartPolicy, RestartRule};
 pub use rng::RngSpec;
 pub use rom::RomSpec;
@@ -73,6 +75,8 @@ const MAX_NAME: usize = 64;
 pub const SERIAL: &str = "serial";
 /// Name of the virtio console among the devices.
 pub const CONSOLE: &str = "console";
+/// Name of the device of named ports among the devices.
+pub const PORTS: &str = "ports";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
@@ -133,6 +137,8 @@ pub struct MachineConfig {
     pub rng_limit: Option<RngLimit>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
+    /// The named ports.
+    pub ports: Vec<PortSpec>,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
     /// Whether there is a keyboard.
@@ -346,6 +352,9 @@ pub enum ConfigError {
     /// A vsock that cannot be.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockSpecError),
+    /// A port.
+    #[error(transparent)]
+    Port(#[from] port::PortSpecError),
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
@@ -466,6 +475,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         rng_limit,
         console,
+        ports: named.ports,
         serial,
         keyboard,
         vsock: named.vsock,
@@ -679,7 +689,7 @@ fn apply(
 }
 
 /// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
+const RESERVED: [&str; 8] = [SERIAL, CONSOLE, PORTS, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();

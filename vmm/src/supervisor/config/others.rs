@@ -5,9 +5,9 @@ use std::mem::take;
 use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, RESERVED,
-    RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
-    balloon_pages, check_name, fs,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, PORTS,
+    PortSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
+    VsockConfig, VsockSpec, balloon_pages, check_name, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -19,6 +19,7 @@ pub(super) struct Others {
     pub nics: Vec<NicConfig>,
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
+    pub ports: Vec<PortSpec>,
 }
 
 impl Others {
@@ -46,6 +47,8 @@ impl Others {
         this.vhost_user = name_foreign(foreign, taken(&this))?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
         this.shares = name_shares(fs, taken(&this), rules)?;
+        this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
+        port::check(&this.ports)?;
         Ok(this)
     }
 
@@ -57,6 +60,7 @@ impl Others {
             .chain(self.nics.iter().map(|nic| nic.id.as_str()))
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
     }
 
     /// Gives them the policies that were said of them by name.

@@ -17,7 +17,7 @@ use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
     BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD,
-    NetSpec, PciAddress, RNG, RestartPolicy, RngSpec, SERIAL, SUPERVISOR, ShareConfig, VSOCK,
+    NetSpec, PORTS, PciAddress, RNG, RestartPolicy, RngSpec, SERIAL, SUPERVISOR, ShareConfig, VSOCK,
     VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
@@ -438,6 +438,9 @@ impl EventLoop<'_> {
         if change.id == CONSOLE {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        if change.id == PORTS {
+            self.port_peers.clear();
         }
         if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
             self.environment.forget_vsock(vsock);

@@ -6,7 +6,7 @@ use super::nic::Nic;
 use super::{Balloon, Disk, Entropy, ResourceError, Resources, Share, Stream, Vsock, open_disk, take_place};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, RNG, RestartPolicy, ShareConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, RNG, RestartPolicy, ShareConfig,
     StreamTarget, VhostUserConfig, VsockConfig,
 };
 
@@ -120,6 +120,7 @@ impl Resources {
         match id {
             RNG => self.entropy = None,
             CONSOLE => self.console = None,
+            PORTS => self.ports = None,
             _ => {}
         }
     }
