@@ -19,6 +19,7 @@ mod keyboard;
 mod lifecycle;
 mod limits;
 mod network;
+mod ports;
 mod refusals;
 mod restart;
 mod serial;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         hotplug::cases(),
         restart::cases(),
         keyboard::cases(),
+        ports::cases(),
         vsock::cases(),
         network::cases(),
         shared::cases(),
