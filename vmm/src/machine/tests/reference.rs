@@ -233,7 +233,7 @@ impl Rig {
         match endpoint {
             None => Owner::Open,
             Some(Endpoint::Dram) => Owner::Ram(offset),
-            Some(Endpoint::Chip(_)) => Owner::Rom(offset),
+            Some(Endpoint::Chip(_) | Endpoint::File(_)) => Owner::Rom(offset),
             Some(Endpoint::InKernel) => Owner::Kernel,
             Some(Endpoint::ConfigAddress) => Owner::ConfigAddress,
             Some(Endpoint::ConfigData) => Owner::ConfigData(offset),
