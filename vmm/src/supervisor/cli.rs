@@ -44,8 +44,10 @@ Commands:
   The kernel is an installed one (or --kernel), the root is the host's (or --root DIR, any unpacked
   tree) for reading only: what the guest changes stays in its memory and is gone afterwards, but for
   the directories that --rw names. The command begins in the current directory, with this terminal;
-  input that is no terminal is not passed on. It needs no configuration and no privileges. --verbose
-  and --dry-run print the options that it stands for, most of which may be given as well.
+  input that is no terminal is not passed on. It needs no configuration and no privileges. Where
+  passt is installed it has a network as 10.0.2.15, on which this host is 10.0.2.2; --net none
+  leaves it out, another --net takes its place. --verbose and --dry-run print the options that it
+  stands for, most of which may be given as well.
 
 Terminal:
   With --serial stdio (the default) or --console stdio on a terminal, all keys go to the guest,
@@ -58,21 +60,26 @@ Kernel command line:
 Network:
   --net user          through the host's own connections, by the program passt; needs no rights.
                       hostfwd=tcp:8080:80 leads port 8080 of the host to port 80 of the guest
-                      (tcp: or udp:, before the ports an address of the host; repeat it for more)
+                      (tcp: or udp:, before the ports an address of the host; repeat it for more).
+                      address=ADDRESS/PREFIX with gateway=ADDRESS: what the guest gets by DHCP
+                      instead of the host's own; dns=ADDRESS stands for the host's name server
   --net tap=NAME      a tap interface; as root one is made that goes with the machine. queues=N
                       gives it several pairs of queues
   --net socket=PATH   a cable between two machines: the first one listens, the second connects
   --net fd=N          a tap or socket that whoever starts bulkhead has opened
+  --net none          no card, whatever the configuration file says
   Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, link=off (the cable is pulled
   out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
   it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
-  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second).
+  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second),
+  rom=off or rom=FILE (with --firmware a card brings iPXE by default, to boot from the network, where
+  Debian's package ipxe-qemu has it).
 
 Firmware:
   With --firmware and without --kernel the machine starts as a PC does: firmware looks for a boot
-  loader on the disks. seabios and ovmf stand for the files of Debian's packages. With a serial
-  port and no --console, SeaBIOS talks on the serial port.
+  loader on the disks, then on the network. seabios and ovmf stand for the files of Debian's
+  packages. With a serial port and no --console, SeaBIOS talks on the serial port.
 
 Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
   path=FILE                    image or block device; the only key that must be there
@@ -227,7 +234,7 @@ pub struct RunArgs {
     /// File that keeps the firmware's variables; made when it is not there and --firmware is ovmf
     #[arg(long, value_name = "FILE")]
     pub firmware_vars: Option<PathBuf>,
-    /// Ids of the disks that firmware tries, in this order [default: all, in the order of --disk]
+    /// Ids of the disks and network cards that firmware tries, in this order [default: all disks, then all cards]
     #[arg(long, value_name = "ID,…")]
     pub boot_order: Option<BootOrder>,
     /// Have firmware offer its boot menu

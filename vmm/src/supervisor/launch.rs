@@ -602,9 +602,7 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
     match &config.firmware {
         Some(firmware) => {
             let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
-            let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
-            let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
-            let mut files = firmware::files(config, firmware, &disks);
+            let mut files = firmware::files(config, firmware, &resources.bootable());
             // SeaBIOS and OVMF place 64-bit BARs above it.
             let end = resources.pmems.iter().map(|pmem| pmem.address.saturating_add(pmem.size)).max();
             files.extend(end.map(|end| FirmwareFile {

@@ -40,11 +40,10 @@ use thiserror::Error;
 pub use variables::Variables;
 pub use vsock::Vsock;
 
-use super::config::{
-    CONSOLE, KEYBOARD, MachineConfig, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
-};
+use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RomSpec, SERIAL, Size, VhostUserConfig};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
+use super::firmware::Bootable;
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
 /// The most that the keyboard's process keeps for its successor, in bytes.
@@ -340,20 +339,11 @@ impl Resources {
             None => None,
         };
         let mut slots = Slots::default();
-        let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
-        let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
-        let foreign = config.vhost_user.iter().map(|device| &*device.id);
         let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
-        let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
-        let shared = shares.iter().map(|share| &*share.config.id);
-        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        let files = config.pmems.iter().map(|pmem| &*pmem.id);
-        let cards = config.nics.iter().map(|nic| &*nic.id);
-        for id in ids.chain(vsock).chain(balloon).chain(cards).chain(foreign).chain(shared).chain(files) {
+        for id in config.on_bus() {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -369,7 +359,7 @@ impl Resources {
             image,
             initrd,
             variables,
-            roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
+            roms: config.roms.iter().map(|rom| open_rom(config, rom)).collect::<Result<_, _>>()?,
             disks,
             foreign: config.vhost_user.clone(),
             slots,
@@ -382,14 +372,23 @@ impl Resources {
             confinement,
             nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
             meters: Meters::default(),
+            shares: config.shares.iter().map(Share::open).collect::<Result<_, _>>()?,
             pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
             processors,
-            shares,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
+    }
+
+    /// What firmware can boot from.
+    pub fn bootable(&self) -> Vec<Bootable<'_>> {
+        let disks = self.disks.iter().map(|disk| (&*disk.id, false));
+        let foreign = self.foreign.iter().filter(|device| device.is_bootable());
+        let foreign = foreign.map(|device| (&*device.id, device.is_card()));
+        let all = disks.chain(self.nics.iter().map(|nic| (&*nic.config.id, true))).chain(foreign);
+        all.filter_map(|(id, card)| Some(Bootable { id, place: self.slots.of(id)?, card })).collect()
     }
 
     /// Forgets what the devices of a machine that is started anew were about.
@@ -399,6 +398,13 @@ impl Resources {
     pub fn reset(&self) -> io::Result<()> {
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
+}
+
+/// Reads an option ROM, made fit for the device that brings it.
+fn open_rom(config: &MachineConfig, rom: &RomSpec) -> Result<Rom, ResourceError> {
+    let is = |id: &String| rom.device.as_ref() == Some(id);
+    let foreign = || config.vhost_user.iter().any(|device| is(&device.id) && device.is_card());
+    roms::open(rom, config.nics.iter().any(|nic| is(&nic.id)) || foreign())
 }
 
 fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {

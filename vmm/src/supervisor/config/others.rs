@@ -42,7 +42,10 @@ impl Others {
             let disks = disks.iter().map(|disk| disk.id.as_str());
             RESERVED.into_iter().chain(disks).chain(this.ids()).map(str::to_owned).collect()
         };
-        let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        let mut nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        if matches!(nets.as_slice(), [only] if only.none) {
+            nets.clear();
+        }
         this.nics = name_nets(&nets, taken(&this), machine, rules)?;
         this.vhost_user = name_foreign(foreign, taken(&this))?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
@@ -61,6 +64,13 @@ impl Others {
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
+    }
+
+    /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
+    pub fn bootable<'a>(&'a self, disks: &'a [DiskConfig]) -> Vec<&'a str> {
+        let disks = disks.iter().map(|disk| &*disk.id);
+        let foreign = self.vhost_user.iter().filter(|device| device.is_bootable()).map(|device| &*device.id);
+        disks.chain(self.nics.iter().map(|nic| &*nic.id)).chain(foreign).collect()
     }
 
     /// Gives them the policies that were said of them by name.
