@@ -578,6 +578,7 @@ fn start_core(
         boot: boot(config, resources, &mut fds),
         generation: generation().map_err(|source| LaunchError::Io { id: CORE.to_owned(), source })?,
         debug_exit: config.debug_exit,
+        mapped: mapped(resources, &mut fds),
         devices: plans
             .iter()
             .zip(links)
@@ -592,7 +593,6 @@ fn start_core(
                     .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
-        mapped: mapped(resources, &mut fds),
     });
     let cpus = u64::from(config.topology.count());
     let limits = Limits {
