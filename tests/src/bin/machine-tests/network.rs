@@ -72,6 +72,7 @@ fn fetch() -> Outcome<String> {
 
 /// Gives this thread and what it starts a network of their own, from which passt takes the guest's address: 10.7.0.5.
 pub fn uplink() -> Outcome {
+    let _there_or_built_in = Command::new("modprobe").arg("tun").output();
     unshare(CloneFlags::CLONE_NEWNET).map_err(text)?;
     run("ip", "link set lo up")?;
     // passt takes the guest's addresses from the interface with the default route.
@@ -83,7 +84,6 @@ pub fn uplink() -> Outcome {
 
 fn tap_and_passt(context: &Context) -> Outcome {
     // Names and ports are nobody else's there.
-    let _there_or_built_in = Command::new("modprobe").arg("tun").output();
     uplink()?;
     run("ip", "tuntap add wire mode tap")?;
     run("ip", "addr add 10.9.0.1/24 dev wire")?;

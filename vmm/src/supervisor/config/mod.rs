@@ -9,6 +9,7 @@ pub mod disk_options;
 pub mod file;
 pub mod firmware;
 pub mod fs;
+mod ids;
 pub mod liveness;
 pub mod nearest;
 pub mod net;
@@ -34,6 +35,7 @@ pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
+pub use ids::Ids;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use net::{NetSpec, NetSpecError, NicConfig};
@@ -279,14 +281,6 @@ pub enum ConfigError {
         /// What was given.
         name: String,
     },
-    /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
-    DuplicateId {
-        /// The second of the two.
-        path: PathBuf,
-        /// The id.
-        id: String,
-    },
     /// A device of another back end.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::VhostUserSpecError),
@@ -349,8 +343,8 @@ pub enum ConfigError {
         "{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME"
     )]
     IdTaken {
-        /// What kind of device.
-        device: &'static str,
+        /// Which device, as messages call it.
+        device: String,
         /// The id.
         id: String,
     },
@@ -430,9 +424,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
-    let mut disks = name_disks(disks, restart)?;
+    let mut ids = Ids::new([]);
+    let mut disks = name_disks(disks, restart, &mut ids)?;
     let mut named =
-        Others::resolve(&mut args, &mut file, (&name, &disks, foreign), memory, (restart, &mut rules))?;
+        Others::resolve(&mut args, &mut file, (&name, ids, foreign), memory, (restart, &mut rules))?;
     check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &named.bootable(&disks))?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
@@ -679,21 +674,15 @@ fn apply(
     Ok(restarts)
 }
 
-/// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
-
-fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
+fn name_disks(
+    disks: Vec<DiskSpec>,
+    restart: RestartPolicy,
+    ids: &mut Ids,
+) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
-        let id = match disk.id {
-            Some(id) => check_name(&format!("id of disk '{}'", disk.path.display()), id)?,
-            None => format!("disk{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::DuplicateId { path: disk.path, id });
-        }
-        taken.push(id.clone());
+        let id = disk.id.unwrap_or_else(|| format!("disk{index}"));
+        let id = ids.take(&format!("disk '{}'", disk.path.display()), id)?;
         let restart = disk.restart.unwrap_or(restart);
         let DiskSpec { path, readonly, addr, options, .. } = disk;
         named.push(DiskConfig { path, readonly, id, restart, addr, options });
