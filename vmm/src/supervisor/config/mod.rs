@@ -177,6 +177,8 @@ pub struct ShareConfig {
     pub others: u32,
     /// Unique among the processes of the machine.
     pub id: String,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// A disk with its id settled.
@@ -388,6 +390,18 @@ impl MachineConfig {
 }
 
 impl MachineConfig {
+    /// Where the devices are that chose their places on the PCI bus.
+    pub fn places(&self) -> impl Iterator<Item = (&str, PciAddress)> {
+        let disks = self.disks.iter().map(|disk| (&*disk.id, disk.addr));
+        disks
+            .chain(self.vsock.iter().map(|vsock| (&*vsock.id, vsock.addr)))
+            .chain(self.balloon.iter().map(|balloon| (&*balloon.id, balloon.addr)))
+            .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
+            .chain(self.vhost_user.iter().map(|device| (&*device.id, device.addr)))
+            .chain(self.shares.iter().map(|share| (&*share.id, share.addr)))
+            .filter_map(|(id, address)| Some((id, address?)))
+    }
+
     /// The ids of all devices on the PCI bus, in the order of the slots that they get unless they chose one.
     pub fn on_bus(&self) -> Vec<&str> {
         let disks = self.disks.iter().map(|disk| &*disk.id);
@@ -485,6 +499,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         log: log(&mut args, &mut file),
         shares: named.shares,
     };
+    pci::check(config.places())?;
     check_limits(&config)?;
     find_roms(config)
 }
@@ -530,7 +545,8 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
     let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
     let mut foreign = take(foreign);
     for disk in disks.extract_if(.., |disk| disk.vhost_user) {
-        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+        let addr = disk.addr;
+        foreign.push(VhostUserSpec { addr, ..VhostUserSpec::disk(disk.path, disk.id, disk.restart) });
     }
     (disks, foreign)
 }
@@ -687,7 +703,6 @@ fn name_disks(
         let DiskSpec { path, readonly, addr, options, .. } = disk;
         named.push(DiskConfig { path, readonly, id, restart, addr, options });
     }
-    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 

@@ -83,7 +83,7 @@ pub fn name_vsock(
 ) -> Result<VsockConfig, ConfigError> {
     let cid = spec.check()?;
     let id = ids.take("vsock", spec.id.unwrap_or_else(|| VSOCK.to_owned()))?;
-    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart) })
+    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart), addr: spec.addr })
 }
 
 /// Checks a balloon for a guest with so much memory, and gives it its id.
@@ -100,6 +100,7 @@ pub fn name_balloon(
         free_page_reporting: spec.free_page_reporting.unwrap_or(true),
         id,
         restart: spec.restart.unwrap_or(restart),
+        addr: spec.addr,
     })
 }
 
@@ -140,8 +141,8 @@ impl ShareConfig {
         if let Some(fault) = fs::tag_fault(&spec.tag) {
             return Err(ConfigError::Tag { path: spec.path, fault });
         }
-        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
-        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
+        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, addr, .. } = spec;
+        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id, addr })
     }
 }
 
