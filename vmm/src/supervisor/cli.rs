@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
     DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceLinkArgs, DeviceListArgs, DeviceRemoveArgs,
-    DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceResizeArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 
@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, RestartRule, RomSpec, Size, SmbiosSpec,
-    StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, RestartRule, RomSpec, Size,
+    SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -360,6 +360,13 @@ pub struct RunArgs {
         help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
     )]
     pub vhost_user: Vec<VhostUserSpec>,
+    /// Files as memory.
+    #[arg(
+        long = "pmem",
+        value_name = "path=FILE,…",
+        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; whole blocks of 2 MiB; repeat for more"
+    )]
+    pub pmems: Vec<PmemSpec>,
     /// Shared directories.
     #[arg(
         long = "fs",

@@ -6,6 +6,7 @@ mod balloon;
 mod disk;
 mod meters;
 pub mod nic;
+mod pmem;
 mod roms;
 mod share;
 mod slots;
@@ -23,13 +24,14 @@ pub use added::NewDevice;
 pub use balloon::Balloon;
 use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::GuestRam;
-pub use disk::Disk;
+pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
 use meters::Meters;
 use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
+pub use pmem::Pmem;
 use roms::Rom;
 pub use share::Share;
 use slots::Slots;
@@ -160,6 +162,28 @@ pub enum ResourceError {
         /// The first disk.
         other: String,
     },
+    /// A file that does not consist of blocks.
+    #[error("pmem {id}: '{path}' has {size} bytes; the guest maps whole blocks of 2 MiB: `truncate -s {wanted} '{path}'` makes it fit", path = path.display())]
+    PmemSize {
+        /// The device.
+        id: String,
+        /// Its file.
+        path: PathBuf,
+        /// Bytes.
+        size: u64,
+        /// The next size that fits.
+        wanted: u64,
+    },
+    /// No place for a file in the guest's address space.
+    #[error("pmem {id}: {} more are too much above the guest's memory: its processors have addresses of {bits} bits", Size(*.size))]
+    PmemRoom {
+        /// The device.
+        id: String,
+        /// Bytes.
+        size: u64,
+        /// Width of guest-physical addresses.
+        bits: u32,
+    },
     /// A disk that cannot be locked at all.
     #[error("disk {id}: cannot lock '{path}': {reason}", path = path.display())]
     Lock {
@@ -286,6 +310,8 @@ pub struct Resources {
     pub confinement: Confinement,
     /// Memory for what the devices count.
     pub meters: Meters,
+    /// Files that the guest sees as memory.
+    pub pmems: Vec<Pmem>,
     /// The shared directories.
     pub shares: Vec<Share>,
 }
@@ -336,7 +362,6 @@ impl Resources {
             disks,
             foreign: config.vhost_user.clone(),
             slots,
-            processors,
             urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
             balloon: config.balloon.as_ref().map(Balloon::new),
@@ -347,6 +372,8 @@ impl Resources {
             nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
             meters: Meters::default(),
             shares: config.shares.iter().map(Share::open).collect::<Result<_, _>>()?,
+            pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
+            processors,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,

@@ -18,6 +18,7 @@ use super::firmware::{self, BootOrder};
 use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
+use super::pmem::PmemSpec;
 use super::restart::{RestartPolicy, RestartRule};
 use super::rom::RomSpec;
 use super::size::Size;
@@ -103,6 +104,7 @@ struct File {
     option_rom: Vec<RomSpec>,
     vhost_user: Vec<VhostUserSpec>,
     fs: Vec<FsSpec>,
+    pmem: Vec<PmemSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -191,6 +193,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             let at = |spec: VhostUserSpec| VhostUserSpec { socket: at(spec.socket), ..spec };
             file.vhost_user.into_iter().map(at).collect()
         },
+        pmems: file.pmem.into_iter().map(|pmem| PmemSpec { path: at(pmem.path), ..pmem }).collect(),
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
         ..RunArgs::default()
     })

@@ -15,6 +15,7 @@ pub mod nearest;
 pub mod net;
 mod others;
 pub mod pci;
+pub mod pmem;
 pub mod restart;
 pub mod rom;
 pub mod size;
@@ -42,6 +43,7 @@ pub use net::{NetSpec, NetSpecError, NicConfig};
 use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
+pub use pmem::{PmemConfig, PmemSpec};
 pub use restart::{RestartPolicy, RestartRule};
 pub use rom::RomSpec;
 pub use size::Size;
@@ -152,6 +154,8 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// Files that the guest sees as memory, in the order of their places.
+    pub pmems: Vec<PmemConfig>,
     /// The shared directories in the order of their PCI slots.
     pub shares: Vec<ShareConfig>,
 }
@@ -399,6 +403,7 @@ impl MachineConfig {
             .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
             .chain(self.vhost_user.iter().map(|device| (&*device.id, device.addr)))
             .chain(self.shares.iter().map(|share| (&*share.id, share.addr)))
+            .chain(self.pmems.iter().map(|pmem| (&*pmem.id, pmem.addr)))
             .filter_map(|(id, address)| Some((id, address?)))
     }
 
@@ -414,6 +419,7 @@ impl MachineConfig {
             .chain(self.nics.iter().map(|nic| &*nic.id))
             .chain(self.vhost_user.iter().map(|device| &*device.id))
             .chain(self.shares.iter().map(|share| &*share.id))
+            .chain(self.pmems.iter().map(|pmem| &*pmem.id))
             .collect()
     }
 }
@@ -497,6 +503,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log: log(&mut args, &mut file),
+        pmems: named.pmems,
         shares: named.shares,
     };
     pci::check(config.places())?;

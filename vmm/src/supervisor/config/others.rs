@@ -6,8 +6,8 @@ use std::path::Path;
 
 use super::{
     BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig,
-    RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
-    balloon_pages, fs,
+    PmemConfig, PmemSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
+    VsockConfig, VsockSpec, balloon_pages, fs,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -19,6 +19,7 @@ pub(super) struct Others {
     pub nics: Vec<NicConfig>,
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
+    pub pmems: Vec<PmemConfig>,
 }
 
 impl Others {
@@ -42,6 +43,8 @@ impl Others {
         this.vhost_user = name_foreign(foreign, &mut ids)?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
         this.shares = name_shares(fs, &mut ids, rules)?;
+        let pmems = take(if args.pmems.is_empty() { &mut file.pmems } else { &mut args.pmems });
+        this.pmems = name_pmems(pmems, &mut ids)?;
         Ok(this)
     }
 
@@ -53,6 +56,7 @@ impl Others {
             .chain(self.nics.iter().map(|nic| nic.id.as_str()))
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
+            .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
     }
 
     /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
@@ -144,6 +148,17 @@ impl ShareConfig {
         let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, addr, .. } = spec;
         Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id, addr })
     }
+}
+
+/// Gives persistent memory its ids.
+fn name_pmems(specs: Vec<PmemSpec>, ids: &mut Ids) -> Result<Vec<PmemConfig>, ConfigError> {
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, PmemSpec { path, readonly, id, addr }) in specs.into_iter().enumerate() {
+        let id = id.unwrap_or_else(|| format!("pmem{index}"));
+        let id = ids.take(&format!("pmem '{}'", path.display()), id)?;
+        named.push(PmemConfig { path, readonly, id, addr });
+    }
+    Ok(named)
 }
 
 /// Gives shared directories their ids.
