@@ -68,8 +68,8 @@ Network:
   --net socket=PATH   a cable between two machines: the first one listens, the second connects
   --net fd=N          a tap or socket that whoever starts bulkhead has opened
   --net none          no card, whatever the configuration file says
-  Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, link=off (the cable is pulled
-  out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
+  Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, addr=SLOT.FUNCTION, link=off (the
+  cable is pulled out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
   it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
   rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second),
@@ -313,7 +313,7 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "cid=N,path=SOCKET,…",
-        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY]"
+        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub vsock: Option<VsockSpec>,
     /// A balloon.
@@ -323,7 +323,7 @@ pub struct RunArgs {
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "size=0",
-        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY]"
+        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub balloon: Option<BalloonSpec>,
     /// Read options from a TOML file
@@ -388,14 +388,14 @@ pub struct RunArgs {
     #[arg(
         long = "pmem",
         value_name = "path=FILE,…",
-        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME]; whole blocks of 2 MiB; repeat for more"
+        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; whole blocks of 2 MiB; repeat for more"
     )]
     pub pmems: Vec<PmemSpec>,
     /// Shared directories.
     #[arg(
         long = "fs",
         value_name = "tag=TAG,path=DIR,…",
-        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY]; repeat for more"
+        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more"
     )]
     pub fs: Vec<FsSpec>,
     /// With a command: share this directory for writing; repeat for more

@@ -358,8 +358,7 @@ impl Resources {
             None => None,
         };
         let mut slots = Slots::default();
-        let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
-        for (id, address) in chosen {
+        for (id, address) in config.places() {
             take_place(&mut slots, id, address)?;
         }
         for id in config.on_bus() {

@@ -212,10 +212,6 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.extend(ends.chain([ports.state]).flatten().map(|fd| fds.take(fd).unwrap()));
             PolicyName::ConsoleMain
         }
-        DeviceConfig::Pmem(pmem) => {
-            kept.push(fds.take(pmem.file).unwrap());
-            PolicyName::PmemMain
-        }
         DeviceConfig::Net(net) => {
             match net.backend {
                 NetBackend::Tap { queues, .. } => {

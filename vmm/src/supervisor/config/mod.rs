@@ -9,6 +9,7 @@ pub mod disk_options;
 pub mod file;
 pub mod firmware;
 pub mod fs;
+mod ids;
 pub mod liveness;
 pub mod nearest;
 pub mod net;
@@ -37,6 +38,7 @@ pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
+pub use ids::Ids;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use net::{NetSpec, NetSpecError, NicConfig};
@@ -190,6 +192,8 @@ pub struct ShareConfig {
     pub others: u32,
     /// Unique among the processes of the machine.
     pub id: String,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// A disk with its id settled.
@@ -294,14 +298,6 @@ pub enum ConfigError {
         /// What was given.
         name: String,
     },
-    /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
-    DuplicateId {
-        /// The second of the two.
-        path: PathBuf,
-        /// The id.
-        id: String,
-    },
     /// A device of another back end.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::VhostUserSpecError),
@@ -367,8 +363,8 @@ pub enum ConfigError {
         "{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME"
     )]
     IdTaken {
-        /// What kind of device.
-        device: &'static str,
+        /// Which device, as messages call it.
+        device: String,
         /// The id.
         id: String,
     },
@@ -412,6 +408,19 @@ impl MachineConfig {
 }
 
 impl MachineConfig {
+    /// Where the devices are that chose their places on the PCI bus.
+    pub fn places(&self) -> impl Iterator<Item = (&str, PciAddress)> {
+        let disks = self.disks.iter().map(|disk| (&*disk.id, disk.addr));
+        disks
+            .chain(self.vsock.iter().map(|vsock| (&*vsock.id, vsock.addr)))
+            .chain(self.balloon.iter().map(|balloon| (&*balloon.id, balloon.addr)))
+            .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
+            .chain(self.vhost_user.iter().map(|device| (&*device.id, device.addr)))
+            .chain(self.shares.iter().map(|share| (&*share.id, share.addr)))
+            .chain(self.pmems.iter().map(|pmem| (&*pmem.id, pmem.addr)))
+            .filter_map(|(id, address)| Some((id, address?)))
+    }
+
     /// The ids of all devices on the PCI bus, in the order of the slots that they get unless they chose one.
     pub fn on_bus(&self) -> Vec<&str> {
         let disks = self.disks.iter().map(|disk| &*disk.id);
@@ -438,10 +447,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
-    let confinement = confine(
-        (take(&mut args.require), take(&mut args.limits), args.uids.take(), args.cgroup.take()),
-        (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
-    );
+    let confinement = confine(&mut args, &mut file);
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
@@ -450,9 +456,10 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let (rng, rng_limit) = entropy(&args, &file, &mut rules);
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
-    let mut disks = name_disks(disks, restart)?;
+    let mut ids = Ids::new([]);
+    let mut disks = name_disks(disks, restart, &mut ids)?;
     let mut named =
-        Others::resolve(&mut args, &mut file, (&name, &disks, foreign), memory, (restart, &mut rules))?;
+        Others::resolve(&mut args, &mut file, (&name, ids, foreign), memory, (restart, &mut rules))?;
     check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &named.bootable(&disks))?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
@@ -513,6 +520,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         pmems: named.pmems,
         shares: named.shares,
     };
+    pci::check(config.places())?;
     check_limits(&config)?;
     find_roms(config)
 }
@@ -566,22 +574,20 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
     let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
     let mut foreign = take(foreign);
     for disk in disks.extract_if(.., |disk| disk.vhost_user) {
-        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+        let addr = disk.addr;
+        foreign.push(VhostUserSpec { addr, ..VhostUserSpec::disk(disk.path, disk.id, disk.restart) });
     }
     (disks, foreign)
 }
 
-/// The four options about the jail.
-type Confine = (Vec<Layer>, Vec<LimitSpec>, Option<UidChoice>, Option<CgroupChoice>);
-
-/// What either place requires is required; of two limits for one process the command line's counts.
-fn confine(args: Confine, file: Confine) -> ConfinementConfig {
-    let limits = file.1.into_iter().chain(args.1).map(|spec| (spec.process, spec.limits));
+/// The options about the jail. What either place requires is required; of two limits for one process the command line's counts.
+fn confine(args: &mut RunArgs, file: &mut RunArgs) -> ConfinementConfig {
+    let limits = take(&mut file.limits).into_iter().chain(take(&mut args.limits));
     ConfinementConfig {
-        require: args.0.into_iter().chain(file.0).collect(),
-        limits: limits.collect(),
-        uids: args.2.or(file.2).unwrap_or_default(),
-        cgroup: args.3.or(file.3).unwrap_or_default(),
+        require: take(&mut args.require).into_iter().chain(take(&mut file.require)).collect(),
+        limits: limits.map(|spec| (spec.process, spec.limits)).collect(),
+        uids: args.uids.take().or(file.uids.take()).unwrap_or_default(),
+        cgroup: args.cgroup.take().or(file.cgroup.take()).unwrap_or_default(),
     }
 }
 
@@ -710,26 +716,19 @@ fn apply(
     Ok(restarts)
 }
 
-/// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 8] = [SERIAL, CONSOLE, PORTS, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
-
-fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
+fn name_disks(
+    disks: Vec<DiskSpec>,
+    restart: RestartPolicy,
+    ids: &mut Ids,
+) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
-        let id = match disk.id {
-            Some(id) => check_name(&format!("id of disk '{}'", disk.path.display()), id)?,
-            None => format!("disk{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::DuplicateId { path: disk.path, id });
-        }
-        taken.push(id.clone());
+        let id = disk.id.unwrap_or_else(|| format!("disk{index}"));
+        let id = ids.take(&format!("disk '{}'", disk.path.display()), id)?;
         let restart = disk.restart.unwrap_or(restart);
         let DiskSpec { path, readonly, addr, options, .. } = disk;
         named.push(DiskConfig { path, readonly, id, restart, addr, options });
     }
-    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 

@@ -60,7 +60,12 @@ impl Resources {
         let id = device.id();
         let chosen = match device {
             NewDevice::Disk(disk) => disk.addr,
-            _ => None,
+            NewDevice::Vsock(vsock) => vsock.addr,
+            NewDevice::Balloon(balloon) => balloon.addr,
+            NewDevice::Net(nic, _) => nic.addr,
+            NewDevice::VhostUser(device) => device.addr,
+            NewDevice::Share(share) => share.addr,
+            NewDevice::Rng(..) | NewDevice::Console => None,
         };
         match chosen {
             Some(address) => {
