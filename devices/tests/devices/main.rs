@@ -22,6 +22,7 @@ mod net;
 mod options;
 mod power_cut;
 mod qemu;
+mod rates;
 mod relay;
 mod rng;
 mod services;
