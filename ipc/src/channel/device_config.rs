@@ -167,6 +167,17 @@ pub struct RngConfig {
     pub source: FdIndex,
 }
 
+/// Persistent memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemConfig {
+    /// The file, open for reading: enough to flush it.
+    pub file: FdIndex,
+    /// Where the core has mapped it for the guest, guest-physical.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
 /// A virtio console with one port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleConfig {

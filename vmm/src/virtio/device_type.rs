@@ -36,6 +36,9 @@ impl DeviceType {
     /// File system, section 5.11: tag and number of request queues.
     pub const FS: Self = Self { id: 26, class: 0x01_80_00, config_size: 40, queues: 2, multi_queue: true };
 
+    /// Persistent memory, section 5.19: start and size.
+    pub const PMEM: Self = Self { id: 27, class: 0x00_FF_00, config_size: 16, queues: 1, multi_queue: false };
+
     /// The type with a virtio device ID. One that has no entry here gets class FF, no configuration space and one queue or more.
     #[must_use]
     pub const fn from_id(id: u16) -> Self {
@@ -47,6 +50,7 @@ impl DeviceType {
             5 => Self::BALLOON,
             19 => Self::VSOCK,
             26 => Self::FS,
+            27 => Self::PMEM,
             _ => Self { id, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: true },
         }
     }

@@ -203,6 +203,10 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             PolicyName::VsockMain
         }
         DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
+        DeviceConfig::Pmem(pmem) => {
+            kept.push(fds.take(pmem.file).unwrap());
+            PolicyName::PmemMain
+        }
         DeviceConfig::Net(net) => {
             match net.backend {
                 NetBackend::Tap { queues, .. } => {
@@ -296,6 +300,7 @@ fn serve(control: &Control, id: &str) {
             }
             (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
+            (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }

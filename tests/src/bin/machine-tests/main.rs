@@ -19,6 +19,7 @@ mod keyboard;
 mod lifecycle;
 mod limits;
 mod network;
+mod pmem;
 mod refusals;
 mod restart;
 mod serial;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         keyboard::cases(),
         vsock::cases(),
         network::cases(),
+        pmem::cases(),
         shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

@@ -79,16 +79,17 @@ fn fetch() -> Outcome<String> {
     Ok(page)
 }
 
-/// Gives this thread and what it starts a network of their own: names and ports are nobody else's.
+/// Gives this thread and what it starts a network of their own: names and ports are nobody else's. From it passt takes the
+/// guest's address: 10.7.0.5.
 pub fn separate() -> Outcome {
     let _there_or_built_in = Command::new("modprobe").arg("tun").output();
     unshare(CloneFlags::CLONE_NEWNET).map_err(text)?;
     run("ip", "link set lo up")?;
     // passt takes the guest's addresses from the interface with the default route.
-    run("ip", "tuntap add uplink mode tap")?;
-    run("ip", "addr add 10.7.0.5/24 dev uplink")?;
-    run("ip", "link set uplink up")?;
-    run("ip", "route add default via 10.7.0.1 dev uplink")
+    run("ip", "tuntap add separate mode tap")?;
+    run("ip", "addr add 10.7.0.5/24 dev separate")?;
+    run("ip", "link set separate up")?;
+    run("ip", "route add default via 10.7.0.1 dev separate")
 }
 
 fn tap_and_passt(context: &Context) -> Outcome {
