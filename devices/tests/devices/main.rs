@@ -24,6 +24,7 @@ mod pmem;
 mod ports;
 mod power_cut;
 mod qemu;
+mod rates;
 mod relay;
 mod rng;
 mod services;
