@@ -58,8 +58,6 @@ pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::channel::message::RngLimit;
-use bulkhead_ipc::jail::Layer;
-use confinement::{CgroupChoice, LimitSpec, UidChoice};
 
 use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 use super::confinement::process_names;
@@ -454,8 +452,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let (rng, rng_limit) = entropy(&args, &file, &mut rules);
-    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
-    let restart = restart.unwrap_or_default();
+    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none());
+    let restart = restart.map_or_else(RestartPolicy::default, |rule| rule.policy);
     let mut ids = Ids::new([]);
     let mut disks = name_disks(disks, restart, &mut ids)?;
     let mut named =
@@ -464,20 +462,18 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let firmware = firmware::resolve(&mut args, &mut file, &named.bootable(&disks))?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
-    // Policies that stand in the file beside a device which the command line has turned off.
-    let off = |id: &str| match id {
-        SERIAL => serial == StreamTarget::Off,
-        CONSOLE => console == StreamTarget::Off,
-        FLASH => !flash,
-        KEYBOARD => !keyboard,
-        _ => id == RNG && !rng,
-    };
-    rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
+    let off = StreamTarget::Off;
+    let fixed = [
+        (SERIAL, serial != off),
+        (CONSOLE, console != off),
+        (RNG, rng),
+        (FLASH, flash),
+        (KEYBOARD, keyboard),
+    ];
+    // Not those that stand in the file beside a device which the command line has turned off.
+    rules.retain(|rule| !fixed.iter().any(|(id, on)| !on && rule.device.as_deref() == Some(id)));
     rules.extend(given);
-    let streams = [(SERIAL, &serial), (CONSOLE, &console)];
-    let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others =
-        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
+    let others = fixed.iter().filter(|(_, on)| *on).map(|(id, _)| *id);
     let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
     named.apply(&restarts);
     let (kernel, initrd, (cmdline, cmdline_added)) =
