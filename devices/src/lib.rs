@@ -7,6 +7,7 @@ pub mod flash;
 pub mod fs;
 pub mod keyboard;
 pub mod net;
+pub mod pmem;
 pub mod rate_limit;
 pub mod relay;
 pub mod rng;

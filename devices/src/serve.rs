@@ -22,12 +22,13 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::balloon::{self, Balloon};
-use crate::blk::{Blk, BlkError, Files, Layer};
+use crate::blk::{self, Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller, NamedPort, Ports, Sockets};
 use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
 use crate::net::{self, Net, NetError};
+use crate::pmem::Pmem;
 use crate::rate_limit::{Rate, RateLimits};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
@@ -108,6 +109,7 @@ enum Prepared<'a> {
 /// What the control channel's messages act on.
 enum Control {
     None,
+    Blk(blk::Controller),
     Console(Controller),
     Ports(Sockets),
     Balloon(balloon::Controller),
@@ -192,6 +194,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Keyboard(_) => "keyboard",
         DeviceConfig::Vsock(_) => "vsock",
         DeviceConfig::Balloon(_) => "balloon",
+        DeviceConfig::Pmem(_) => "pmem",
         DeviceConfig::Net(_) => "net",
         DeviceConfig::Relay(_) => "relay",
         DeviceConfig::Fs(_) => "fs",
@@ -214,7 +217,7 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::None | Control::Balloon(_) | Control::Ports(_) => Ok(()),
+                Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
                 Control::Net(net) => {
                     let Some(Left { input, output }) = net.left() else { return Ok(()) };
@@ -303,7 +306,8 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
         DeviceConfig::Blk(blk) => {
             let device = disk(blk, resources)?;
             let (main, queue) = (PolicyName::BlkMain, PolicyName::BlkQueue);
-            Some(Parts { device: Box::new(device), main, queue, control: Control::None })
+            let control = Control::Blk(device.controller());
+            Some(Parts { device: Box::new(device), main, queue, control })
         }
         DeviceConfig::Rng(rng) => {
             let device = Box::new(Rng::new(File::from(resources.take(rng.source)?), rng.limit));
@@ -337,6 +341,12 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             let device = Box::new(Balloon::new(settings));
             let control = Control::Balloon(device.controller());
             Some(Parts { device, main: PolicyName::BalloonMain, queue: PolicyName::BalloonQueue, control })
+        }
+        DeviceConfig::Pmem(config) => {
+            let file = File::from(resources.take(config.file)?);
+            let device = Box::new(Pmem::new(file, config.address, config.size));
+            let (main, queue) = (PolicyName::PmemMain, PolicyName::PmemQueue);
+            Some(Parts { device, main, queue, control: Control::None })
         }
         DeviceConfig::Net(config) => {
             let device = resources.net(config)?;
@@ -491,7 +501,7 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             match (<[OwnedFd; 1]>::try_from(descriptors), control) {
                 (Ok([stream]), Control::Console(console)) => console.attach(stream),
                 (Ok([stream]), Control::Net(net)) => net.attach(stream),
-                (Ok(_), Control::None | Control::Balloon(_) | Control::Ports(_)) => {}
+                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_)) => {}
                 (Err(descriptors), _) => {
                     warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
                 }
@@ -515,6 +525,11 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
         (ToDevice::Resize { columns, rows }, Control::Console(console)) => {
             console.resize(columns, rows);
             daemon.config_changed();
+        }
+        (ToDevice::DiskSize { bytes }, Control::Blk(disk)) => {
+            if disk.resize(bytes) {
+                daemon.config_changed();
+            }
         }
         (ToDevice::Balloon { target }, Control::Balloon(balloon)) => {
             if let Some(target) = target {

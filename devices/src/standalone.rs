@@ -36,7 +36,7 @@ use tracing::{info, warn};
 use arguments::{Arguments, Given, OptionSpec};
 use entrance::{Entrance, EntranceError};
 use outfit::{Outfit, OutfitError};
-use process::{End, Served};
+use process::{End, Served, is_hang_up};
 
 /// Every type that can be a service.
 pub const TYPES: &[&ServiceType] = &[
@@ -135,7 +135,10 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
     let mut outfit = Outfit::default();
     let config = (service.prepare)(&given, &mut outfit)?;
     // Before the first process: it must find them blocked, and nobody may end it between the socket's making and its removal.
-    let mask = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    let mut mask = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    if outfit.is_resizable() {
+        mask.add(Signal::SIGHUP);
+    }
     mask.thread_block().map_err(StandaloneError::system("block signals"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(StandaloneError::system("signalfd"))?;
@@ -194,7 +197,8 @@ impl Service {
                 Err(errno) => return Err(StandaloneError::system("poll")(errno)),
             }
             let [signal, front_end] = fds.map(|fd| fd.any().unwrap_or(true));
-            if signal && matches!(self.signals.read_signal(), Ok(Some(_))) {
+            // The next process takes the disk as large as it is then.
+            if signal && self.signals.read_signal().is_ok_and(|it| it.is_some_and(|it| !is_hang_up(&it))) {
                 return Ok(Heard::Signal);
             }
             if front_end {
@@ -215,7 +219,7 @@ impl Service {
 
     fn serve_at(&self, stream: UnixStream, log: LogLevel) -> Result<Served, StandaloneError> {
         let process = self.recipe.start(&OwnedFd::from(stream), log)?;
-        let End { served, problem } = process.wait(&self.signals)?;
+        let End { served, problem } = process.wait(&self.signals, self.recipe.outfit())?;
         match problem {
             Some(problem) => Err(problem),
             None => Ok(served),

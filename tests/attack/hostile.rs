@@ -51,7 +51,7 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 10] = [
+pub const DEVICES: [Kind; 11] = [
     Kind {
         name: "blk",
         main: PolicyName::BlkMain,
@@ -66,6 +66,7 @@ pub const DEVICES: [Kind; 10] = [
     Kind { name: "balloon", main: PolicyName::BalloonMain, others: &[(PolicyName::BalloonQueue, "queue0")] },
     Kind { name: "net", main: PolicyName::NetMain, others: &[(PolicyName::NetQueue, "queue0")] },
     Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
+    Kind { name: "pmem", main: PolicyName::PmemMain, others: &[(PolicyName::PmemQueue, "queue0")] },
 ];
 
 /// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
@@ -74,7 +75,7 @@ pub const FS: Kind =
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay, pmem] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
@@ -87,6 +88,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Net(_) => net,
         DeviceConfig::Relay(_) => relay,
         DeviceConfig::Fs(_) => FS,
+        DeviceConfig::Pmem(_) => pmem,
     }
 }
 

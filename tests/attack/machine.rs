@@ -53,6 +53,7 @@ impl Bench {
         fs::write(folder.path().join("firmware"), crate::sizes::halting_firmware()).unwrap();
         fs::File::create(folder.path().join("variables")).unwrap().set_len(1 << 16).unwrap();
         fs::File::create(folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
+        fs::File::create(folder.path().join("memory")).unwrap().set_len(2 << 20).unwrap();
         let back_end = UnixListener::bind(folder.path().join("back-end")).unwrap();
         // A device that ends is given up at once: each process ends once.
         fs::write(folder.path().join("machine.toml"), "restart = { max = 0, window = 10, backoff = 0 }\n")
@@ -92,8 +93,7 @@ impl Bench {
         );
         let cid = std::process::id().wrapping_add(0x1000_0000);
         command.arg("--vsock").arg(format!("cid={cid},path=vsock"));
-        let devices =
-            "--disk path=disk,id=disk0 --rng --console --keyboard --balloon --net socket=wire,id=net";
+        let devices = "--disk path=disk,id=disk0 --rng --console --keyboard --balloon --pmem path=memory --net socket=wire,id=net";
         command.args(devices.split(' '));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -171,6 +171,7 @@ fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
                 "balloon",
                 "net",
                 "relay",
+                "pmem0",
             ];
             let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
             for process in processes {

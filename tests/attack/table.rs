@@ -16,8 +16,9 @@ const ATTEMPTS: [&str; 2] = ["<!-- attempts: begin -->\n", "<!-- attempts: end -
 const SIZES: [&str; 2] = ["<!-- sizes: begin -->\n", "<!-- sizes: end -->\n"];
 
 /// Kinds of process that run without policies in the second pass.
-const KINDS: [&str; 11] =
-    ["core", "blk", "rng", "console", "uart", "flash", "keyboard", "vsock", "balloon", "net", "relay"];
+const KINDS: [&str; 12] = [
+    "core", "blk", "rng", "console", "uart", "flash", "keyboard", "vsock", "balloon", "net", "relay", "pmem",
+];
 
 /// Outcomes of all attempts, by policy file or kind of process.
 #[derive(Default)]

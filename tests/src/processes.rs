@@ -98,6 +98,22 @@ impl Process {
         }
         Ok((proportional, dirty))
     }
+
+    /// KiB of guest RAM that it has mapped by huge pages.
+    pub fn ram_on_huge_pages(&self) -> Outcome<u64> {
+        let path = self.file("smaps");
+        let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let (mut sum, mut of_ram) = (0, false);
+        for line in text.lines() {
+            let first = line.split_ascii_whitespace().next().unwrap_or_default();
+            match first {
+                "ShmemPmdMapped:" if of_ram => sum += kib(line),
+                _ if !first.ends_with(':') => of_ram = RAM.iter().any(|name| line.contains(name)),
+                _ => {}
+            }
+        }
+        Ok(sum)
+    }
 }
 
 fn kib(line: &str) -> u64 {

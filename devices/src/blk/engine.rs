@@ -5,7 +5,8 @@
 //! way, gives nobody access to them until the kernel is done, and is not dropped before that, so that the pointers in a
 //! submission stay valid whatever its user does.
 //!
-//! The ring is restricted to the operations below before it is enabled: seccomp does not see what goes through it.
+//! The ring is restricted to the operations below, on the files that it was given, before it is enabled: seccomp does not see
+//! what goes through it. Eventfds come and go later, so they stand in an epoll instance, which is one of those files.
 
 use std::fs::File;
 use std::io;
@@ -17,6 +18,8 @@ use bulkhead_ipc::memory::{Direction, GuestRam, LentVector};
 use io_uring::register::Restriction;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue, types};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::pool::{Done, Io, Operation, Pool};
 
@@ -31,16 +34,16 @@ const MAX_IOVECS: usize = 1024;
 /// Bytes of zero written at once where the disk cannot make them itself. Large enough to be mapped afresh when it is
 /// allocated: only read, it stays the kernel's zero page.
 const ZEROES: usize = 256 * 1024;
-/// Tokens from here on are wake-ups, below are slots.
-const FIRST_WATCH: u64 = 1 << 32;
-/// Completions that nobody waits for.
-const IGNORED: u64 = u64::MAX;
+/// The token of a wake-up; those of operations are their slots.
+const WOKEN: u64 = u64::MAX;
 /// The disk's index in the registered files.
 const DISK: Fixed = Fixed(0);
 /// The same without O_DIRECT.
 const CACHED: Fixed = Fixed(1);
-/// The watch of the image's threads.
-const IMAGE: u32 = u32::MAX;
+/// The eventfds that wake the queue.
+const WATCHED: Fixed = Fixed(2);
+/// No file has this index.
+const NONE: RawFd = -1;
 /// IORING_ENTER_GETEVENTS.
 const GETEVENTS: u32 = 1;
 /// IOSQE_FIXED_FILE.
@@ -51,8 +54,8 @@ const FIXED_FILE: u8 = 1;
 pub enum Event {
     /// The operation of a slot ended: bytes moved, or an errno.
     Done { slot: usize, result: Result<usize, i32> },
-    /// A watched descriptor became readable. `ended`: the watch is over and must be renewed.
-    Ready { watch: u32, ended: bool },
+    /// A watched descriptor became readable.
+    Woken,
 }
 
 struct Slot {
@@ -78,6 +81,7 @@ pub enum Disk<'a> {
 /// The engine of a queue.
 pub struct Engine {
     uring: IoUring,
+    epoll: Epoll,
     images: Option<Images>,
     slots: Vec<Slot>,
     busy: usize,
@@ -115,34 +119,29 @@ impl Engine {
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_op(opcode::Fallocate::CODE),
             Restriction::sqe_op(opcode::PollAdd::CODE),
-            Restriction::sqe_op(opcode::PollRemove::CODE),
             Restriction::sqe_flags_allowed(FIXED_FILE),
+            Restriction::sqe_flags_required(FIXED_FILE),
         ];
-        let images = match disk {
-            Disk::Raw(disk, cached) => {
-                let files: Vec<RawFd> =
-                    [Some(disk), cached].into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
-                submitter.register_files(&files)?;
-                None
-            }
-            Disk::Image(pool) => Some(Images { pool, done: Arc::new(Done::new()?) }),
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let (disk, cached, images) = match disk {
+            Disk::Raw(disk, cached) => (disk.as_raw_fd(), cached.map_or(NONE, AsRawFd::as_raw_fd), None),
+            Disk::Image(pool) => (NONE, NONE, Some(Images { pool, done: Arc::new(Done::new()?) })),
         };
+        submitter.register_files(&[disk, cached, epoll.0.as_raw_fd()])?;
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
-        let mut engine = Self { uring, images, slots: Vec::new(), busy: 0, zeroes: Vec::new() };
-        engine.watch_image()?;
+        let done = images.as_ref().map(|images| Arc::clone(&images.done));
+        let mut engine = Self { uring, epoll, images, slots: Vec::new(), busy: 0, zeroes: Vec::new() };
+        done.map_or(Ok(()), |done| engine.watch(done.wake.as_fd()))?;
+        engine.listen()?;
+        engine.enter(false)?;
         Ok(engine)
     }
 
     /// The descriptors that it keeps open.
     pub fn descriptors(&self) -> Vec<RawFd> {
         let done = self.images.as_ref().map(|images| images.done.wake.as_fd().as_raw_fd());
-        [Some(self.uring.as_raw_fd()), done].into_iter().flatten().collect()
-    }
-
-    fn watch_image(&mut self) -> io::Result<()> {
-        let Some(done) = self.images.as_ref().map(|images| Arc::clone(&images.done)) else { return Ok(()) };
-        self.watch(done.wake.as_fd(), IMAGE)
+        [Some(self.uring.as_raw_fd()), Some(self.epoll.0.as_raw_fd()), done].into_iter().flatten().collect()
     }
 
     /// Gives an operation to the image's threads.
@@ -255,18 +254,28 @@ impl Engine {
         self.start(slot, opcode::Fallocate::new(DISK, len).offset(offset).mode(mode).build())
     }
 
-    /// Reports [`Event::Ready`] whenever `descriptor` becomes readable; it is never read.
-    pub fn watch(&mut self, descriptor: BorrowedFd<'_>, watch: u32) -> io::Result<()> {
-        let events = u32::from(libc::POLLIN.unsigned_abs());
-        let fd = types::Fd(descriptor.as_raw_fd());
-        let entry = opcode::PollAdd::new(fd, events).multi(true).build();
-        self.push(entry.user_data(FIRST_WATCH | u64::from(watch)))
+    /// Reports [`Event::Woken`] whenever `descriptor` becomes readable; it is never read. One that nobody can wait for, as a
+    /// regular file, is never reported.
+    ///
+    /// # Errors
+    /// The kernel has no room for more, or it is watched already.
+    pub fn watch(&mut self, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        match self.epoll.add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, 0)) {
+            Ok(()) | Err(Errno::EPERM) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Ends a watch. An event of it may still come.
-    pub fn unwatch(&mut self, watch: u32) -> io::Result<()> {
-        let entry = opcode::PollRemove::new(FIRST_WATCH | u64::from(watch)).build();
-        self.push(entry.user_data(IGNORED))
+    pub fn unwatch(&mut self, descriptor: BorrowedFd<'_>) {
+        // It fails for one that could not be watched.
+        let _ = self.epoll.delete(descriptor);
+    }
+
+    /// Lets the ring report what wakes the epoll instance, until it says otherwise.
+    fn listen(&mut self) -> io::Result<()> {
+        let events = u32::from(libc::POLLIN.unsigned_abs());
+        self.push(opcode::PollAdd::new(WATCHED, events).multi(true).build().user_data(WOKEN))
     }
 
     fn start(&mut self, slot: usize, entry: squeue::Entry) -> io::Result<()> {
@@ -285,7 +294,7 @@ impl Engine {
         for _ in 0..2 {
             // SAFETY: pointers in `entry` lead to the iovecs of a slot's buffers, which are not changed or freed while the slot is busy
             // (`buffers` refuses, `Drop` waits) and keep guest memory mapped, or to `zeroes`, which is never changed again and
-            // lives as long as the engine. Poll entries name descriptors and have no pointers.
+            // lives as long as the engine. Poll entries have no pointers.
             if unsafe { self.uring.submission().push(&entry) }.is_ok() {
                 return Ok(());
             }
@@ -357,20 +366,12 @@ impl Engine {
             }
             let entry = self.uring.completion().next()?;
             let token = entry.user_data();
-            if token == IGNORED {
-                continue;
-            }
-            if let Some(watch) = token.checked_sub(FIRST_WATCH) {
-                // With an error the descriptor cannot be watched, and never will be.
-                let ended = !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0;
-                if watch == u64::from(IMAGE) {
-                    if ended {
-                        // If that fails, the queue finds what was done when the control thread wakes it.
-                        let _ = self.watch_image();
-                    }
-                    continue;
+            if token == WOKEN {
+                // Ended for want of room for its events. If that fails, the next turn of the queue finds what there is.
+                if !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0 {
+                    let _ = self.listen();
                 }
-                return Some(Event::Ready { watch: u32::try_from(watch).unwrap_or(u32::MAX), ended });
+                return Some(Event::Woken);
             }
             let Some(slot) = usize::try_from(token).ok().filter(|slot| *slot < self.slots.len()) else {
                 continue;
@@ -439,8 +440,10 @@ mod tests {
             opcode::MkDirAt::new(cwd, path).build(),
             opcode::Read::new(DISK, path.cast_mut().cast(), 0).build(),
             opcode::Nop::new().build(),
-            // Allowed, but not with these flags.
+            // Allowed, but not with these flags, and not on another file.
             opcode::Fsync::new(DISK).build().flags(squeue::Flags::ASYNC),
+            opcode::Fsync::new(socket).build(),
+            opcode::PollAdd::new(socket, 1).build(),
         ] {
             assert_eq!(refused(&mut engine, entry), libc::EACCES);
         }

@@ -117,6 +117,22 @@ impl Shared {
     }
 }
 
+/// What the control channel does to a disk.
+#[derive(Debug)]
+pub struct Controller {
+    shared: Arc<Shared>,
+    block_size: u32,
+}
+
+impl Controller {
+    /// The file has this many bytes now. Requests beyond the end fail from here on; the front end is to be told. False: the disk is
+    /// what it was, or an image in a format, which says its size itself.
+    pub fn resize(&self, bytes: u64) -> bool {
+        let capacity = sectors(bytes, self.block_size);
+        self.shared.raw.is_some() && self.shared.capacity.swap(capacity, Ordering::Relaxed) != capacity
+    }
+}
+
 /// A disk.
 #[derive(Debug)]
 pub struct Blk {
@@ -185,6 +201,11 @@ impl Blk {
             write_error: options.write_error,
         };
         Ok(Self { shared: Arc::new(shared), queues, block_size, physical_block_size })
+    }
+
+    /// For the control channel.
+    pub fn controller(&self) -> Controller {
+        Controller { shared: Arc::clone(&self.shared), block_size: self.block_size }
     }
 
     /// The descriptors that stay open.

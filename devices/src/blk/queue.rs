@@ -21,9 +21,6 @@ use super::request::{self, HEADER, Header, Operation, Range, Status};
 /// After this a request that waits for the host is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Watch number of the wake-up; the ring's kicks have higher ones, another for each start.
-const WAKE: u32 = 0;
-
 /// Most requests that are taken in one turn. After it the driver is told of those that are done.
 const TURN: u32 = 32;
 
@@ -93,8 +90,6 @@ pub struct BlkQueue {
     wake: Option<OwnedFd>,
     engine: Option<Engine>,
     ring: Option<Vring>,
-    /// Watch number of the ring's kicks.
-    kick: u32,
     requests: Vec<Request>,
     free: Vec<usize>,
     chain: Chain,
@@ -121,7 +116,6 @@ impl BlkQueue {
             wake: None,
             engine: None,
             ring: None,
-            kick: WAKE,
             requests: Vec::new(),
             free: Vec::new(),
             chain: Chain::new(),
@@ -458,24 +452,10 @@ impl BlkQueue {
             match event {
                 Event::Done { slot, result } => self.done(slot, result)?,
                 // A kick, or the control thread wakes a queue whose kick may have been lost.
-                Event::Ready { watch, ended } => {
-                    if ended {
-                        self.renew(watch)?;
-                    }
-                }
+                Event::Woken => {}
             }
         }
         Ok(any)
-    }
-
-    /// The kernel ended a watch: for want of room for its events, or because the descriptor cannot be watched.
-    fn renew(&mut self, watch: u32) -> io::Result<()> {
-        let Some(engine) = self.engine.as_mut() else { return Ok(()) };
-        match (&self.wake, &self.ring) {
-            (Some(wake), _) if watch == WAKE => engine.watch(wake.as_fd(), WAKE),
-            (_, Some(ring)) if watch == self.kick => engine.watch(ring.kick(), watch),
-            _ => Ok(()),
-        }
     }
 
     fn signal(&mut self) {
@@ -608,7 +588,10 @@ impl Beginning<'_> {
         };
         buffers.restart(self.ring.ram(), direction);
         for segment in segments {
-            buffers.push(segment.address, u64::from(segment.len))?;
+            // No guest RAM: a broken driver, or O_DIRECT by anybody in the guest on persistent memory, where nobody else may suffer.
+            if buffers.push(segment.address, u64::from(segment.len)).is_err() {
+                return Ok(Begun::Finished(Status::IoError));
+            }
         }
         (self.request.step, self.request.offset) = (step, offset);
         let durable = self.shared.writes_through();
@@ -647,8 +630,7 @@ impl QueueWorker for BlkQueue {
             (None, None) => return Err(io::ErrorKind::NotFound.into()),
         };
         let wake = wake.try_clone_to_owned()?;
-        engine.watch(wake.as_fd(), WAKE)?;
-        engine.enter(false)?;
+        engine.watch(wake.as_fd())?;
         let mut descriptors = engine.descriptors();
         descriptors.push(std::os::fd::AsRawFd::as_raw_fd(&wake));
         self.engine = Some(engine);
@@ -659,9 +641,7 @@ impl QueueWorker for BlkQueue {
 
     fn start(&mut self, ring: Vring) -> io::Result<()> {
         let Some(engine) = self.engine.as_mut() else { return Err(io::ErrorKind::NotConnected.into()) };
-        // Another number each time: a late event of an old watch must not renew it.
-        self.kick = self.kick.wrapping_add(1).max(WAKE.saturating_add(1));
-        engine.watch(ring.kick(), self.kick)?;
+        engine.watch(ring.kick())?;
         self.ring = Some(ring);
         Ok(())
     }
@@ -673,11 +653,12 @@ impl QueueWorker for BlkQueue {
         if let Err(error) = self.drain() {
             warn!(%error, "a disk's queue could not be drained");
         }
+        let ring = self.ring.take()?;
         if let Some(engine) = self.engine.as_mut() {
-            let _ = engine.unwatch(self.kick).and_then(|()| engine.enter(false));
+            engine.unwatch(ring.kick());
             engine.forget_memory();
         }
-        self.ring.take()
+        Some(ring)
     }
 
     fn waits_for_host(&self) -> bool {

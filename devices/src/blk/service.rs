@@ -151,8 +151,12 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
     } else {
         disk
     };
+    let disk = outfit.add(disk);
+    if options.format == ImageFormat::Raw {
+        outfit.may_be_resized(disk);
+    }
     Ok(DeviceConfig::Blk(BlkConfig {
-        disk: outfit.add(disk),
+        disk,
         read_only,
         serial: given.value("--serial").unwrap_or_default().to_owned(),
         queues,

@@ -57,6 +57,8 @@ pub struct Outfit {
     descriptors: Vec<OwnedFd>,
     /// Sockets that are there as long as the service.
     doors: Vec<Door>,
+    /// A raw disk among the descriptors, whose size is looked up again when somebody asks for that.
+    disk: Option<FdIndex>,
     /// A directory that the device shares.
     pub shared: Option<Shared>,
     /// Resource limits; a file that it may write and locked memory are none unless a type says so.
@@ -66,7 +68,7 @@ pub struct Outfit {
 impl Default for Outfit {
     fn default() -> Self {
         let limits = Limits { file_size: Some(INFLIGHT_AREA), ..Limits::default() };
-        Self { descriptors: Vec::new(), doors: Vec::new(), shared: None, limits }
+        Self { descriptors: Vec::new(), doors: Vec::new(), disk: None, shared: None, limits }
     }
 }
 
@@ -91,6 +93,35 @@ impl Outfit {
     /// The device writes to a file of this size, or without bound.
     pub fn may_write(&mut self, size: Option<u64>) {
         self.limits.file_size = size.map(|size| size.max(INFLIGHT_AREA));
+        self.limits.file_may_grow = true;
+    }
+
+    /// The descriptor of this index is a raw disk that may get another size: SIGHUP says when.
+    pub fn may_be_resized(&mut self, disk: FdIndex) {
+        self.disk = Some(disk);
+    }
+
+    /// Whether there is something to do at SIGHUP.
+    pub(super) fn is_resizable(&self) -> bool {
+        self.disk.is_some()
+    }
+
+    /// The present size of the raw disk, in bytes.
+    pub(super) fn disk_size(&self) -> Option<u64> {
+        let index = usize::from(self.disk?.0).checked_sub(1)?;
+        let mut disk = File::from(self.descriptors.get(index)?.try_clone().ok()?);
+        disk.seek(SeekFrom::End(0)).ok()
+    }
+
+    /// The largest file that the process may write now, where its disk is that file.
+    pub(super) fn most_written(&self) -> Option<u64> {
+        let size = self.limits.file_may_grow.then(|| self.disk_size()).flatten()?;
+        Some(size.max(INFLIGHT_AREA))
+    }
+
+    /// The limits of a process that is started now.
+    pub(super) fn limits_now(&self) -> Limits {
+        Limits { file_size: self.most_written().or(self.limits.file_size), ..self.limits }
     }
 }
 

@@ -16,7 +16,7 @@ use bulkhead_ipc::jail::{
 use bulkhead_ipc::log::LogLevel;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signalfd::SignalFd;
+use nix::sys::signalfd::{SignalFd, siginfo};
 use tracing::{error, info};
 
 use super::StandaloneError;
@@ -47,6 +47,11 @@ pub(super) enum Served {
     Left,
     /// A signal has ended this program.
     Stopped,
+}
+
+/// Whether it is SIGHUP: the disk may have another size.
+pub(super) fn is_hang_up(signal: &siginfo) -> bool {
+    i32::try_from(signal.ssi_signo) == Ok(libc::SIGHUP)
 }
 
 /// How a process ended.
@@ -98,6 +103,11 @@ impl Recipe {
         })
     }
 
+    /// What the device is given.
+    pub(super) fn outfit(&self) -> &Outfit {
+        &self.outfit
+    }
+
     /// Least severe level that is logged.
     pub(super) fn log(&self) -> LogLevel {
         self.log
@@ -130,7 +140,7 @@ impl Recipe {
             channel: theirs.into_fd(),
             log: stderr.as_fd(),
             null: self.null.as_fd(),
-            limits: self.outfit.limits,
+            limits: self.outfit.limits_now(),
             identity: owner.or(own).unwrap_or_default(),
             subordinate: user.filter(|_| subordinate),
             cgroup: None,
@@ -156,7 +166,7 @@ impl Recipe {
 
 impl Process {
     /// Waits for its end.
-    pub(super) fn wait(mut self, signals: &SignalFd) -> Result<End, StandaloneError> {
+    pub(super) fn wait(mut self, signals: &SignalFd, outfit: &Outfit) -> Result<End, StandaloneError> {
         loop {
             let [ended, signal, message, violation] = self.poll(signals)?;
             if violation {
@@ -165,8 +175,12 @@ impl Process {
             if message {
                 self.message();
             }
-            if signal && matches!(signals.read_signal(), Ok(Some(_))) {
-                self.stop();
+            if signal {
+                match signals.read_signal() {
+                    Ok(Some(signal)) if is_hang_up(&signal) => self.resize(outfit),
+                    Ok(Some(_)) => self.stop(),
+                    _ => {}
+                }
             }
             if ended
                 && let Some(exit) =
@@ -186,7 +200,7 @@ impl Process {
     }
 
     /// Waits until something happened: to the process, to this program, on the channel, to a policy.
-    fn poll(&self, signals: &SignalFd) -> Result<[bool; 4], StandaloneError> {
+    fn poll(&mut self, signals: &SignalFd) -> Result<[bool; 4], StandaloneError> {
         let mut fds = vec![
             PollFd::new(self.jailed.as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
@@ -206,17 +220,16 @@ impl Process {
             Err(errno) => return Err(StandaloneError::system("poll")(errno)),
         }
         let happened = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
-        // A listener whose thread is gone says so for ever.
-        let violated =
-            |fd: &PollFd<'_>| fd.revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
         let channel = self.channel.is_some() && fds.last().is_some_and(happened);
+        let [ended, signal] = [0, 1].map(|index| fds.get(index).is_some_and(happened));
         let listeners = fds.get(2..2 + self.listeners.len()).unwrap_or_default();
-        Ok([
-            fds.first().is_some_and(happened),
-            fds.get(1).is_some_and(happened),
-            channel,
-            listeners.iter().any(violated),
-        ])
+        let events: Vec<_> = listeners.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect();
+        drop(fds);
+        let violated = events.iter().any(|events| events.contains(PollFlags::POLLIN));
+        // A listener whose threads are gone says so for ever.
+        let mut events = events.into_iter();
+        self.listeners.retain(|_| events.next() != Some(PollFlags::POLLHUP));
+        Ok([ended, signal, channel, violated])
     }
 
     /// Takes what the process says. Nothing of it is trusted, and only the first READY brings listeners.
@@ -250,6 +263,19 @@ impl Process {
         self.kill(StandaloneError::Died(format!(
             "was killed: it tried {name}, which its policy {policy} forbids"
         )));
+    }
+
+    /// The disk may have another size.
+    fn resize(&self, outfit: &Outfit) {
+        let Some(bytes) = outfit.disk_size().filter(|bytes| *bytes > 0) else {
+            return error!("SIGHUP: the disk's size cannot be found, or is zero");
+        };
+        if let Some(error) = outfit.most_written().and_then(|most| self.jailed.set_file_size(most).err()) {
+            return error!(%error, "SIGHUP: the device's process may not write more than before");
+        }
+        info!(bytes, "the disk has this size now");
+        // Room is made by the process, or it hangs.
+        let _told = self.channel.as_ref().map(|channel| channel.send(&ToDevice::DiskSize { bytes }, &[]));
     }
 
     fn stop(&mut self) {

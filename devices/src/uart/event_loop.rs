@@ -161,7 +161,10 @@ impl<'a> EventLoop<'a> {
             ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
-            ToDevice::Resize { .. } | ToDevice::Keys(_) | ToDevice::Link { .. } => {}
+            ToDevice::Resize { .. }
+            | ToDevice::Keys(_)
+            | ToDevice::Link { .. }
+            | ToDevice::DiskSize { .. } => {}
             message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {
                 tracing::warn!(?message, "a control message that this device does not know");
             }

@@ -20,6 +20,7 @@ mod malformed;
 mod messages;
 mod net;
 mod options;
+mod pmem;
 mod ports;
 mod power_cut;
 mod qemu;

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use bulkhead_devices::standalone::TYPES;
 
-use crate::driver::{BUFFERS, Driver, PROGRAM, Service, connect};
+use bulkhead_ipc::vhost_user::frontend::BackendRequest;
+
+use crate::driver::{BUFFERS, Driver, PROGRAM, Service, connect, header};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// `VHostUserBackendType` (docs/interop/vhost-user.json of QEMU): the types that a manifest can name.
@@ -212,6 +214,34 @@ fn the_device_of_a_service_is_in_the_full_jail() {
 fn stop(mut child: Child) {
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn a_disk_takes_the_size_of_its_file_at_sighup() {
+    const SMALL: u64 = 1 << 20;
+    let service = Service::disk(SMALL, &[]);
+    let mut driver = Driver::new(service.connect(), 1);
+    let mut requests = driver.frontend.open_backend_requests().unwrap();
+    let file = fs::File::options().write(true).open(service.disk_path()).unwrap();
+    file.set_len(SMALL * 4).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(service.child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    assert!(matches!(requests.receive().unwrap(), BackendRequest::ConfigChange));
+    let mut capacity = [0; 8];
+    driver.frontend.get_config(0, &mut capacity).unwrap();
+    assert_eq!(u64::from_le_bytes(capacity), SMALL * 4 / 512);
+    // A write to the new end: the limit of what the process may write has grown, too.
+    let (header_at, status_at) = (0xf0_0000, BUFFERS + 0x10_0000);
+    driver.put(header_at, &header(1, SMALL * 4 / 512 - 1));
+    driver.put(BUFFERS, &[7; 512]);
+    driver.run(0, &[(header_at, 16, false), (BUFFERS, 512, false), (status_at, 1, true)]);
+    assert_eq!(driver.get(status_at, 1), [0]);
+    drop(driver);
+    // Somebody new, and a signal that finds nobody.
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    let mut driver = Driver::new(service.connect(), 1);
+    driver.frontend.get_config(0, &mut capacity).unwrap();
+    assert_eq!(u64::from_le_bytes(capacity), SMALL * 4 / 512);
 }
 
 #[test]

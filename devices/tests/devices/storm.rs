@@ -16,8 +16,8 @@ use bulkhead_ipc::jail::Enforcement;
 
 use bulkhead_ipc::vhost_user::frontend::{Frontend, InflightMemory, Limits};
 
-use crate::driver::{BUFFERS, Driver, EVENT_IDX, Random, SIZE, Service, header};
-use crate::supervised::Supervised;
+use crate::driver::{BUFFERS, Driver, EVENT_IDX, Random, SIZE, header};
+use crate::supervised::{Supervised, blk};
 
 const BLOCK: usize = 4096;
 /// Blocks of the disk.
@@ -76,6 +76,8 @@ enum Step {
 }
 
 struct Storm {
+    disk: OwnedFd,
+    process: Supervised,
     driver: Driver,
     memory: InflightMemory,
     random: Random,
@@ -89,12 +91,15 @@ struct Storm {
 }
 
 impl Storm {
-    fn new(service: &Service) -> Self {
-        let mut driver = Driver::unstarted(service.connect(), 1);
+    fn new(disk: OwnedFd) -> Self {
+        let mut process = Self::start_process(&disk);
+        let mut driver = Driver::unstarted(process.stream.take().unwrap(), 1);
         driver.set_up(EVENT_IDX, u64::MAX);
         let memory = driver.frontend.get_inflight(1, SIZE).unwrap().unwrap();
         driver.start(Some(&memory));
         Self {
+            disk,
+            process,
             driver,
             memory,
             random: Random(0x1234_5678_9abc_def1),
@@ -106,6 +111,12 @@ impl Storm {
             transaction: 1,
             step: Step::Data,
         }
+    }
+
+    fn start_process(disk: &OwnedFd) -> Supervised {
+        let process = Supervised::start("blk", blk(1), &[disk], Enforcement::Supervised);
+        process.forget_log();
+        process
     }
 
     /// Puts a request into the ring; what a write writes is in memory already.
@@ -138,8 +149,8 @@ impl Storm {
     }
 
     /// With the process dead: what the image says of the journal.
-    fn check_journal(&self, service: &Service) {
-        let disk = std::fs::File::open(service.disk_path()).unwrap();
+    fn check_journal(&self) {
+        let disk = File::from(self.disk.try_clone().unwrap());
         let block = |block: u64| {
             let mut bytes = vec![0; BLOCK];
             disk.read_exact_at(&mut bytes, block * BLOCK as u64).unwrap();
@@ -225,24 +236,22 @@ impl Storm {
         }
     }
 
-    /// Kills the process and connects to another; returns how many requests were in flight and the pause until the first of
+    /// Kills the process and starts another; returns how many requests were in flight and the pause until the first of
     /// them came back.
-    fn kill(&mut self, service: &mut Service) -> (usize, Duration) {
+    fn kill(&mut self) -> (usize, Duration) {
         self.submit();
         let start = Instant::now();
-        service.child.kill().unwrap();
-        service.child.wait().unwrap();
-        self.check_journal(service);
-        let disk = service.disk_path().to_str().unwrap().to_owned();
-        let _ = std::fs::remove_file(&service.socket);
-        service.child = Service::spawn("blk", &service.socket, &["--blk-file".to_owned(), disk]);
+        self.process.kill();
+        self.check_journal();
+        self.process = Self::start_process(&self.disk);
         let ram = self.driver.ram.clone();
         // What the dead process had finished counts as before.
         while let Some((head, _)) = self.driver.queues[0].finished(&ram) {
             self.take(head);
         }
         let flying = self.flying.len();
-        self.driver.frontend = Frontend::new("storm", service.connect(), Limits::default());
+        let stream = self.process.stream.take().unwrap();
+        self.driver.frontend = Frontend::new("storm", stream, Limits::default());
         self.driver.set_up(EVENT_IDX, u64::MAX);
         self.driver.start(Some(&self.memory));
         self.driver.queues[0].kick();
@@ -256,14 +265,15 @@ impl Storm {
 
 #[test]
 fn a_storm_of_kills_loses_and_corrupts_nothing() {
-    let mut service = Service::disk((RECORD + 1) * BLOCK as u64, &[]);
-    let mut storm = Storm::new(&service);
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len((RECORD + 1) * BLOCK as u64).unwrap();
+    let mut storm = Storm::new(disk.into());
     let mut pauses = Vec::new();
     let mut flying = 0;
     for _ in 0..KILLS {
         let micros = 500 + storm.random.below(16_000);
         storm.work(Duration::from_micros(micros));
-        let (count, pause) = storm.kill(&mut service);
+        let (count, pause) = storm.kill();
         flying += count;
         pauses.push(pause);
     }
@@ -282,7 +292,8 @@ fn a_storm_of_kills_loses_and_corrupts_nothing() {
     check_pause(*longest);
     assert!(storm.transaction > KILLS / 4, "the journal stood still: {} transactions", storm.transaction);
     assert!(flying > KILLS as usize * 4, "too few were in flight to show anything: {flying}");
-    let disk = std::fs::read(service.disk_path()).unwrap();
+    let mut disk = vec![0; (RECORD + 1) as usize * BLOCK];
+    File::from(storm.disk).read_exact_at(&mut disk, 0).unwrap();
     for (block, (found, version)) in disk.chunks(BLOCK).zip(&storm.versions).enumerate() {
         assert!(found == contents(block as u64, *version), "block {block} on the disk");
     }

@@ -132,7 +132,7 @@ fn disk(size: u64) -> OwnedFd {
     file.into()
 }
 
-fn blk(queues: u16) -> DeviceConfig {
+pub fn blk(queues: u16) -> DeviceConfig {
     DeviceConfig::Blk(BlkConfig {
         disk: FdIndex(1),
         read_only: false,
@@ -182,6 +182,35 @@ fn a_jailed_disk_serves_everything_its_policy_allows() {
         driver.frontend.set_memory(&[]).unwrap();
         process.stop();
     }
+}
+
+/// Reads the sector at this place; the status.
+fn read_sector(driver: &mut Driver, sector: u64) -> u8 {
+    driver.put(HEADER, &header(0, sector));
+    driver.run(0, &[(HEADER, 16, false), (BUFFERS, 512, true), (BUFFERS + 0x10_0000, 1, true)]);
+    driver.get(BUFFERS + 0x10_0000, 1)[0]
+}
+
+#[test]
+fn a_disk_has_another_size_at_once() {
+    const SMALL: u64 = 1 << 20;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SMALL).unwrap();
+    let image = file.try_clone().unwrap().into();
+    let mut process = Supervised::start("blk", blk(1), &[&image], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    let mut requests = driver.frontend.open_backend_requests().unwrap();
+    assert_eq!((read_sector(&mut driver, 2047), read_sector(&mut driver, 2048)), (0, 1));
+    for (bytes, last) in [(SMALL * 2 + 100, 4095), (SMALL / 2, 1023)] {
+        file.set_len(bytes).unwrap();
+        process.channel.send(&ToDevice::DiskSize { bytes }, &[]).unwrap();
+        assert!(matches!(requests.receive().unwrap(), BackendRequest::ConfigChange));
+        let mut capacity = [0; 8];
+        driver.frontend.get_config(0, &mut capacity).unwrap();
+        assert_eq!(u64::from_le_bytes(capacity), last + 1, "whole sectors");
+        assert_eq!((read_sector(&mut driver, last), read_sector(&mut driver, last + 1)), (0, 1));
+    }
+    process.stop();
 }
 
 #[test]

@@ -178,6 +178,17 @@ pub struct RngLimit {
     pub period: u32,
 }
 
+/// Persistent memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemConfig {
+    /// The file, open for reading: enough to flush it.
+    pub file: FdIndex,
+    /// Where the core has mapped it for the guest, guest-physical.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
 /// A virtio console with one port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleConfig {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
     FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
+    PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
 };
 
 use crate::channel::ChannelError;
@@ -92,6 +92,21 @@ pub struct CoreStart {
     pub debug_exit: bool,
     /// One link for each device process.
     pub devices: Vec<DeviceLink>,
+    /// Files that the guest sees as memory.
+    pub mapped: Vec<MappedRegion>,
+}
+
+/// A file that the guest sees as memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedRegion {
+    /// The file, locked by the supervisor.
+    pub file: FdIndex,
+    /// Guest-physical address, above guest RAM, a multiple of 2 MiB.
+    pub address: u64,
+    /// Bytes, a multiple of 2 MiB.
+    pub size: u64,
+    /// The guest may write.
+    pub writable: bool,
 }
 
 /// What the first CPU runs.
@@ -319,6 +334,11 @@ pub enum ToDevice {
     },
     /// A new peer of a named port, by its index from 0; its stream is the only descriptor (index 0).
     AttachPort(u16),
+    /// A raw disk's file has another size.
+    DiskSize {
+        /// Bytes.
+        bytes: u64,
+    },
 }
 
 /// A key of a keyboard, going down or up.
@@ -368,6 +388,8 @@ pub enum DeviceConfig {
     Vsock(VsockConfig),
     /// virtio-balloon.
     Balloon(BalloonConfig),
+    /// virtio-pmem.
+    Pmem(PmemConfig),
     /// virtio-net.
     Net(NetConfig),
     /// A back end that is not ours.

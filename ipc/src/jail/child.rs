@@ -40,8 +40,8 @@ pub(super) struct Plan {
     pub(super) gid: u32,
     /// The supervisor is privileged: supplementary groups can and must be dropped.
     pub(super) drop_groups: bool,
-    /// Resources and limits.
-    pub(super) limits: [(c_uint, u64); LIMITS],
+    /// Resources with their soft and hard limits.
+    pub(super) limits: [(c_uint, u64, u64); LIMITS],
     /// Zero-terminated array of arguments.
     pub(super) argv: *const *const c_char,
     /// Namespaces that are created here, the network's aside.
@@ -332,8 +332,8 @@ unsafe fn empty_root() -> Result<(), Failure> {
 }
 
 unsafe fn limits(plan: &Plan) -> Result<(), Failure> {
-    for (resource, value) in plan.limits {
-        let limit = libc::rlimit64 { rlim_cur: value, rlim_max: value };
+    for (resource, soft, hard) in plan.limits {
+        let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
         // SAFETY: the kernel reads a live structure and writes nothing.
         check(Step::Limit, unsafe {
             libc::syscall(libc::SYS_prlimit64, 0, resource, &raw const limit, ptr::null::<c_void>())

@@ -46,6 +46,10 @@ pub enum PolicyName {
     BalloonMain,
     /// virtio-balloon: its queues.
     BalloonQueue,
+    /// virtio-pmem: control channel and vhost-user messages.
+    PmemMain,
+    /// virtio-pmem: its queue.
+    PmemQueue,
     /// virtio-net: control channel and vhost-user messages.
     NetMain,
     /// virtio-net: a pair of queues and its way out.
@@ -60,7 +64,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -79,6 +83,8 @@ impl PolicyName {
         Self::VsockQueue,
         Self::BalloonMain,
         Self::BalloonQueue,
+        Self::PmemMain,
+        Self::PmemQueue,
         Self::NetMain,
         Self::NetQueue,
         Self::RelayMain,
@@ -127,6 +133,8 @@ impl PolicyName {
             Self::VsockQueue => VSOCK_QUEUE,
             Self::BalloonMain => BALLOON_MAIN,
             Self::BalloonQueue => BALLOON_QUEUE,
+            Self::PmemMain => PMEM_MAIN,
+            Self::PmemQueue => PMEM_QUEUE,
             Self::NetMain => NET_MAIN,
             Self::NetQueue => NET_QUEUE,
             Self::RelayMain => RELAY_MAIN,

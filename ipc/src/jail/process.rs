@@ -1,7 +1,7 @@
 //! The supervisor's side of a jailed process: start, confirmation, end.
 //!
-//! Contains unsafe code: `clone3` with the copy of this process that it makes, `pidfd_send_signal` and `getrlimit64`, which have no
-//! safe interface here.
+//! Contains unsafe code: `clone3` with the copy of this process that it makes, `pidfd_send_signal`, `getrlimit64` and
+//! `prlimit64`, which have no safe interface here.
 
 use std::ffi::{CString, c_char, c_long, c_uint, c_ulong};
 use std::fs;
@@ -36,7 +36,8 @@ impl Default for Identity {
     }
 }
 
-/// Resource limits; soft and hard alike, and never above the supervisor's own hard limits.
+/// Resource limits; soft and hard alike but for [`file_may_grow`](Self::file_may_grow), and never above the supervisor's own hard
+/// limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// `RLIMIT_AS` in bytes, mapped guest RAM included; `None`: not limited.
@@ -49,6 +50,9 @@ pub struct Limits {
     pub threads: u64,
     /// `RLIMIT_FSIZE` in bytes: largest file that it may write or create (a memfd too); `None`: not limited.
     pub file_size: Option<u64>,
+    /// Its supervisor may raise `file_size` later ([`JailedProcess::set_file_size`]): the hard limit is its own. The process itself cannot: no
+    /// policy has a call that sets limits.
+    pub file_may_grow: bool,
     /// `RLIMIT_MEMLOCK` in bytes. Linux counts the rings of io_uring here, for all processes of one host user together: a
     /// process that uses it needs some, the default is none.
     pub locked: u64,
@@ -62,13 +66,14 @@ impl Default for Limits {
             descriptors: 256,
             threads: 64,
             file_size: Some(0),
+            file_may_grow: false,
             locked: 0,
         }
     }
 }
 
 impl Limits {
-    fn table(&self) -> [(c_uint, u64); LIMITS] {
+    fn table(&self) -> [(c_uint, u64, u64); LIMITS] {
         let none = libc::RLIM64_INFINITY;
         [
             (libc::RLIMIT_AS, self.address_space.unwrap_or(none)),
@@ -83,7 +88,12 @@ impl Limits {
             (libc::RLIMIT_NICE, 0),
             (libc::RLIMIT_SIGPENDING, 64),
         ]
-        .map(|(resource, value)| (resource, value.min(hard_limit(resource))))
+        .map(|(resource, value)| {
+            let most = hard_limit(resource);
+            let soft = value.min(most);
+            let grows = self.file_may_grow && resource == libc::RLIMIT_FSIZE;
+            (resource, soft, if grows { most } else { soft })
+        })
     }
 }
 
@@ -293,6 +303,26 @@ impl JailedProcess {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Changes `RLIMIT_FSIZE` of a process that was started with [`Limits::file_may_grow`].
+    ///
+    /// # Errors
+    /// The kernel's, which forbids it beyond the supervisor's own hard limit.
+    pub fn set_file_size(&self, bytes: u64) -> io::Result<()> {
+        let limit = libc::rlimit64 { rlim_cur: bytes, rlim_max: hard_limit(libc::RLIMIT_FSIZE) };
+        // SAFETY: the kernel reads a live structure and writes nothing. The process is a child that was not reaped, so that its number
+        // is no other's.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_prlimit64,
+                self.pid,
+                libc::RLIMIT_FSIZE,
+                &raw const limit,
+                ptr::null::<libc::rlimit64>(),
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Lets a process go on that `newuidmap` was started for; nothing to do for others.

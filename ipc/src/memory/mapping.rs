@@ -5,9 +5,9 @@
 //! A huge page can back guest memory only where host and guest address agree in their low 21 bits; `mmap` by itself
 //! gives shared memory any page.
 
-use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use nix::libc::c_void;
@@ -15,7 +15,10 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 
 use super::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
-/// A shared mapping of a file, readable and writable, kept out of core dumps; unmapped when dropped.
+/// What guest RAM is mapped for.
+pub(super) const ACCESS: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+/// A shared mapping of a file, kept out of core dumps; unmapped when dropped.
 #[derive(Debug)]
 pub(super) struct Mapping {
     start: NonNull<c_void>,
@@ -28,11 +31,17 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `length` bytes of `file` from `offset` on, and the rest of the last page. The start agrees with `guest_address` in the bits below 2 MiB.
+    /// Maps `length` bytes of `file` from `offset` on, and the rest of the last page, for `access`. The start agrees with `guest_address` in the bits below 2 MiB.
     ///
     /// # Errors
     /// The kernel's answer; `InvalidInput` for no bytes, or more than there are addresses.
-    pub(super) fn new(file: &File, offset: u64, length: u64, guest_address: u64) -> io::Result<Self> {
+    pub(super) fn new(
+        file: &impl AsFd,
+        offset: u64,
+        length: u64,
+        guest_address: u64,
+        access: ProtFlags,
+    ) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let offset = i64::try_from(offset).map_err(|_| invalid())?;
         let length = length.checked_next_multiple_of(PAGE_SIZE).ok_or_else(invalid)?;
@@ -44,7 +53,6 @@ impl Mapping {
         let reserved = Self { start: reserved, length: room };
         let wanted = usize::try_from(guest_address & (HUGE_PAGE_SIZE - 1)).map_err(|_| invalid())?;
         let head = wanted.wrapping_sub(reserved.start.as_ptr().addr()) & (block - 1);
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
         // SAFETY: `head` is less than a block and the reservation a block longer than `length`, so that the range lies within it;
         // what MAP_FIXED replaces there is the reservation, which nobody else knows.

@@ -22,7 +22,7 @@ use super::dirty::RegionBitmap;
 use super::harvest::{DirtyPages, DirtyRegion};
 use super::huge;
 use super::log::LogSlot;
-use super::mapping::Mapping;
+use super::mapping::{ACCESS, Mapping};
 use super::{
     Direction, DirtyLog, LentBuffer, LentVector, MemoryError, PAGE_SIZE, SharedRegion, View, layout,
 };
@@ -390,11 +390,8 @@ fn map(region: SharedRegion, log: &Arc<LogSlot>) -> Result<Region, MemoryError> 
     const WHAT: &str = "guest memory region";
     let SharedRegion { guest_address, size, offset, fd } = region;
     let file = File::from(fd);
-    let mapping = Mapping::new(&file, offset, size, guest_address).map_err(|source| MemoryError::Map {
-        what: WHAT,
-        size,
-        source,
-    })?;
+    let mapping = Mapping::new(&file, offset, size, guest_address, ACCESS)
+        .map_err(|source| MemoryError::Map { what: WHAT, size, source })?;
     let start = mapping.start();
     let length = usize::try_from(size).map_err(|_| MemoryError::Overflow { guest_address, size, offset })?;
     let bitmap = RegionBitmap::new(guest_address, size, Arc::clone(log), mapping)?;

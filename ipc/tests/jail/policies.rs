@@ -81,7 +81,7 @@ macro_rules! files {
     )),*] };
 }
 
-const FILES: [(&str, &str); 24] = files![
+const FILES: [(&str, &str); 26] = files![
     "common",
     "core-setup",
     "core-main",
@@ -101,6 +101,8 @@ const FILES: [(&str, &str); 24] = files![
     "vsock-queue",
     "balloon-main",
     "balloon-queue",
+    "pmem-main",
+    "pmem-queue",
     "net-main",
     "net-queue",
     "relay-main",

@@ -9,9 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use bulkhead_ipc::channel::message::{Boot, CoreStart, Descriptors, FirmwareFile, LinkKind, MachineEnd};
+use bulkhead_ipc::channel::message::{
+    Boot, CoreStart, Descriptors, FirmwareFile, LinkKind, MachineEnd, MappedRegion,
+};
 use bulkhead_ipc::jail::{self, PolicyName};
-use bulkhead_ipc::memory::{Direction, GuestRam, SharedRegion};
+use bulkhead_ipc::memory::{Direction, GuestRam, MappedFile, SharedRegion};
 
 use super::CoreError;
 use super::devices::{self, Attached, Greeted, Line};
@@ -53,7 +55,8 @@ impl Core {
     /// file system or command line.
     pub(super) fn assemble(start: CoreStart, mut descriptors: Descriptors) -> Result<Self, CoreError> {
         let kvm = descriptors.take(start.kvm)?;
-        let Resources { image, initrd, variables, roms, devices } = Resources::take(&start, descriptors)?;
+        let Resources { image, initrd, variables, roms, devices, files } =
+            Resources::take(&start, descriptors)?;
         let ram = GuestRam::create(start.memory_bytes)?;
         if !start.huge_pages {
             ram.refuse_huge_pages();
@@ -65,7 +68,8 @@ impl Core {
         };
         let flash = variables.map(|memory| add_flash(memory, &start, &mut firmware, &reports)).transpose()?;
         let chips = firmware.clone();
-        let (platform, vcpus, greeted) = side_by_side(kvm, &ram, &start, firmware, devices, &reports)?;
+        let (platform, vcpus, greeted) =
+            side_by_side(kvm, &ram, &start, (firmware, files), devices, &reports)?;
         let Attached { virtio, registers, flash: flash_stream } =
             devices::attach(greeted, &platform, &ram, &reports)?;
         if let Some((flash, stream)) = flash.as_ref().zip(flash_stream) {
@@ -147,7 +151,7 @@ fn side_by_side(
     kvm: OwnedFd,
     ram: &GuestRam,
     start: &CoreStart,
-    firmware: Vec<Arc<dyn MemoryChip>>,
+    memory: (Vec<Arc<dyn MemoryChip>>, Vec<Arc<MappedFile>>),
     lines: Vec<Line>,
     reports: &Arc<Reports>,
 ) -> Result<(Platform, Vec<Vcpu>, Vec<Greeted>), CoreError> {
@@ -157,7 +161,7 @@ fn side_by_side(
             .stack_size(GREETER_STACK)
             .spawn_scoped(scope, || devices::greet(lines, reports))
             .map_err(CoreError::system("clone3"))?;
-        let platform = Platform::create(kvm, ram, start, firmware, reports);
+        let platform = Platform::create(kvm, ram, start, memory, reports);
         // A panic ends the process, so there is none to pass on.
         let greeted = greeter.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (platform, vcpus) = platform?;
@@ -175,6 +179,7 @@ struct Resources {
     /// Option ROMs as firmware's files.
     roms: Vec<FirmwareFile>,
     devices: Vec<Line>,
+    files: Vec<Arc<MappedFile>>,
 }
 
 impl Resources {
@@ -197,8 +202,15 @@ impl Resources {
         for link in &start.devices {
             devices.push(Line::take(link, &mut descriptors)?);
         }
+        let files = start.mapped.iter().map(|mapped| {
+            let MappedRegion { address: guest_address, size, writable, .. } = *mapped;
+            let fd = descriptors.take(mapped.file)?;
+            let region = SharedRegion { guest_address, size, offset: 0, fd };
+            Ok::<_, CoreError>(Arc::new(MappedFile::new(region, writable)?))
+        });
+        let files = files.collect::<Result<_, _>>()?;
         descriptors.finish()?;
-        Ok(Self { image, initrd, variables, roms, devices })
+        Ok(Self { image, initrd, variables, roms, devices, files })
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_ipc::channel::message::{Boot, CoreStart, LinkKind};
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::memory::{GuestRam, MappedFile};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use super::CoreError;
@@ -31,7 +31,7 @@ impl Platform {
         kvm: OwnedFd,
         ram: &GuestRam,
         start: &CoreStart,
-        firmware: Vec<Arc<dyn MemoryChip>>,
+        (firmware, files): (Vec<Arc<dyn MemoryChip>>, Vec<Arc<MappedFile>>),
         reports: &Arc<Reports>,
     ) -> Result<(Self, Vec<Vcpu>), CoreError> {
         let CoreStart { processors, generation, debug_exit, .. } = start;
@@ -46,6 +46,7 @@ impl Platform {
             debug_exit: *debug_exit,
             keyboard: start.devices.iter().any(|link| link.kind == LinkKind::Keyboard),
             firmware,
+            files,
         };
         let gate = Arc::new(Gate::default());
         let memory = MemorySlots::new(&vm, gate.clone());

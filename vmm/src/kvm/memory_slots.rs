@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::memory::{GuestRam, HostMapping};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
@@ -109,7 +109,7 @@ impl MemorySlots {
     }
 
     fn harvest_slot(&self, number: u32, slot: &MemorySlot, logging: bool) -> Result<(), KvmError> {
-        if !logging || !slot.writable {
+        if !logging || !slot.writable || slot.backing != Backing::Ram {
             return Ok(());
         }
         let size = usize::try_from(slot.size).unwrap_or(usize::MAX);
@@ -121,15 +121,16 @@ impl MemorySlots {
     /// Sets a slot, or deletes it where `size` is 0.
     #[expect(clippy::disallowed_methods, reason = "what the host's addresses are for")]
     fn set(&self, slot: u32, new: &MemorySlot, logging: bool, size: u64) -> Result<(), KvmError> {
-        let memory = match &new.backing {
-            Backing::Ram => &self.ram,
-            Backing::Chip(chip) => chip.memory(),
-        };
-        let host = memory.host_mappings().find_map(|mapping| {
+        let host = |mapping: HostMapping| {
             let offset = new.source.checked_sub(mapping.guest_address)?;
             let room = mapping.size.checked_sub(offset)?;
             (new.size <= room).then(|| mapping.host_address.checked_add(offset))?
-        });
+        };
+        let host = match &new.backing {
+            Backing::Ram => self.ram.host_mappings().find_map(host),
+            Backing::Chip(chip) => chip.memory().host_mappings().find_map(host),
+            Backing::File(file) => host(file.host_mapping()),
+        };
         let refused = || KvmError::Call {
             call: "KVM_SET_USER_MEMORY_REGION",
             source: kvm_ioctls::Error::new(libc::EFAULT),
@@ -142,8 +143,8 @@ impl MemorySlots {
             memory_size: size,
             userspace_addr: host.ok_or_else(refused)?,
         };
-        // SAFETY: the range lies within a mapping of `self.ram` or of the chip. The former lives as long as this struct; the
-        // latter as long as the slot does in `state`, which holds the chip and outlives the slot in KVM: it is dropped from there only
+        // SAFETY: the range lies within a mapping of `self.ram`, of the chip or of the file. The former lives as long as this struct; the
+        // others as long as the slot does in `state`, which holds chip or file and outlives the slot in KVM: it is dropped from there only
         // after KVM has let go of it. KVM refuses slots that overlap.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
     }

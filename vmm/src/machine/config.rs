@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use bulkhead_ipc::memory::MappedFile;
+
 use super::memory_map::MemoryChip;
 use super::pci::ConfigError;
 
@@ -23,6 +25,8 @@ pub struct MachineConfig {
     pub keyboard: bool,
     /// Firmware on the X-bus, lowest address first. None overlaps another.
     pub firmware: Vec<Arc<dyn MemoryChip>>,
+    /// Files that the guest sees as memory, beyond RAM. None overlaps another.
+    pub files: Vec<Arc<MappedFile>>,
 }
 
 impl fmt::Debug for MachineConfig {
@@ -60,7 +64,16 @@ impl MachineConfig {
     pub fn new(cpus: u8, address_bits: u8) -> Self {
         let apic_ids = (0..cpus).collect();
         let (generation, debug_exit, keyboard) = ([0; 16], false, false);
-        Self { cpus, apic_ids, address_bits, generation, debug_exit, keyboard, firmware: Vec::new() }
+        Self {
+            cpus,
+            apic_ids,
+            address_bits,
+            generation,
+            debug_exit,
+            keyboard,
+            firmware: Vec::new(),
+            files: Vec::new(),
+        }
     }
 
     /// Checks the limits.

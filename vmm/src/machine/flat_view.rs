@@ -126,7 +126,11 @@ impl FlatView {
             let write = self.resolve(CycleKind::MemoryWrite, first);
             let Some(endpoint) = read.endpoint else { continue };
             let same = write.offset == read.offset && write.endpoint.is_some_and(|other| other.is(endpoint));
-            let writable = same && matches!(endpoint, Endpoint::Dram);
+            let writable = match endpoint {
+                Endpoint::Dram => same,
+                Endpoint::File(file) => same && file.is_writable(),
+                _ => false,
+            };
             match runs.last_mut() {
                 Some(((begin, last), other, source, also))
                     if *last == first

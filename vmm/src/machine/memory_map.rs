@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use bulkhead_ipc::memory::{GuestRam, PAGE_SIZE};
+use bulkhead_ipc::memory::{GuestRam, MappedFile, PAGE_SIZE};
 
 use super::tree::Endpoint;
 
@@ -46,6 +46,8 @@ pub enum Backing {
     Ram,
     /// A ROM or flash.
     Chip(Arc<dyn MemoryChip>),
+    /// A file, which nothing here looks into.
+    File(Arc<MappedFile>),
 }
 
 impl PartialEq for Backing {
@@ -53,6 +55,7 @@ impl PartialEq for Backing {
         match (self, other) {
             (Self::Ram, Self::Ram) => true,
             (Self::Chip(a), Self::Chip(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
+            (Self::File(a), Self::File(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
@@ -63,6 +66,7 @@ impl fmt::Debug for Backing {
         match self {
             Self::Ram => f.write_str("RAM"),
             Self::Chip(chip) => f.write_str(chip.name()),
+            Self::File(_) => f.write_str("file"),
         }
     }
 }
@@ -93,6 +97,7 @@ impl MemorySlot {
         let backing = match endpoint {
             Endpoint::Dram => Backing::Ram,
             Endpoint::Chip(chip) if chip.shows_bytes() => Backing::Chip(chip.clone()),
+            Endpoint::File(file) => Backing::File(file.clone()),
             _ => return None,
         };
         let address = first.checked_next_multiple_of(PAGE_SIZE)?;

@@ -121,7 +121,7 @@ impl Machine {
         let dram = memory.iter().filter_map(|range| {
             Some((range.address, range.address.checked_add(range.length.checked_sub(1)?)?))
         });
-        let root = I440Fx::new(dram.collect(), host_bridge.clone(), bus);
+        let root = I440Fx::new(dram.collect(), config.files.clone(), host_bridge.clone(), bus);
         let machine = Arc::new(Self {
             generation: Generation::new(config.generation),
             config,
@@ -204,7 +204,7 @@ impl Machine {
             Some(Endpoint::Dram) => read_memory(&self.ram, offset, data),
             Some(Endpoint::Chip(chip)) if chip.shows_bytes() => read_memory(chip.memory(), offset, data),
             Some(Endpoint::Chip(chip)) => chip.read(offset, data),
-            Some(Endpoint::InKernel) | None => data.fill(0xFF),
+            Some(Endpoint::InKernel | Endpoint::File(_)) | None => data.fill(0xFF),
         }
     }
 
@@ -246,7 +246,7 @@ impl Machine {
                     self.follow_topology();
                 }
             }
-            Some(Endpoint::InKernel) | None => {}
+            Some(Endpoint::InKernel | Endpoint::File(_)) | None => {}
         }
     }
 

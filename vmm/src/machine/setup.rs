@@ -19,9 +19,10 @@ const BAR_WINDOW: (u64, u64) = (0xE000_0000, 0xFEBF_FFFF);
 const HIGH_ALIGN: u64 = 1 << 30;
 const HIGH_SIZE: u64 = 64 << 30;
 
-/// The window for 64-bit BARs: first and last address, above RAM and within what the CPU can address.
+/// The window for 64-bit BARs: first and last address, above RAM and mapped files and within what the CPU can address.
 pub(super) fn high_window(config: &MachineConfig, ram_end: u64) -> Option<(u64, u64)> {
-    let first = ram_end.max(1 << 32).checked_next_multiple_of(HIGH_ALIGN)?;
+    let files_end = config.files.iter().map(|file| file.ends().1).max().unwrap_or(0);
+    let first = ram_end.max(1 << 32).max(files_end).checked_next_multiple_of(HIGH_ALIGN)?;
     let limit = 1_u64.checked_shl(config.address_bits.into())?;
     let end = first.checked_add(HIGH_SIZE)?.min(limit);
     (first < end).then(|| (first, end.saturating_sub(1)))

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bulkhead_ipc::memory::MappedFile;
+
 use super::address::CycleKind;
 use super::isa::IsaDevice;
 use super::memory_map::MemoryChip;
@@ -28,6 +30,8 @@ pub(super) enum Endpoint {
     Isa(Arc<dyn IsaDevice>),
     /// A ROM or flash. The offset is the address in its memory.
     Chip(Arc<dyn MemoryChip>),
+    /// A file, which only the guest looks into. The offset is the guest-physical address.
+    File(Arc<MappedFile>),
 }
 
 impl Endpoint {
@@ -51,6 +55,7 @@ impl Endpoint {
             }
             (Self::Isa(a), Self::Isa(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
             (Self::Chip(a), Self::Chip(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
+            (Self::File(a), Self::File(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }

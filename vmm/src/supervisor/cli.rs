@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use device::{
     DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceLinkArgs, DeviceListArgs, DeviceRemoveArgs,
-    DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
+    DeviceResizeArgs, DeviceRestartArgs, DeviceUpgradeArgs, EventsArgs,
 };
 use serde::Deserialize;
 
@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PortSpec, RestartRule, RngSpec, RomSpec,
-    Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule, RngSpec,
+    RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -67,12 +67,14 @@ Network:
   out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
   it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
-  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second).
+  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second),
+  rom=off or rom=FILE (with --firmware a card brings iPXE by default, to boot from the network, where
+  Debian's package ipxe-qemu has it).
 
 Firmware:
   With --firmware and without --kernel the machine starts as a PC does: firmware looks for a boot
-  loader on the disks. seabios and ovmf stand for the files of Debian's packages. With a serial
-  port and no --console, SeaBIOS talks on the serial port.
+  loader on the disks, then on the network. seabios and ovmf stand for the files of Debian's
+  packages. With a serial port and no --console, SeaBIOS talks on the serial port.
 
 Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
   path=FILE                    image or block device; the only key that must be there
@@ -233,7 +235,7 @@ pub struct RunArgs {
     /// File that keeps the firmware's variables; made when it is not there and --firmware is ovmf
     #[arg(long, value_name = "FILE")]
     pub firmware_vars: Option<PathBuf>,
-    /// Ids of the disks that firmware tries, in this order [default: all, in the order of --disk]
+    /// Ids of the disks and network cards that firmware tries, in this order [default: all disks, then all cards]
     #[arg(long, value_name = "ID,…")]
     pub boot_order: Option<BootOrder>,
     /// Have firmware offer its boot menu
@@ -377,6 +379,13 @@ pub struct RunArgs {
         help = "Device of a vhost-user back end that listens at PATH: type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]; repeat for more"
     )]
     pub vhost_user: Vec<VhostUserSpec>,
+    /// Files as memory.
+    #[arg(
+        long = "pmem",
+        value_name = "path=FILE,…",
+        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME]; whole blocks of 2 MiB; repeat for more"
+    )]
+    pub pmems: Vec<PmemSpec>,
     /// Shared directories.
     #[arg(
         long = "fs",

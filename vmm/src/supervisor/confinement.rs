@@ -114,6 +114,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
     names.extend(config.nics.iter().map(|nic| nic.id.as_str()));
     names.extend(config.vhost_user.iter().map(|device| device.id.as_str()));
+    names.extend(config.pmems.iter().map(|pmem| pmem.id.as_str()));
     names.extend(config.shares.iter().map(|share| share.id.as_str()));
     names
 }

@@ -13,7 +13,8 @@ use thiserror::Error;
 use super::api::client::{ClientError, Connection};
 use super::api::{AddRequest, DeviceEntry, ProgramInfo, Request, Response};
 use super::cli::{
-    BalloonArgs, DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceUpgradeArgs, ResizeArgs,
+    BalloonArgs, DeviceAddArgs, DeviceArgs, DeviceCommand, DeviceRemoveArgs, DeviceResizeArgs,
+    DeviceUpgradeArgs, ResizeArgs,
 };
 use super::config::Size;
 use super::exit_code::ExitCode;
@@ -104,6 +105,12 @@ pub fn device(args: &DeviceArgs) -> Result<String, DeviceError> {
         DeviceCommand::Link(args) => {
             let request = Request::DeviceLink { device: args.device.clone(), up: args.state == "up" };
             done(&Connection::to_name(&args.name)?, &request, None, ADD_DEADLINE)
+        }
+        DeviceCommand::Resize(args) => {
+            let DeviceResizeArgs { name, device, size, shrink } = args;
+            let size = size.map(|size| size.0);
+            let request = Request::DeviceResize { device: device.clone(), size, shrink: *shrink };
+            done(&Connection::to_name(name)?, &request, None, ADD_DEADLINE)
         }
     }
 }

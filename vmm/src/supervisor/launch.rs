@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat,
-    KeyboardConfig, LinkKind, NetBackend, NetConfig, NetLimits, PortConfig, PortsConfig, RelayConfig,
-    RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FirmwareFile, FlashConfig, FsCache, FsConfig, FsOwners,
+    ImageFormat, KeyboardConfig, LinkKind, MappedRegion, NetBackend, NetConfig, NetLimits, PmemConfig,
+    PortConfig, PortsConfig, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -37,7 +37,7 @@ use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
-    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Port, Ports, Resources, Share,
+    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Pmem, Port, Ports, Resources, Share,
     Stream, Variables, Vsock,
 };
 use super::smbios::Tables;
@@ -53,6 +53,7 @@ const VIRTIO_VSOCK: u16 = 19;
 /// A descriptor for each connection of a vsock, and some.
 const VSOCK_DESCRIPTORS: u64 = 1024 + 128;
 const VIRTIO_FS: u16 = 26;
+const VIRTIO_PMEM: u16 = 27;
 /// Locked memory for the io_uring rings of all disks that run as one user, as far as the host allows it.
 const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
@@ -137,6 +138,7 @@ enum Plan<'a> {
     Foreign(&'a VhostUserConfig),
     Fs(&'a Share),
     Ports(&'a Ports),
+    Pmem(&'a Pmem),
 }
 
 impl<'a> Plan<'a> {
@@ -154,6 +156,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.foreign.iter().map(Self::Foreign));
         plans.extend(resources.shares.iter().map(Self::Fs));
         plans.extend(resources.ports.as_ref().map(Self::Ports));
+        plans.extend(resources.pmems.iter().map(Self::Pmem));
         plans
     }
 
@@ -171,6 +174,7 @@ impl<'a> Plan<'a> {
             Self::Foreign(device) => &device.id,
             Self::Fs(share) => &share.config.id,
             Self::Ports(_) => PORTS,
+            Self::Pmem(pmem) => &pmem.config.id,
         }
     }
 
@@ -187,6 +191,7 @@ impl<'a> Plan<'a> {
             Self::Net(_) => Role::Net,
             Self::Foreign(_) => Role::Relay,
             Self::Fs(_) => Role::Fs,
+            Self::Pmem(_) => Role::Pmem,
         }
     }
 
@@ -211,6 +216,7 @@ impl<'a> Plan<'a> {
                 config_size: device.config_size,
             },
             Self::Fs(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_FS, slot },
+            Self::Pmem(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_PMEM, slot },
         }
     }
 
@@ -219,7 +225,7 @@ impl<'a> Plan<'a> {
         let file_size = match self {
             // An image in a format grows.
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
-            Self::Blk(disk) if !disk.readonly => Some(disk.size.max(INFLIGHT_AREA)),
+            Self::Blk(disk) if !disk.readonly => Some(disk.most_written()),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
             Self::Ports(ports) if ports.ports.iter().any(|port| port.stream.writes_file) => None,
             Self::Ports(_) => Some(PORTS_STATE),
@@ -228,7 +234,8 @@ impl<'a> Plan<'a> {
             | Self::Console(_)
             | Self::Net(_)
             | Self::Vsock(_)
-            | Self::Balloon(_) => Some(INFLIGHT_AREA),
+            | Self::Balloon(_)
+            | Self::Pmem(_) => Some(INFLIGHT_AREA),
             // The page of its readable registers.
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
@@ -250,7 +257,9 @@ impl<'a> Plan<'a> {
             Self::Net(nic) => usual.saturating_add(u64::from(nic.config.queues) << 3),
             _ => usual,
         };
-        Limits { file_size, locked, descriptors, ..Limits::default() }
+        // A disk may be given another size while the machine runs.
+        let file_may_grow = matches!(self, Self::Blk(disk) if !disk.readonly);
+        Limits { file_size, file_may_grow, locked, descriptors, ..Limits::default() }
     }
 
     /// Whether its process has queues to count.
@@ -265,6 +274,7 @@ impl<'a> Plan<'a> {
                 | Self::Vsock(_)
                 | Self::Balloon(_)
                 | Self::Fs(_)
+                | Self::Pmem(_)
         )
     }
 
@@ -325,6 +335,11 @@ impl<'a> Plan<'a> {
                 connector: fds.add(&vsock.for_device),
             }),
             Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
+            Self::Pmem(pmem) => DeviceConfig::Pmem(PmemConfig {
+                file: fds.add(&pmem.for_device),
+                address: pmem.address,
+                size: pmem.size,
+            }),
             Self::Fs(share) => DeviceConfig::Fs(fs_config(share, fds.add(&share.table))),
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
@@ -577,6 +592,7 @@ fn start_core(
                     .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
+        mapped: mapped(resources, &mut fds),
     });
     let cpus = u64::from(config.topology.count());
     let limits = Limits {
@@ -594,15 +610,28 @@ fn start_core(
     program.start(CORE, Role::Core, &start, &fds)
 }
 
+/// The files that the guest sees as memory.
+fn mapped<'a>(resources: &'a Resources, fds: &mut Fds<'a>) -> Vec<MappedRegion> {
+    let region = |pmem: &'a Pmem| {
+        let Pmem { address, size, .. } = *pmem;
+        MappedRegion { file: fds.add(&pmem.file), address, size, writable: !pmem.config.readonly }
+    };
+    resources.pmems.iter().map(region).collect()
+}
+
 /// What the first CPU runs.
 fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>) -> Boot {
     let image = fds.add(&resources.image);
     match &config.firmware {
         Some(firmware) => {
             let variables = resources.variables.as_ref().map(|variables| fds.add(&variables.memory));
-            let slot_of = |disk: &'a Disk| Some((&*disk.id, resources.slots.of(&disk.id)?));
-            let disks: Vec<_> = resources.disks.iter().filter_map(slot_of).collect();
-            let files = firmware::files(config, firmware, &disks);
+            let mut files = firmware::files(config, firmware, &resources.bootable());
+            // SeaBIOS and OVMF place 64-bit BARs above it.
+            let end = resources.pmems.iter().map(|pmem| pmem.address.saturating_add(pmem.size)).max();
+            files.extend(end.map(|end| FirmwareFile {
+                name: "etc/reserved-memory-end".to_owned(),
+                contents: end.to_le_bytes().to_vec(),
+            }));
             let roms = resources.roms.iter().filter(|rom| rom.device.is_none());
             let roms = roms.map(|rom| (rom.name.clone(), fds.add(&rom.memory))).collect();
             Boot::Firmware { image, files, menu: firmware.menu, variables, roms }

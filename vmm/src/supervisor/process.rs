@@ -33,6 +33,8 @@ pub enum Role {
     Vsock,
     /// The balloon.
     Balloon,
+    /// Persistent memory.
+    Pmem,
     /// A network card.
     Net,
     /// A shared directory.
@@ -56,6 +58,7 @@ impl Role {
             Self::Keyboard => "keyboard",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Pmem => "pmem",
             Self::Net => "net",
             Self::Fs => "fs",
             Self::Supervisor => "supervisor",
@@ -85,6 +88,8 @@ impl Role {
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
             (Self::Balloon, None) => PolicyName::BalloonMain,
             (Self::Balloon, Some(_)) => PolicyName::BalloonQueue,
+            (Self::Pmem, None) => PolicyName::PmemMain,
+            (Self::Pmem, Some(_)) => PolicyName::PmemQueue,
             (Self::Net, None) => PolicyName::NetMain,
             (Self::Net, Some(_)) => PolicyName::NetQueue,
             (Self::Relay, _) => PolicyName::RelayMain,

@@ -6,6 +6,7 @@ mod balloon;
 mod disk;
 mod meters;
 pub mod nic;
+mod pmem;
 mod port;
 mod roms;
 mod share;
@@ -24,13 +25,14 @@ pub use added::NewDevice;
 pub use balloon::Balloon;
 use bulkhead_ipc::channel::message::{Processors, RngLimit};
 use bulkhead_ipc::memory::GuestRam;
-pub use disk::Disk;
+pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
 use meters::Meters;
 use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
+pub use pmem::Pmem;
 pub use port::{PORTS_STATE, Port, Ports};
 use roms::Rom;
 pub use share::Share;
@@ -40,11 +42,10 @@ use thiserror::Error;
 pub use variables::Variables;
 pub use vsock::Vsock;
 
-use super::config::{
-    CONSOLE, KEYBOARD, MachineConfig, PORTS, PciAddress, RNG, SERIAL, Size, StreamTarget, VhostUserConfig,
-};
+use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RomSpec, SERIAL, Size, VhostUserConfig};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
+use super::firmware::Bootable;
 use super::processor::{CpuModel, ModelError, ProcessorError, processors};
 
 /// The most that the keyboard's process keeps for its successor, in bytes.
@@ -162,6 +163,28 @@ pub enum ResourceError {
         path: PathBuf,
         /// The first disk.
         other: String,
+    },
+    /// A file that does not consist of blocks.
+    #[error("pmem {id}: '{path}' has {size} bytes; the guest maps whole blocks of 2 MiB: `truncate -s {wanted} '{path}'` makes it fit", path = path.display())]
+    PmemSize {
+        /// The device.
+        id: String,
+        /// Its file.
+        path: PathBuf,
+        /// Bytes.
+        size: u64,
+        /// The next size that fits.
+        wanted: u64,
+    },
+    /// No place for a file in the guest's address space.
+    #[error("pmem {id}: {} more are too much above the guest's memory: its processors have addresses of {bits} bits", Size(*.size))]
+    PmemRoom {
+        /// The device.
+        id: String,
+        /// Bytes.
+        size: u64,
+        /// Width of guest-physical addresses.
+        bits: u32,
     },
     /// A disk that cannot be locked at all.
     #[error("disk {id}: cannot lock '{path}': {reason}", path = path.display())]
@@ -306,6 +329,8 @@ pub struct Resources {
     pub confinement: Confinement,
     /// Memory for what the devices count.
     pub meters: Meters,
+    /// Files that the guest sees as memory.
+    pub pmems: Vec<Pmem>,
     /// The shared directories.
     pub shares: Vec<Share>,
 }
@@ -333,20 +358,11 @@ impl Resources {
             None => None,
         };
         let mut slots = Slots::default();
-        let console = (config.console != StreamTarget::Off).then_some(CONSOLE);
-        let vsock = config.vsock.as_ref().map(|vsock| &*vsock.id);
-        let balloon = config.balloon.as_ref().map(|balloon| &*balloon.id);
-        let foreign = config.vhost_user.iter().map(|device| &*device.id);
         let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
         for (id, address) in chosen {
             take_place(&mut slots, id, address)?;
         }
-        let shares: Vec<Share> = config.shares.iter().map(Share::open).collect::<Result<_, _>>()?;
-        let shared = shares.iter().map(|share| &*share.config.id);
-        let ids = disks.iter().map(|disk| &*disk.id).chain(config.rng.then_some(RNG)).chain(console);
-        let ports = (!config.ports.is_empty()).then_some(PORTS);
-        let cards = config.nics.iter().map(|nic| &*nic.id);
-        for id in ids.chain(vsock).chain(balloon).chain(cards).chain(foreign).chain(shared).chain(ports) {
+        for id in config.on_bus() {
             if slots.of(id).is_none() {
                 slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
@@ -362,11 +378,10 @@ impl Resources {
             image,
             initrd,
             variables,
-            roms: config.roms.iter().map(roms::open).collect::<Result<_, _>>()?,
+            roms: config.roms.iter().map(|rom| open_rom(config, rom)).collect::<Result<_, _>>()?,
             disks,
             foreign: config.vhost_user.clone(),
             slots,
-            processors,
             entropy: config.rng.then(|| Entropy::open(config.rng_limit)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
             balloon: config.balloon.as_ref().map(Balloon::new),
@@ -376,13 +391,24 @@ impl Resources {
             confinement,
             nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
             meters: Meters::default(),
-            shares,
+            shares: config.shares.iter().map(Share::open).collect::<Result<_, _>>()?,
+            pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
+            processors,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
             ports: Ports::open(&config.ports)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
+    }
+
+    /// What firmware can boot from.
+    pub fn bootable(&self) -> Vec<Bootable<'_>> {
+        let disks = self.disks.iter().map(|disk| (&*disk.id, false));
+        let foreign = self.foreign.iter().filter(|device| device.is_bootable());
+        let foreign = foreign.map(|device| (&*device.id, device.is_card()));
+        let all = disks.chain(self.nics.iter().map(|nic| (&*nic.config.id, true))).chain(foreign);
+        all.filter_map(|(id, card)| Some(Bootable { id, place: self.slots.of(id)?, card })).collect()
     }
 
     /// Forgets what the devices of a machine that is started anew were about.
@@ -393,6 +419,13 @@ impl Resources {
         self.ports.as_ref().map_or(Ok(()), |ports| ports.state.set_len(0))?;
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
+}
+
+/// Reads an option ROM, made fit for the device that brings it.
+fn open_rom(config: &MachineConfig, rom: &RomSpec) -> Result<Rom, ResourceError> {
+    let is = |id: &String| rom.device.as_ref() == Some(id);
+    let foreign = || config.vhost_user.iter().any(|device| is(&device.id) && device.is_card());
+    roms::open(rom, config.nics.iter().any(|nic| is(&nic.id)) || foreign())
 }
 
 fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {

@@ -20,9 +20,9 @@ impl DeviceType {
     pub const NET: Self = Self { id: 1, class: 0x02_00_00, config_size: 12, queues: 2, multi_queue: true };
     /// Block device, section 5.2; up to `write_zeroes_may_unmap`.
     pub const BLOCK: Self = Self { id: 2, class: 0x01_00_00, config_size: 60, queues: 1, multi_queue: true };
-    /// Console, section 5.3, without further ports.
+    /// Console, section 5.3; with named ports it has more queues.
     pub const CONSOLE: Self =
-        Self { id: 3, class: 0x07_80_00, config_size: 12, queues: 2, multi_queue: false };
+        Self { id: 3, class: 0x07_80_00, config_size: 12, queues: 2, multi_queue: true };
     /// Entropy device, section 5.4.
     pub const ENTROPY: Self =
         Self { id: 4, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: false };
@@ -36,6 +36,9 @@ impl DeviceType {
     /// File system, section 5.11: tag and number of request queues.
     pub const FS: Self = Self { id: 26, class: 0x01_80_00, config_size: 40, queues: 2, multi_queue: true };
 
+    /// Persistent memory, section 5.19: start and size.
+    pub const PMEM: Self = Self { id: 27, class: 0x00_FF_00, config_size: 16, queues: 1, multi_queue: false };
+
     /// The type with a virtio device ID. One that has no entry here gets class FF, no configuration space and one queue or more.
     #[must_use]
     pub const fn from_id(id: u16) -> Self {
@@ -47,6 +50,7 @@ impl DeviceType {
             5 => Self::BALLOON,
             19 => Self::VSOCK,
             26 => Self::FS,
+            27 => Self::PMEM,
             _ => Self { id, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: true },
         }
     }

@@ -21,6 +21,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("a_program_that_does_not_serve_leaves_the_old_one_at_work", bad_program),
     ("a_program_of_another_protocol_is_refused", other_protocol),
     ("what_cannot_be_replaced_is_refused_by_name", refusals),
+    ("a_disk_gets_another_size", resize),
 ];
 
 const ALL: [&str; 4] = ["disk0", "rng", "console", "serial"];
@@ -77,6 +78,37 @@ fn brought_back() {
     // The deaths before do not count any more, and those after do.
     murder(&bench, "disk0");
     wait_for("the end of all attempts", || count(&bench, "disk0 has no process") == 2);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+/// `fsize` of a process: soft and hard limit, bytes.
+fn file_size(bench: &Bench, id: &str) -> (String, String) {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", bench.pid(id))).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+    let mut words = line.split_whitespace().map(str::to_owned);
+    (words.next().unwrap(), words.next().unwrap())
+}
+
+fn resize() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --log-file log", "");
+    done(&bench.ask("device resize NAME disk0 8M"));
+    assert_eq!(fs::metadata(bench.path("a.img")).unwrap().len(), 8 << 20);
+    wait_for("the device's word", || count(&bench, "8388608 bytes for disk0") == 1);
+    assert_eq!(file_size(&bench, "disk0").0, (8 << 20).to_string());
+    let refused = bench.ask("device resize NAME disk0 4M");
+    assert!(refused.err.contains("would be lost: say --shrink"), "{}", refused.err);
+    let refused = bench.ask("device resize NAME disc0 4M");
+    assert!(refused.err.contains("no disk 'disc0': did you mean 'disk0'?"), "{}", refused.err);
+    done(&bench.ask("device resize NAME disk0 4M --shrink"));
+    wait_for("the device's word", || count(&bench, "4194304 bytes for disk0") >= 1);
+    assert_eq!(fs::metadata(bench.path("a.img")).unwrap().len(), 4 << 20);
+    // From outside, and for a successor.
+    fs::File::options().write(true).open(bench.path("a.img")).unwrap().set_len(16 << 20).unwrap();
+    done(&bench.ask("device resize NAME disk0"));
+    done(&bench.ask("device restart NAME disk0"));
+    assert_eq!(file_size(&bench, "disk0").0, (16 << 20).to_string());
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

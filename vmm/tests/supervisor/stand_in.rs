@@ -296,6 +296,7 @@ fn serve(control: &Control, id: &str) {
             }
             (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
+            (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
         }
     }

@@ -8,6 +8,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::device::QueueWorker;
 use super::vring::Vring;
+use super::worker::HostCall;
 
 /// Tag of the wake-up; a ring's tag is its index.
 const WAKE: u64 = u64::MAX;
@@ -48,6 +49,9 @@ pub trait QueueHandler: Send {
     fn waits_for_host(&self) -> bool {
         false
     }
+
+    /// As [`QueueWorker::set_host_call`].
+    fn set_host_call(&mut self, _call: HostCall) {}
 
     /// A ring is about to be taken away: finish what was taken from it, or put it back.
     fn release(&mut self, ring: &mut Vring) {
@@ -114,6 +118,10 @@ impl<H: QueueHandler> QueueWorker for PollWorker<H> {
         }
         self.handler.release(&mut ring);
         Some(ring)
+    }
+
+    fn set_host_call(&mut self, call: HostCall) {
+        self.handler.set_host_call(call);
     }
 
     fn turn(&mut self) -> io::Result<()> {

@@ -6,7 +6,7 @@ use std::{fs, thread};
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
-use bulkhead_tests::machine::{Machine, Running, exit, expect_gone};
+use bulkhead_tests::machine::{Machine, Running, bulkhead, exit, expect_gone};
 use nix::sys::signal::Signal;
 
 pub fn cases() -> Vec<Case> {
@@ -27,6 +27,12 @@ pub fn cases() -> Vec<Case> {
             expect_gone(processes.get(1..).unwrap_or_default(), Duration::from_secs(1))?;
             running.expect_exit(137)
         }),
+        Case::new(
+            "bare",
+            "what the loader fills is on huge pages, unless the user wants none",
+            60,
+            huge_pages,
+        ),
         Case::new("bare", "SIGTERM at any moment of the launch leaves nothing", 120, interrupted_launch),
     ]
 }
@@ -46,6 +52,26 @@ pub fn waiting(context: &Context, arguments: &[&str]) -> Outcome<(Running, PathB
         thread::sleep(Duration::from_millis(5));
     }
     Ok((running, serial))
+}
+
+/// An initrd of 9 MiB covers four huge pages at least, wherever it begins.
+fn huge_pages(context: &Context) -> Outcome {
+    let doctor = bulkhead(context).arg("doctor").output().map_err(|error| error.to_string())?;
+    let there = String::from_utf8_lossy(&doctor.stdout).contains("MADV_COLLAPSE is there");
+    ensure!(there, "`bulkhead doctor` finds no MADV_COLLAPSE: this needs Linux 6.1 or later");
+    let initrd = context.folder.join("initrd");
+    fs::write(&initrd, vec![0x5A; 9 << 20]).map_err(|error| error.to_string())?;
+    for (thp, least, most) in [("on", 4 * 2048, u64::MAX), ("off", 0, 0)] {
+        let arguments = ["--thp", thp, "--initrd", &initrd.display().to_string()];
+        let (mut running, _) = waiting(context, &arguments)?;
+        let core = running.processes().into_iter().find(|process| process.title().contains("bulkhead-vmm["));
+        let found = core.ok_or("no core")?.ram_on_huge_pages()?;
+        ensure!((least..=most).contains(&found), "--thp {thp}: {found} KiB of guest RAM are on huge pages");
+        running.signal(Signal::SIGTERM)?;
+        running.expect_exit(143)?;
+        fs::remove_file(context.folder.join("serial")).map_err(|error| error.to_string())?;
+    }
+    Ok(())
 }
 
 fn garbage(context: &Context) -> Outcome {

@@ -12,6 +12,7 @@ use bulkhead_tests::machine::{Machine, Running, exit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::network::uplink;
 use crate::serial::{connect, read_until};
 
 const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
@@ -26,6 +27,12 @@ pub fn cases() -> Vec<Case> {
             boot_order,
         ),
         Case::new("bare", "SeaBIOS starts iPXE from an option ROM that is found by its name", 60, ipxe),
+        Case::new(
+            "bare",
+            "SeaBIOS boots iPXE from a network card's ROM, before a disk, and not one without",
+            90,
+            card,
+        ),
         Case::new("bare", "SeaBIOS boots from function 7 of a slot", 90, functions),
         Case::new(
             "bare",
@@ -33,6 +40,7 @@ pub fn cases() -> Vec<Case> {
             30,
             multiboot,
         ),
+        Case::new("stock", "iPXE from a network card's ROM gets an address from passt", 120, dhcp),
         Case::new("stock", "SeaBIOS, GRUB and Debian from a partitioned disk", 240, grub).long_in_lab(),
         Case::new(
             "stock",
@@ -119,6 +127,39 @@ fn ipxe(context: &Context) -> Outcome {
     running.wait_for("iPXE (http://ipxe.org)", 1)?;
     let banner = running.serial().into_iter().find(|line| line.contains("ipxe.org")).unwrap_or_default();
     ensure!(banner.contains("PnP PMM"), "iPXE does not know this firmware: '{banner}'");
+    Ok(())
+}
+
+/// A machine with a disk, and two cards that are tried before it; nobody is at the other end of their cables.
+fn card(context: &Context) -> Outcome {
+    let disk = format!("path={}", disk(context, b'a', 0x10)?.display());
+    let socket = |name: &str| context.folder.join(name).display().to_string();
+    let without = format!("socket={},rom=off", socket("a"));
+    let with = format!("socket={},id=boot", socket("b"));
+    let machine = Machine::firmware(context, "seabios")?.arguments(&["--debug-exit", "--disk", &disk]);
+    let machine = machine.arguments(&["--net", &without, "--net", &with, "--boot-order", "net0,boot,disk0"]);
+    let mut running = machine.start()?;
+    running.wait_for("iPXE (http://ipxe.org) 00:04.0", 1)?;
+    running.wait_for("Booting from ROM...", 1)?;
+    let serial = running.serial();
+    ensure!(
+        !serial.iter().any(|line| line.contains("00:03.0")),
+        "the card without a ROM has one: {serial:?}"
+    );
+    Ok(())
+}
+
+fn dhcp(context: &Context) -> Outcome {
+    const MAC: &str = "52:54:00:ab:cd:ef";
+    uplink()?;
+    let machine = Machine::firmware(context, "seabios")?.arguments(&["--net", &format!("user,mac={MAC}")]);
+    let mut running = machine.start()?;
+    running.wait_for("net0: 10.7.0.5/255.255.255.0 gw 10.7.0.1", 1)?;
+    let serial = running.serial();
+    for line in [format!("net0: {MAC} using virtio-net on 0000:00:02.0"), format!("Configuring (net0 {MAC})")]
+    {
+        ensure!(serial.iter().any(|said| said.contains(&line)), "iPXE does not say '{line}': {serial:?}");
+    }
     Ok(())
 }
 

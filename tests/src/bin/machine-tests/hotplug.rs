@@ -327,6 +327,7 @@ fn under_load(context: &Context) -> Outcome {
         .empty_disk(2)?;
     let mut running = machine.arguments(&["--cpus", "2", "--memory", "256M"]).start()?;
     running.wait_for("guest: ready for disks", 1)?;
+    grow(context, &mut running)?;
     let mut times = Vec::new();
     let mut before = BTreeMap::new();
     for round in 1..=rounds + 1 {
@@ -347,6 +348,16 @@ fn under_load(context: &Context) -> Outcome {
     ensure!(!running.serial().iter().any(|line| line.contains("FAILED")), "the load found an error");
     ensure!(running.guest("load passed").is_some(), "the load did not end");
     Ok(())
+}
+
+/// The guest sees that its disk, which is under load, grows; and a successor of its process has the new size, too.
+fn grow(context: &Context, running: &mut Running) -> Outcome {
+    let name = running.name.clone();
+    refuse(context, &["resize", &name, "data", "1M"], "say --shrink")?;
+    refuse(context, &["resize", &name, "dta", "4M"], "did you mean 'data'?")?;
+    succeed(context, &["resize", &name, "data", "4M"])?;
+    running.wait_for("guest: vda has 8192 sectors", 1)?;
+    succeed(context, &["restart", &name, "data"])
 }
 
 fn plug_and_unplug(context: &Context, running: &mut Running, round: usize) -> Outcome {

@@ -19,6 +19,7 @@ mod keyboard;
 mod lifecycle;
 mod limits;
 mod network;
+mod pmem;
 mod ports;
 mod refusals;
 mod restart;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         ports::cases(),
         vsock::cases(),
         network::cases(),
+        pmem::cases(),
         shared::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();

@@ -70,16 +70,21 @@ fn fetch() -> Outcome<String> {
     Ok(page)
 }
 
-fn tap_and_passt(context: &Context) -> Outcome {
-    // This thread and what it starts have a network of their own: names and ports are nobody else's.
-    let _there_or_built_in = Command::new("modprobe").arg("tun").output();
+/// Gives this thread and what it starts a network of their own, from which passt takes the guest's address: 10.7.0.5.
+pub fn uplink() -> Outcome {
     unshare(CloneFlags::CLONE_NEWNET).map_err(text)?;
     run("ip", "link set lo up")?;
     // passt takes the guest's addresses from the interface with the default route.
     run("ip", "tuntap add uplink mode tap")?;
     run("ip", "addr add 10.7.0.5/24 dev uplink")?;
     run("ip", "link set uplink up")?;
-    run("ip", "route add default via 10.7.0.1 dev uplink")?;
+    run("ip", "route add default via 10.7.0.1 dev uplink")
+}
+
+fn tap_and_passt(context: &Context) -> Outcome {
+    // Names and ports are nobody else's there.
+    let _there_or_built_in = Command::new("modprobe").arg("tun").output();
+    uplink()?;
     run("ip", "tuntap add wire mode tap")?;
     run("ip", "addr add 10.9.0.1/24 dev wire")?;
 

@@ -37,7 +37,7 @@ const REFUSALS: &[Refusal] = &[
         "boot order names no disk",
         &["--firmware", "seabios", "--disk", "path=@/disk", "--boot-order", "b"],
         exit::USAGE,
-        &["no disk 'b'", "disk0"],
+        &["no disk or network card 'b'", "disk0"],
     ),
     refusal(
         "variables of odd size",

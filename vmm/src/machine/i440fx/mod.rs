@@ -7,6 +7,8 @@ mod host_bridge;
 
 use std::sync::Arc;
 
+use bulkhead_ipc::memory::MappedFile;
+
 pub(super) use config_mechanism::ConfigMechanism;
 pub(super) use host_bridge::HostBridge;
 
@@ -22,6 +24,8 @@ const APICS: [(u64, u64); 2] = [(0xFEC0_0000, 0xFEC0_0FFF), (0xFEE0_0000, 0xFEEF
 pub(super) struct I440Fx {
     /// First and last address of each region of RAM.
     dram: Vec<(u64, u64)>,
+    /// Files that the guest sees as memory, beyond RAM.
+    files: Vec<Arc<MappedFile>>,
     /// The function that holds PAM, SMRAM and FDHC.
     function: Arc<HostBridge>,
     /// CF8 and CFC.
@@ -31,8 +35,13 @@ pub(super) struct I440Fx {
 }
 
 impl I440Fx {
-    pub(super) fn new(dram: Vec<(u64, u64)>, function: Arc<HostBridge>, bus: Arc<PciBus>) -> Self {
-        Self { dram, function, mechanism: ConfigMechanism::default(), bus }
+    pub(super) fn new(
+        dram: Vec<(u64, u64)>,
+        files: Vec<Arc<MappedFile>>,
+        function: Arc<HostBridge>,
+        bus: Arc<PciBus>,
+    ) -> Self {
+        Self { dram, files, function, mechanism: ConfigMechanism::default(), bus }
     }
 
     /// The parts of RAM that answer, offset and address being equal.
@@ -63,6 +72,11 @@ impl I440Fx {
             }
             CycleKind::MemoryRead | CycleKind::MemoryWrite => {
                 let mut own = self.dram(kind == CycleKind::MemoryWrite);
+                own.extend(
+                    self.files
+                        .iter()
+                        .map(|file| range(file.ends(), Endpoint::File(file.clone()), file.ends().0)),
+                );
                 own.extend(APICS.map(|ends| range(ends, Endpoint::InKernel, 0)));
                 own
             }

@@ -106,6 +106,16 @@ pub enum Request {
     },
     /// What the devices have counted.
     Stats,
+    /// Give a disk another size. The answer comes when its process was told.
+    DeviceResize {
+        /// The disk's id.
+        device: String,
+        /// In bytes; as large as its file is, without.
+        size: Option<u64>,
+        /// It may become smaller.
+        #[serde(default)]
+        shrink: bool,
+    },
 }
 
 /// What the machine answers.

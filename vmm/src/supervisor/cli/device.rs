@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use crate::supervisor::config::Size;
+
 /// Options of `bulkhead device`.
 #[derive(Debug, Args)]
 pub struct DeviceArgs {
@@ -28,7 +30,16 @@ pub enum DeviceCommand {
     Upgrade(DeviceUpgradeArgs),
     /// Plug the cable of a network card in, or pull it out
     Link(DeviceLinkArgs),
+    /// Give a disk another size while the guest uses it
+    #[command(after_help = RESIZE_HELP)]
+    Resize(DeviceResizeArgs),
 }
+
+const RESIZE_HELP: &str = "\
+With SIZE the disk's file, a raw image, is made that large; what is added reads as zeros. Without SIZE
+the disk takes the size that its file or block device has now: after lvextend, for example. The guest
+is told at once: Linux shows the new size without a rescan; partitions and file systems in it are the
+guest's to grow. Before a disk is made smaller, the guest must have stopped using its end.";
 
 const UPGRADE_HELP: &str = "\
 The new program must speak the control protocol of the machine that runs. Each process of it is
@@ -140,6 +151,20 @@ pub struct DeviceLinkArgs {
     /// up or down
     #[arg(value_parser = ["up", "down"])]
     pub state: String,
+}
+
+/// Options of `bulkhead device resize`.
+#[derive(Debug, Args)]
+pub struct DeviceResizeArgs {
+    /// The machine
+    pub name: String,
+    /// The disk, as `bulkhead device list` names it
+    pub device: String,
+    /// The new size, such as 20G [default: the size that the file or block device has]
+    pub size: Option<Size>,
+    /// Let the file become smaller: what is beyond its new end is lost
+    #[arg(long, requires = "size")]
+    pub shrink: bool,
 }
 
 /// Options of `bulkhead device restart`.

@@ -18,6 +18,7 @@ use super::firmware::{self, BootOrder};
 use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
+use super::pmem::PmemSpec;
 use super::port::PortSpec;
 use super::restart::{RestartPolicy, RestartRule};
 use super::rng::RngSpec;
@@ -106,6 +107,7 @@ struct File {
     vhost_user: Vec<VhostUserSpec>,
     fs: Vec<FsSpec>,
     port: Vec<PortSpec>,
+    pmem: Vec<PmemSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -164,7 +166,10 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .into_iter()
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
-        nets: file.net.into_iter().map(|net| NetSpec { socket: net.socket.map(at), ..net }).collect(),
+        nets: {
+            let at = |net: NetSpec| NetSpec { socket: net.socket.map(at), rom: net.rom.at(base), ..net };
+            file.net.into_iter().map(at).collect()
+        },
         rng: file.rng,
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
@@ -190,6 +195,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             let at = |spec: VhostUserSpec| VhostUserSpec { socket: at(spec.socket), ..spec };
             file.vhost_user.into_iter().map(at).collect()
         },
+        pmems: file.pmem.into_iter().map(|pmem| PmemSpec { path: at(pmem.path), ..pmem }).collect(),
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
         ports: file.port.into_iter().map(|port| port.below(base)).collect(),
         ..RunArgs::default()
@@ -298,6 +304,7 @@ mod tests {
             [[net]]
             socket = "wire"
             rx-rate = "1M"
+            rom = false
             [[vhost-user]]
             type = "fs"
             socket = "fs.sock"
@@ -314,6 +321,7 @@ mod tests {
         let run = parse(Path::new("/etc/vm.toml"), text).unwrap();
         assert!(run.nets.first().is_some_and(|net| net.user && net.hostfwd == ["tcp:8080:80"]));
         assert_eq!(run.nets.last().unwrap().socket, Some("/etc/wire".into()));
+        assert_eq!(run.nets.last().unwrap().rom, super::super::rom::RomChoice::Off);
         let foreign = run.vhost_user.first().unwrap();
         assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
         assert_eq!(run.ports, ["name=agent,unix=/etc/agent.sock".parse().unwrap()]);

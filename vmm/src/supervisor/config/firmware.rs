@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{ConfigError, DiskConfig};
+use super::ConfigError;
 use crate::supervisor::cli::{RunArgs, Switch};
 
 /// Firmware of a Debian package.
@@ -33,7 +33,7 @@ pub struct FirmwareConfig {
     pub template: Option<PathBuf>,
     /// The file with its variables; they are forgotten without.
     pub variables: Option<PathBuf>,
-    /// Ids of disks, the first to be tried first. Empty: all, in the order of their slots.
+    /// Ids of disks and network cards, the first to be tried first. Empty: all disks in the order of their slots, then all cards.
     pub order: Vec<String>,
     /// It shall offer a menu of what can be booted.
     pub menu: bool,
@@ -46,11 +46,11 @@ impl FirmwareConfig {
     }
 }
 
-/// Takes what concerns firmware out of the options, those of the command line first.
+/// Takes what concerns firmware out of the options, those of the command line first. `bootable`: ids of disks and cards.
 pub fn resolve(
     args: &mut RunArgs,
     file: &mut RunArgs,
-    disks: &[DiskConfig],
+    bootable: &[&str],
 ) -> Result<Option<FirmwareConfig>, ConfigError> {
     let order = args.boot_order.take().or(file.boot_order.take());
     let menu = args.boot_menu.or(file.boot_menu) == Some(Switch::On);
@@ -75,9 +75,8 @@ pub fn resolve(
     };
     let order = order.map_or_else(Vec::new, |BootOrder(ids)| ids);
     for (index, id) in order.iter().enumerate() {
-        if !disks.iter().any(|disk| disk.id == *id) {
-            let ids: Vec<&str> = disks.iter().map(|disk| disk.id.as_str()).collect();
-            return Err(ConfigError::BootOrder { id: id.clone(), known: ids.join(", ") });
+        if !bootable.contains(&id.as_str()) {
+            return Err(ConfigError::BootOrder { id: id.clone(), known: bootable.join(", ") });
         }
         if order.iter().take(index).any(|before| before == id) {
             return Err(ConfigError::BootOrderTwice(id.clone()));
@@ -103,7 +102,7 @@ fn find(named: &Path) -> Result<(PathBuf, Option<PathBuf>), ConfigError> {
     Ok((image.into(), template.map(PathBuf::from)))
 }
 
-/// Ids of disks with commas between them.
+/// Ids of disks and network cards with commas between them.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
 #[serde(transparent)]
 pub struct BootOrder(pub Vec<String>);

@@ -14,6 +14,7 @@ pub mod nearest;
 pub mod net;
 mod others;
 pub mod pci;
+pub mod pmem;
 pub mod port;
 pub mod restart;
 pub mod rng;
@@ -42,6 +43,7 @@ pub use net::{NetSpec, NetSpecError, NicConfig};
 use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
+pub use pmem::{PmemConfig, PmemSpec};
 pub use port::PortSpec;
 pub use restart::{RestartPolicy, RestartRule};
 pub use rng::RngSpec;
@@ -161,6 +163,8 @@ pub struct MachineConfig {
     pub confinement: ConfinementConfig,
     /// Where messages go.
     pub log: LogConfig,
+    /// Files that the guest sees as memory, in the order of their places.
+    pub pmems: Vec<PmemConfig>,
     /// The shared directories in the order of their PCI slots.
     pub shares: Vec<ShareConfig>,
 }
@@ -246,15 +250,15 @@ pub enum ConfigError {
         /// Where it would be.
         path: &'static str,
     },
-    /// A disk that is not there.
-    #[error("boot-order: there is no disk '{id}'; the disks are: {known}")]
+    /// A disk or network card that is not there.
+    #[error("boot-order: there is no disk or network card '{id}'; there are: {known}")]
     BootOrder {
         /// What was given.
         id: String,
         /// What there is.
         known: String,
     },
-    /// A disk twice.
+    /// A device twice.
     #[error("boot-order: '{0}' is named twice")]
     BootOrderTwice(String),
     /// An option ROM for a device that there is not.
@@ -407,6 +411,25 @@ impl MachineConfig {
     }
 }
 
+impl MachineConfig {
+    /// The ids of all devices on the PCI bus, in the order of the slots that they get unless they chose one.
+    pub fn on_bus(&self) -> Vec<&str> {
+        let disks = self.disks.iter().map(|disk| &*disk.id);
+        let console = (self.console != StreamTarget::Off).then_some(CONSOLE);
+        disks
+            .chain(self.rng.then_some(RNG))
+            .chain(console)
+            .chain(self.vsock.iter().map(|vsock| &*vsock.id))
+            .chain(self.balloon.iter().map(|balloon| &*balloon.id))
+            .chain(self.nics.iter().map(|nic| &*nic.id))
+            .chain(self.vhost_user.iter().map(|device| &*device.id))
+            .chain(self.shares.iter().map(|share| &*share.id))
+            .chain(self.pmems.iter().map(|pmem| &*pmem.id))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
+            .collect()
+    }
+}
+
 /// Puts options and file together (options win) and checks the result.
 pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let mut file = match args.config.take() {
@@ -425,13 +448,12 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
     let (rng, rng_limit) = entropy(&args, &file, &mut rules);
-    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
-    let restart = restart.unwrap_or_default();
+    let restart = general(rules.iter().chain(&given));
     let mut disks = name_disks(disks, restart)?;
     let mut named =
         Others::resolve(&mut args, &mut file, (&name, &disks, foreign), memory, (restart, &mut rules))?;
     check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
-    let firmware = firmware::resolve(&mut args, &mut file, &disks)?;
+    let firmware = firmware::resolve(&mut args, &mut file, &named.bootable(&disks))?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
     // Policies that stand in the file beside a device which the command line has turned off.
@@ -444,10 +466,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
     rules.extend(given);
-    let streams = [(SERIAL, &serial), (CONSOLE, &console)];
-    let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others =
-        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
+    let others = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD].into_iter().filter(|id| !off(id));
     let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
     named.apply(&restarts);
     let (kernel, initrd, (cmdline, cmdline_added)) =
@@ -487,10 +506,16 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log: log(&mut args, &mut file),
+        pmems: named.pmems,
         shares: named.shares,
     };
     check_limits(&config)?;
     find_roms(config)
+}
+
+/// What is said last of no device by name.
+fn general<'a>(rules: impl DoubleEndedIterator<Item = &'a RestartRule>) -> RestartPolicy {
+    rules.rev().find(|rule| rule.device.is_none()).map(|rule| rule.policy).unwrap_or_default()
 }
 
 /// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
@@ -527,9 +552,7 @@ fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
 /// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
 fn find_roms(mut config: MachineConfig) -> Result<MachineConfig, ConfigError> {
     let roms = take(&mut config.roms);
-    let on_bus = config.disks.iter().map(|disk| disk.id.as_str()).chain(config.rng.then_some(RNG));
-    let on_bus: Vec<&str> = on_bus.chain((config.console != StreamTarget::Off).then_some(CONSOLE)).collect();
-    let roms = rom::resolve(roms, &on_bus, config.firmware.is_some())?;
+    let roms = rom::resolve(roms, &config.on_bus(), &config.nics, config.firmware.is_some())?;
     Ok(MachineConfig { roms, ..config })
 }
 

@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::nearest::hint;
 use super::restart::{RestartError, RestartPolicy};
+use super::rom::RomChoice;
 use super::size::Size;
 
 /// Most pairs of queues.
@@ -16,7 +17,7 @@ const MAX_QUEUES: u16 = 32;
 /// Least MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "tap",
     "user",
     "socket",
@@ -36,6 +37,7 @@ const KEYS: [&str; 19] = [
     "tx-burst",
     "rx-packets",
     "tx-packets",
+    "rom",
 ];
 
 /// A network card as the user describes it.
@@ -80,6 +82,8 @@ pub struct NetSpec {
     pub rx_packets: Option<u64>,
     /// Packets a second from it.
     pub tx_packets: Option<u64>,
+    /// What firmware finds in its expansion ROM.
+    pub rom: RomChoice,
 }
 
 /// Why a text is no network card.
@@ -183,6 +187,7 @@ impl FromStr for NetSpec {
                 "tx-burst" => spec.tx_burst = Some(size(key, text)?),
                 "rx-packets" => spec.rx_packets = Some(number(key, text)?),
                 "tx-packets" => spec.tx_packets = Some(number(key, text)?),
+                "rom" => spec.rom = text.into(),
                 _ => {
                     let hint = hint(key, &KEYS);
                     return Err(NetSpecError::UnknownKey { key: key.escape_debug().to_string(), hint });
@@ -334,6 +339,7 @@ impl NetSpec {
                 burst: rate(self.tx_burst),
                 packets: self.tx_packets.unwrap_or(0),
             },
+            rom: self.rom.clone().at(folder),
         })
     }
 }
@@ -372,6 +378,8 @@ pub struct NicConfig {
     pub receive: RateSpec,
     /// What may leave it.
     pub transmit: RateSpec,
+    /// What firmware finds in its expansion ROM.
+    pub rom: RomChoice,
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use super::{
     BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, PORTS,
-    PortSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
-    VsockConfig, VsockSpec, balloon_pages, check_name, fs, port,
+    PmemConfig, PmemSpec, PortSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK,
+    VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, balloon_pages, check_name, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -20,6 +20,7 @@ pub(super) struct Others {
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
     pub ports: Vec<PortSpec>,
+    pub pmems: Vec<PmemConfig>,
 }
 
 impl Others {
@@ -49,6 +50,8 @@ impl Others {
         this.shares = name_shares(fs, taken(&this), rules)?;
         this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
         port::check(&this.ports)?;
+        let pmems = take(if args.pmems.is_empty() { &mut file.pmems } else { &mut args.pmems });
+        this.pmems = name_pmems(pmems, taken(&this))?;
         Ok(this)
     }
 
@@ -61,6 +64,14 @@ impl Others {
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain((!self.ports.is_empty()).then_some(PORTS))
+            .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
+    }
+
+    /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
+    pub fn bootable<'a>(&'a self, disks: &'a [DiskConfig]) -> Vec<&'a str> {
+        let disks = disks.iter().map(|disk| &*disk.id);
+        let foreign = self.vhost_user.iter().filter(|device| device.is_bootable()).map(|device| &*device.id);
+        disks.chain(self.nics.iter().map(|nic| &*nic.id)).chain(foreign).collect()
     }
 
     /// Gives them the policies that were said of them by name.
@@ -174,6 +185,23 @@ impl ShareConfig {
         let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
         Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
     }
+}
+
+/// Gives persistent memory its ids.
+fn name_pmems(specs: Vec<PmemSpec>, mut taken: Vec<String>) -> Result<Vec<PmemConfig>, ConfigError> {
+    let mut named = Vec::with_capacity(specs.len());
+    for (index, PmemSpec { path, readonly, id }) in specs.into_iter().enumerate() {
+        let id = match id {
+            Some(id) => check_name(&format!("id of pmem '{}'", path.display()), id)?,
+            None => format!("pmem{index}"),
+        };
+        if taken.contains(&id) {
+            return Err(ConfigError::IdTaken { device: "pmem", id });
+        }
+        taken.push(id.clone());
+        named.push(PmemConfig { path, readonly, id });
+    }
+    Ok(named)
 }
 
 /// Gives shared directories their ids.

@@ -1,4 +1,5 @@
-//! `--option-rom [DEVICE=]FILE`: code that runs in firmware, from a device's expansion ROM or a file of its own.
+//! `--option-rom [DEVICE=]FILE` and `rom=` of `--net`: code that runs in firmware, from a device's expansion ROM or a file of
+//! its own.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -6,11 +7,13 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
-use super::ConfigError;
 use super::nearest::hint;
+use super::{ConfigError, NicConfig};
 
 /// Where Debian's packages have option ROMs, for a bare name.
 const FOLDERS: [&str; 3] = ["/usr/lib/ipxe/qemu", "/usr/share/seabios", "/usr/share/qemu"];
+/// iPXE for virtio network cards: for both kinds of firmware, or for a BIOS alone.
+const OF_CARDS: [&str; 2] = ["efi-virtio.rom", "pxe-virtio.rom"];
 
 /// An option ROM as the user names it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -50,12 +53,89 @@ impl RomSpec {
     }
 }
 
+/// What a network card has as expansion ROM (`rom=on|off|FILE`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(from = "Choice")]
+pub enum RomChoice {
+    /// iPXE, where there are firmware to run it and a package that has it.
+    #[default]
+    Usual,
+    /// Nothing.
+    Off,
+    /// A file, or a name among `FOLDERS`.
+    File(PathBuf),
+}
+
+/// As the configuration file has it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Choice {
+    Switch(bool),
+    Text(String),
+}
+
+impl From<Choice> for RomChoice {
+    fn from(choice: Choice) -> Self {
+        match choice {
+            Choice::Switch(true) => Self::Usual,
+            Choice::Switch(false) => Self::Off,
+            Choice::Text(text) => text.as_str().into(),
+        }
+    }
+}
+
+impl From<&str> for RomChoice {
+    fn from(text: &str) -> Self {
+        match text {
+            "on" | "true" => Self::Usual,
+            "off" | "false" => Self::Off,
+            _ => Self::File(text.into()),
+        }
+    }
+}
+
+impl RomChoice {
+    /// The same, where relative paths start at a folder; a bare name that is no file there stays one.
+    pub fn at(self, folder: &Path) -> Self {
+        match self {
+            Self::File(path) => Self::File(RomSpec { device: None, path }.at(folder).path),
+            other => other,
+        }
+    }
+}
+
+/// The expansion ROM of a network card in a machine with firmware, or without.
+pub fn of_card(nic: &NicConfig, firmware: bool) -> Option<RomSpec> {
+    let path = match &nic.rom {
+        RomChoice::Off => return None,
+        RomChoice::File(path) => path.clone(),
+        RomChoice::Usual if !firmware => return None,
+        RomChoice::Usual => {
+            let places = FOLDERS.iter().flat_map(|folder| OF_CARDS.map(|name| Path::new(folder).join(name)));
+            places.into_iter().find(|path| path.exists())?
+        }
+    };
+    Some(find(RomSpec { device: Some(nic.id.clone()), path }))
+}
+
 fn is_bare(path: &Path) -> bool {
     path.components().count() == 1 && !path.as_os_str().is_empty() && path.is_relative()
 }
 
-/// Checks the devices and finds files that are named by their bare names. `devices`: those on the PCI bus.
-pub fn resolve(specs: Vec<RomSpec>, devices: &[&str], firmware: bool) -> Result<Vec<RomSpec>, ConfigError> {
+/// Checks the devices, finds files that are named by their bare names, and adds the ROMs of network cards that no option
+/// gives another. `devices`: those on the PCI bus.
+pub fn resolve(
+    mut specs: Vec<RomSpec>,
+    devices: &[&str],
+    nics: &[NicConfig],
+    firmware: bool,
+) -> Result<Vec<RomSpec>, ConfigError> {
+    for nic in nics {
+        let named = specs.iter().any(|spec| spec.device.as_ref() == Some(&nic.id));
+        if !named || matches!(nic.rom, RomChoice::File(_)) {
+            specs.extend(of_card(nic, firmware));
+        }
+    }
     for (index, RomSpec { device, .. }) in specs.iter().enumerate() {
         match device {
             None if !firmware => return Err(ConfigError::NeedsFirmware("option-rom without a device")),
@@ -103,13 +183,13 @@ mod tests {
     fn devices_are_those_of_the_bus_and_have_one_rom_each() {
         let refusal = |texts: &[&str], firmware| {
             let specs = texts.iter().map(|text| spec(text)).collect();
-            resolve(specs, &["disk0", "rng"], firmware).unwrap_err().to_string()
+            resolve(specs, &["disk0", "rng"], &[], firmware).unwrap_err().to_string()
         };
         assert!(refusal(&["disk=a"], true).contains("did you mean 'disk0'?"));
         assert!(refusal(&["rng=a", "b", "rng=c"], true).contains("'rng' has two"));
         assert!(refusal(&["a"], false).contains("is for firmware"));
-        assert!(resolve(vec![spec("rng=a"), spec("b"), spec("c")], &["rng"], true).is_ok());
-        assert!(resolve(vec![spec("rng=a")], &["rng"], false).is_ok(), "a kernel can read it, too");
+        assert!(resolve(vec![spec("rng=a"), spec("b"), spec("c")], &["rng"], &[], true).is_ok());
+        assert!(resolve(vec![spec("rng=a")], &["rng"], &[], false).is_ok(), "a kernel can read it, too");
     }
 
     #[test]
@@ -123,5 +203,30 @@ mod tests {
         if Path::new("/usr/share/seabios/bios.bin").exists() {
             assert_eq!(find(spec("bios.bin")).path, PathBuf::from("/usr/share/seabios/bios.bin"));
         }
+    }
+
+    #[test]
+    fn cards_have_ipxe_where_firmware_can_run_it() {
+        let roms = |card: &str, option: &[&str], firmware| -> Vec<String> {
+            let card: super::super::NetSpec = card.parse().unwrap();
+            let nic = card.resolve("vm", "net0", Path::new("/base")).unwrap();
+            let option = option.iter().map(|text| spec(text)).collect();
+            let roms = resolve(option, &["net0"], &[nic], firmware);
+            let text = |rom: RomSpec| format!("{}={}", rom.device.unwrap(), rom.path.display());
+            roms.map_or_else(|error| vec![error.to_string()], |roms| roms.into_iter().map(text).collect())
+        };
+        if Path::new("/usr/lib/ipxe/qemu/efi-virtio.rom").exists() {
+            for card in ["user", "user,rom=on"] {
+                assert_eq!(roms(card, &[], true), ["net0=/usr/lib/ipxe/qemu/efi-virtio.rom"]);
+            }
+            let named = roms("user,rom=pxe-virtio.rom", &[], true);
+            assert_eq!(named, ["net0=/usr/lib/ipxe/qemu/pxe-virtio.rom"]);
+        }
+        assert_eq!(roms("user", &[], false), [""; 0], "a kernel does without");
+        assert_eq!(roms("user,rom=off", &[], true), [""; 0]);
+        assert_eq!(roms("user,rom=a/b.rom", &[], false), ["net0=/base/a/b.rom"]);
+        assert_eq!(roms("user", &["net0=/x.rom"], true), ["net0=/x.rom"], "an option says what it is");
+        assert_eq!(roms("user,rom=off", &["net0=/x.rom"], true), ["net0=/x.rom"]);
+        assert!(roms("user,rom=/y.rom", &["net0=/x.rom"], true)[0].contains("'net0' has two"));
     }
 }

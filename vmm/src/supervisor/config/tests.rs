@@ -126,7 +126,8 @@ fn firmware_takes_the_place_of_a_kernel() {
     assert!(refusal("--kernel k --boot-menu").contains("boot-menu is for firmware"));
     assert!(refusal("--kernel k --firmware-vars v").contains("firmware-vars is for firmware"));
     assert!(
-        refusal("--firmware f --disk path=a --boot-order c").contains("no disk 'c'; the disks are: disk0")
+        refusal("--firmware f --disk path=a --net user --boot-order c")
+            .contains("no disk or network card 'c'; there are: disk0, net0")
     );
     assert!(refusal("--firmware f --disk path=a --boot-order disk0,disk0").contains("named twice"));
 }

@@ -50,6 +50,9 @@ const TYPES: &[ForeignType] = &[
 
 /// Types whose devices say nothing useful to a driver without a configuration space.
 const NEED_CONFIG: &[&str] = &["net", "blk", "gpu", "input", "vsock", "fs", "pmem"];
+/// Device IDs of what firmware can boot from.
+const NET: u16 = 1;
+const BLOCK: u16 = 2;
 /// Any bit may mean something in a type that has no row.
 const ANY_FEATURE: u64 = 0xFF_FFFF;
 /// Bytes of the tag of a shared folder, in the configuration space of fs.
@@ -266,6 +269,21 @@ impl VhostUserSpec {
 }
 
 impl VhostUserConfig {
+    /// Whether it is a disk.
+    pub const fn is_disk(&self) -> bool {
+        self.device_id == BLOCK
+    }
+
+    /// Whether it is a network card.
+    pub const fn is_card(&self) -> bool {
+        self.device_id == NET
+    }
+
+    /// Whether firmware can boot from it.
+    pub const fn is_bootable(&self) -> bool {
+        self.is_disk() || self.is_card()
+    }
+
     /// Section 5.11.4: the tag and the number of request queues, all but the first.
     fn set_tag(&mut self, tag: &str) -> Result<(), VhostUserSpecError> {
         if self.kind != "fs" {

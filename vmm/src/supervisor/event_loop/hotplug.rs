@@ -236,6 +236,9 @@ impl EventLoop<'_> {
                 self.config.name
             ));
         }
+        if self.resources.pmems.iter().any(|pmem| pmem.config.id == id) {
+            return Err(format!("{id} cannot be removed while the machine runs: the guest maps its file"));
+        }
         let slot = self.resources.slots.of(id).map(|place| PciAddress::from_place(place).slot);
         let others = slot.map_or(Vec::new(), |slot| self.resources.slots.others(slot, id));
         if !others.is_empty() {

@@ -8,6 +8,7 @@
 mod balloon;
 mod cables;
 mod cpus;
+mod disks;
 mod early;
 mod hotplug;
 mod liveness;

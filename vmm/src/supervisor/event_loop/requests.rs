@@ -60,6 +60,9 @@ impl EventLoop<'_> {
                 self.add_device(client, &device, limits.as_deref()).map(|()| None)
             }
             Request::DeviceLink { device, up } => self.link(&device, up).map(Some),
+            Request::DeviceResize { device, size, shrink } => {
+                self.resize_disk(&device, size, shrink).map(Some)
+            }
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)

@@ -3,11 +3,13 @@
 use bulkhead_ipc::channel::message::RngLimit;
 
 use super::nic::Nic;
-use super::{Balloon, Disk, Entropy, ResourceError, Resources, Share, Stream, Vsock, open_disk, take_place};
+use super::{
+    Balloon, Disk, Entropy, ResourceError, Resources, Share, Stream, Vsock, open_disk, roms, take_place,
+};
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
     BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, RNG, RestartPolicy, ShareConfig,
-    StreamTarget, VhostUserConfig, VsockConfig,
+    StreamTarget, VhostUserConfig, VsockConfig, rom,
 };
 
 /// A device to be added.
@@ -72,7 +74,7 @@ impl Resources {
                 self.slots.take(id).ok_or_else(|| ResourceError::NoSlot(id.to_owned()))?;
             }
         }
-        if let Err(error) = self.open_added(device) {
+        if let Err(error) = self.open_added(config, device) {
             self.slots.release(id);
             return Err(error);
         }
@@ -81,7 +83,7 @@ impl Resources {
         Ok(confined.inspect_err(|_| self.remove(id))?)
     }
 
-    fn open_added(&mut self, device: &NewDevice) -> Result<(), ResourceError> {
+    fn open_added(&mut self, config: &MachineConfig, device: &NewDevice) -> Result<(), ResourceError> {
         match device {
             NewDevice::Disk(disk) => {
                 let disk: Disk = open_disk(disk, &self.disks)?;
@@ -93,9 +95,13 @@ impl Resources {
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
             NewDevice::Net(nic, _) => {
+                // Firmware finds it when it runs next.
+                let rom = rom::of_card(nic, config.firmware.is_some());
+                let rom = rom.map(|rom| roms::open(&rom, true)).transpose()?;
                 let mut nic = Nic::open(nic)?;
                 nic.begin()?;
                 self.nics.push(nic);
+                self.roms.extend(rom);
             }
             NewDevice::VhostUser(device) => self.foreign.push(device.clone()),
         }
@@ -108,6 +114,7 @@ impl Resources {
         self.confinement.remove(id);
         self.meters.remove(id);
         self.disks.retain(|disk| disk.id != id);
+        self.roms.retain(|rom| rom.device.as_deref() != Some(id));
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
             self.vsock = None;
         }

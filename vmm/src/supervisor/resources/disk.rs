@@ -12,13 +12,17 @@ use std::time::{Duration, Instant};
 use bulkhead_ipc::channel::message::ImageFormat;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use thiserror::Error;
 
 use super::{ResourceError, SECTOR, kind, open, open_error};
-use crate::supervisor::config::{DiskConfig, DiskOptions};
+use crate::supervisor::config::{DiskConfig, DiskOptions, Size};
 
 /// How long a lock of somebody else may last before the disk counts as locked, and how often it is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Room for the requests in flight of a disk (vhost-user, inflight I/O tracking), in bytes.
+const INFLIGHT_AREA: u64 = 1 << 20;
 
 /// A disk image, locked.
 #[derive(Debug)]
@@ -41,6 +45,46 @@ pub struct Disk {
     pub options: DiskOptions,
     /// Device and inode of each of its files, and whether it is only read.
     identities: Vec<((u64, u64), bool)>,
+}
+
+/// Why a disk does not get another size. The sentences follow the disk's id.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// What is in the image decides.
+    #[error(
+        "has an image in a format, whose size is in the image: `qemu-img resize` changes it while no machine uses it"
+    )]
+    Format,
+    /// Nobody may write.
+    #[error("is read-only: leave SIZE out, and it takes the size that its file has")]
+    ReadOnly,
+    /// It is a block device.
+    #[error(
+        "is a block device: change its size by what made it (lvextend, for example), then leave SIZE out"
+    )]
+    BlockDevice,
+    /// Nothing would be left.
+    #[error("cannot have no bytes at all")]
+    Empty,
+    /// Not in whole blocks.
+    #[error("has blocks of {block} bytes, and {size} is no multiple of that: {} is the next smaller one", .size - .size % .block)]
+    Blocks {
+        /// Bytes of a block.
+        block: u64,
+        /// Bytes asked for, or found.
+        size: u64,
+    },
+    /// Data would be lost.
+    #[error("has {} now, and what is beyond {} would be lost: say --shrink if the guest uses it no more", Size(*.now), Size(*.size))]
+    Shrinks {
+        /// Bytes now.
+        now: u64,
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// The host.
+    #[error("cannot have that size: {0}")]
+    Host(#[from] io::Error),
 }
 
 /// One file of a disk, open.
@@ -84,6 +128,48 @@ pub fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceErr
 }
 
 impl Disk {
+    /// The largest file that its process writes, in bytes: its own, or the memory of requests in flight.
+    pub fn most_written(&self) -> u64 {
+        self.size.max(INFLIGHT_AREA)
+    }
+
+    /// The size that it gets when `wanted` is asked for (`None`: the size of its file), in bytes.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub fn new_size(&self, wanted: Option<u64>, shrink: bool) -> Result<u64, ResizeError> {
+        if self.options.format.0 != ImageFormat::Raw {
+            return Err(ResizeError::Format);
+        }
+        let now = (&self.file).seek(SeekFrom::End(0))?;
+        let size = wanted.unwrap_or(now);
+        if wanted.is_some() && self.readonly {
+            return Err(ResizeError::ReadOnly);
+        }
+        if wanted.is_some() && self.file.metadata()?.file_type().is_block_device() {
+            return Err(ResizeError::BlockDevice);
+        }
+        let block = u64::from(self.options.logical_block_size).max(SECTOR);
+        match size {
+            0 => Err(ResizeError::Empty),
+            size if !size.is_multiple_of(block) => Err(ResizeError::Blocks { block, size }),
+            size if size < now && !shrink => Err(ResizeError::Shrinks { now, size }),
+            size => Ok(size),
+        }
+    }
+
+    /// Gives its file this size, if it has another.
+    ///
+    /// # Errors
+    /// The kernel's; all is as it was then.
+    pub fn set_size(&mut self, size: u64) -> Result<(), ResizeError> {
+        if (&self.file).seek(SeekFrom::End(0))? != size {
+            self.file.set_len(size)?;
+        }
+        self.size = size;
+        Ok(())
+    }
+
     /// Whether one of its files is this one, and one of both disks writes.
     fn collides(&self, identity: (u64, u64), readonly: bool) -> bool {
         self.identities.iter().any(|(own, own_readonly)| *own == identity && !(readonly && *own_readonly))
@@ -136,7 +222,7 @@ fn open_direct(id: &str, path: &Path, readonly: bool) -> Result<File, ResourceEr
     })
 }
 
-fn lock_file(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), ResourceError> {
+pub(super) fn lock_file(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), ResourceError> {
     let (id, path): (String, PathBuf) = (id.to_owned(), path.to_owned());
     match lock(file, readonly) {
         Ok(()) => Ok(()),

@@ -105,6 +105,37 @@ fn readers_share_a_disk() {
 }
 
 #[test]
+fn a_disk_gets_another_size_that_makes_sense() {
+    let folder = folder();
+    let path = image(&folder, "a", 1 << 20);
+    let mut config = disk(&path, false);
+    config.options.logical_block_size = 4096;
+    let mut opened = open_disk(&config, &[]).unwrap();
+    let said = |disk: &Disk, size, shrink| disk.new_size(size, shrink).unwrap_err().to_string();
+    assert!(said(&opened, Some(0), true).contains("no bytes"));
+    let text = said(&opened, Some((2 << 20) + 512), false);
+    assert_eq!(
+        text,
+        "has blocks of 4096 bytes, and 2097664 is no multiple of that: 2097152 is the next smaller one"
+    );
+    assert!(said(&opened, Some(4096), false).contains("has 1M now, and what is beyond 4K"));
+    assert_eq!(opened.new_size(Some(4096), true).unwrap(), 4096);
+    assert_eq!(opened.new_size(Some(1 << 20), false).unwrap(), 1 << 20, "as it is");
+    opened.set_size(2 << 20).unwrap();
+    assert_eq!((fs::metadata(&path).unwrap().len(), opened.most_written()), (2 << 20, 2 << 20));
+    assert!(opened.set_size(u64::MAX).is_err() && opened.size == 2 << 20, "it stays as it was");
+    // From outside.
+    File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    assert_eq!(opened.new_size(None, false).unwrap(), 4 << 20);
+    opened.options.format.0 = ImageFormat::Qcow2;
+    assert!(said(&opened, Some(8 << 20), false).contains("qemu-img resize"));
+    drop(opened);
+    let opened = open_disk(&disk(&path, true), &[]).unwrap();
+    assert!(said(&opened, Some(8 << 20), false).starts_with("is read-only"));
+    assert_eq!(opened.new_size(None, false).unwrap(), 4 << 20);
+}
+
+#[test]
 fn one_image_is_not_two_disks_of_a_machine() {
     let folder = folder();
     let path = image(&folder, "a", 4096);

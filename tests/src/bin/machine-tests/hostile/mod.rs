@@ -193,6 +193,7 @@ impl Rig {
             generation: [0; 16],
             debug_exit: false,
             devices,
+            mapped: Vec::new(),
         });
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         channel.send(&message, &fds).map_err(text)?;
