@@ -175,10 +175,6 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.push(fds.take(rng.source).unwrap());
             PolicyName::RngMain
         }
-        DeviceConfig::Pmem(pmem) => {
-            kept.push(fds.take(pmem.file).unwrap());
-            PolicyName::PmemMain
-        }
         DeviceConfig::Console(console) => {
             kept.extend(
                 [console.input, console.output].into_iter().flatten().map(|fd| fds.take(fd).unwrap()),
