@@ -80,7 +80,7 @@ fn kind(config: &DeviceConfig) -> Kind {
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
-        DeviceConfig::Console(_) => console,
+        DeviceConfig::Console(_) | DeviceConfig::Ports(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
         DeviceConfig::Keyboard(_) => keyboard,

@@ -15,7 +15,9 @@ pub mod net;
 mod others;
 pub mod pci;
 pub mod pmem;
+pub mod port;
 pub mod restart;
+pub mod rng;
 pub mod rom;
 pub mod size;
 pub mod smbios;
@@ -42,7 +44,9 @@ use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use pmem::{PmemConfig, PmemSpec};
+pub use port::PortSpec;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rng::RngSpec;
 pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -51,6 +55,7 @@ use thiserror::Error;
 pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
+use bulkhead_ipc::channel::message::RngLimit;
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
 
@@ -72,6 +77,8 @@ const MAX_NAME: usize = 64;
 pub const SERIAL: &str = "serial";
 /// Name of the virtio console among the devices.
 pub const CONSOLE: &str = "console";
+/// Name of the device of named ports among the devices.
+pub const PORTS: &str = "ports";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
@@ -128,8 +135,12 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
+    /// How much the guest gets of it.
+    pub rng_limit: Option<RngLimit>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
+    /// The named ports.
+    pub ports: Vec<PortSpec>,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
     /// Whether there is a keyboard.
@@ -345,6 +356,9 @@ pub enum ConfigError {
     /// A vsock that cannot be.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockSpecError),
+    /// A port.
+    #[error(transparent)]
+    Port(#[from] port::PortSpecError),
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
@@ -411,6 +425,7 @@ impl MachineConfig {
             .chain(self.vhost_user.iter().map(|device| &*device.id))
             .chain(self.shares.iter().map(|share| &*share.id))
             .chain(self.pmems.iter().map(|pmem| &*pmem.id))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
             .collect()
     }
 }
@@ -430,9 +445,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
-    let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
+    let (rng, rng_limit) = entropy(&args, &file, &mut rules);
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut disks = name_disks(disks, restart)?;
@@ -481,7 +496,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         nics: named.nics,
         vhost_user: named.vhost_user,
         rng,
+        rng_limit,
         console,
+        ports: named.ports,
         serial,
         keyboard,
         vsock: named.vsock,
@@ -498,6 +515,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     check_limits(&config)?;
     find_roms(config)
+}
+
+/// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
+fn entropy(args: &RunArgs, file: &RunArgs, rules: &mut Vec<RestartRule>) -> (bool, Option<RngLimit>) {
+    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None) };
+    let restart = rng.restart.or(file.rng.and_then(|rng| rng.restart));
+    rules.extend(restart.map(|policy| RestartRule { device: Some(RNG.to_owned()), policy }));
+    (true, rng.limit)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
@@ -686,7 +711,7 @@ fn apply(
 }
 
 /// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
+const RESERVED: [&str; 8] = [SERIAL, CONSOLE, PORTS, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
 
 fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();

@@ -5,9 +5,9 @@ use std::mem::take;
 use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, PmemConfig,
-    PmemSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
-    VsockConfig, VsockSpec, balloon_pages, check_name, fs,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, PORTS,
+    PmemConfig, PmemSpec, PortSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK,
+    VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, balloon_pages, check_name, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -20,6 +20,7 @@ pub(super) struct Others {
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
     pub pmems: Vec<PmemConfig>,
+    pub ports: Vec<PortSpec>,
 }
 
 impl Others {
@@ -52,6 +53,8 @@ impl Others {
         this.shares = name_shares(fs, taken(&this), rules)?;
         let pmems = take(if args.pmems.is_empty() { &mut file.pmems } else { &mut args.pmems });
         this.pmems = name_pmems(pmems, taken(&this))?;
+        this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
+        port::check(&this.ports)?;
         Ok(this)
     }
 
@@ -64,6 +67,7 @@ impl Others {
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
     }
 
     /// The ids of what firmware can boot from: the disks and network cards, of all back ends.

@@ -17,8 +17,8 @@ use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
     BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD,
-    NetSpec, PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig, VSOCK, VhostUserConfig,
-    VhostUserSpec, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
+    NetSpec, PORTS, PciAddress, RNG, RestartPolicy, RngSpec, SERIAL, SUPERVISOR, ShareConfig, VSOCK,
+    VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -79,7 +79,7 @@ impl EventLoop<'_> {
         }
         let device = match request {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
-            AddRequest::Rng => NewDevice::Rng,
+            AddRequest::Rng { spec } => self.new_rng(spec)?,
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
@@ -107,8 +107,8 @@ impl EventLoop<'_> {
         added.map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Net(_, restart) => *restart,
-            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Net(_, restart) | NewDevice::Rng(_, restart) => *restart,
+            NewDevice::Console | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
@@ -132,6 +132,14 @@ impl EventLoop<'_> {
         }
         let spec: VsockSpec = spec.parse().map_err(|error| format!("{error}"))?;
         name_vsock(spec.below(folder), &[], self.config.restart).map_err(|error| error.to_string())
+    }
+
+    fn new_rng(&self, spec: &str) -> Result<NewDevice, String> {
+        let spec: RngSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if !spec.on {
+            return Err("rng: off is for `bulkhead run`".to_owned());
+        }
+        Ok(NewDevice::Rng(spec.limit, spec.restart.unwrap_or(self.config.restart)))
     }
 
     fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
@@ -433,6 +441,9 @@ impl EventLoop<'_> {
         if change.id == CONSOLE {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        if change.id == PORTS {
+            self.port_peers.clear();
         }
         if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
             self.environment.forget_vsock(vsock);
