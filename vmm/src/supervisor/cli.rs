@@ -44,8 +44,10 @@ Commands:
   The kernel is an installed one (or --kernel), the root is the host's (or --root DIR, any unpacked
   tree) for reading only: what the guest changes stays in its memory and is gone afterwards, but for
   the directories that --rw names. The command begins in the current directory, with this terminal;
-  input that is no terminal is not passed on. It needs no configuration and no privileges. --verbose
-  and --dry-run print the options that it stands for, most of which may be given as well.
+  input that is no terminal is not passed on. It needs no configuration and no privileges. Where
+  passt is installed it has a network as 10.0.2.15, on which this host is 10.0.2.2; --net none
+  leaves it out, another --net takes its place. --verbose and --dry-run print the options that it
+  stands for, most of which may be given as well.
 
 Terminal:
   With --serial stdio (the default) or --console stdio on a terminal, all keys go to the guest,
@@ -58,11 +60,14 @@ Kernel command line:
 Network:
   --net user          through the host's own connections, by the program passt; needs no rights.
                       hostfwd=tcp:8080:80 leads port 8080 of the host to port 80 of the guest
-                      (tcp: or udp:, before the ports an address of the host; repeat it for more)
+                      (tcp: or udp:, before the ports an address of the host; repeat it for more).
+                      address=ADDRESS/PREFIX with gateway=ADDRESS: what the guest gets by DHCP
+                      instead of the host's own; dns=ADDRESS stands for the host's name server
   --net tap=NAME      a tap interface; as root one is made that goes with the machine. queues=N
                       gives it several pairs of queues
   --net socket=PATH   a cable between two machines: the first one listens, the second connects
   --net fd=N          a tap or socket that whoever starts bulkhead has opened
+  --net none          no card, whatever the configuration file says
   Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, addr=SLOT.FUNCTION, link=off (the
   cable is pulled out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat

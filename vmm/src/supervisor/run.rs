@@ -83,6 +83,9 @@ pub fn run(mut args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
     let mut resources = Resources::open(&config)?;
     let mut environment = Environment::new(server, log)?;
     environment.watch(&resources)?;
+    if let Some(warning) = command.as_ref().and_then(|command| command.warning.as_deref()) {
+        environment.log.say(LogLevel::Warn, warning);
+    }
     announce(&config, &resources, &mut environment.log);
     loop {
         let end = EventLoop::launch(&config, &mut resources, &mut environment, started)?.run()?;

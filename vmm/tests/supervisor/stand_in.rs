@@ -203,6 +203,10 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             PolicyName::VsockMain
         }
         DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
+        DeviceConfig::Pmem(pmem) => {
+            kept.push(fds.take(pmem.file).unwrap());
+            PolicyName::PmemMain
+        }
         DeviceConfig::Net(net) => {
             match net.backend {
                 NetBackend::Tap { queues, .. } => {

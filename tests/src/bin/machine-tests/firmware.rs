@@ -12,7 +12,7 @@ use bulkhead_tests::machine::{Machine, Running, exit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::network::uplink;
+use crate::network::separate;
 use crate::serial::{connect, read_until};
 
 const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
@@ -151,7 +151,7 @@ fn card(context: &Context) -> Outcome {
 
 fn dhcp(context: &Context) -> Outcome {
     const MAC: &str = "52:54:00:ab:cd:ef";
-    uplink()?;
+    separate()?;
     let machine = Machine::firmware(context, "seabios")?.arguments(&["--net", &format!("user,mac={MAC}")]);
     let mut running = machine.start()?;
     running.wait_for("net0: 10.7.0.5/255.255.255.0 gw 10.7.0.1", 1)?;

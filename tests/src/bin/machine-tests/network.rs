@@ -28,7 +28,7 @@ fn text(error: impl ToString) -> String {
     error.to_string()
 }
 
-fn run(program: &str, arguments: &str) -> Outcome {
+pub fn run(program: &str, arguments: &str) -> Outcome {
     let output = Command::new(program).args(arguments.split(' ')).output().map_err(text)?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{program} {arguments}: {error}");
@@ -70,21 +70,21 @@ fn fetch() -> Outcome<String> {
     Ok(page)
 }
 
-/// Gives this thread and what it starts a network of their own, from which passt takes the guest's address: 10.7.0.5.
-pub fn uplink() -> Outcome {
+/// Gives this thread and what it starts a network of their own: names and ports are nobody else's. From it passt takes the
+/// guest's address: 10.7.0.5.
+pub fn separate() -> Outcome {
     let _there_or_built_in = Command::new("modprobe").arg("tun").output();
     unshare(CloneFlags::CLONE_NEWNET).map_err(text)?;
     run("ip", "link set lo up")?;
     // passt takes the guest's addresses from the interface with the default route.
-    run("ip", "tuntap add uplink mode tap")?;
-    run("ip", "addr add 10.7.0.5/24 dev uplink")?;
-    run("ip", "link set uplink up")?;
-    run("ip", "route add default via 10.7.0.1 dev uplink")
+    run("ip", "tuntap add separate mode tap")?;
+    run("ip", "addr add 10.7.0.5/24 dev separate")?;
+    run("ip", "link set separate up")?;
+    run("ip", "route add default via 10.7.0.1 dev separate")
 }
 
 fn tap_and_passt(context: &Context) -> Outcome {
-    // Names and ports are nobody else's there.
-    uplink()?;
+    separate()?;
     run("ip", "tuntap add wire mode tap")?;
     run("ip", "addr add 10.9.0.1/24 dev wire")?;
 

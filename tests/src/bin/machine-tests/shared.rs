@@ -1,6 +1,8 @@
 //! Shared directories, and commands that need no configuration.
 
 use std::fs;
+use std::io::Write;
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +16,8 @@ use nix::unistd::Pid;
 /// An ordinary user.
 const USER: u32 = 65534;
 
-/// What the guest does: `@` stands for the project, `%` for the folder of the programs, `$` for what shows the result.
+/// What the guest does: `@` stands for the project, `%` for the folder of the programs, `$` for what shows the result, `&/` for the
+/// name of the host.
 const SCRIPT: &str = r#"
 cd @
 exec 3<Makefile 4>>kept
@@ -26,6 +29,7 @@ read -r line <&3 && echo "$line" >first
 make -s && $ >out || exit 1
 touch /etc/bulkhead-was-here || exit 2
 %/guest-fs @ exercise 1 60 20 || exit 3
+bash -c 'exec 5<>/dev/tcp/&/8000 && cat <&5' >fetched || exit 4
 exit 7
 "#;
 
@@ -35,7 +39,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new(
             "stock",
-            "an ordinary user's command runs in a guest that sees the host's files, and its devices are killed",
+            "an ordinary user's command runs in a guest that sees the host's files and network, and its devices are killed",
             150,
             move |context| command(context, plain),
         ),
@@ -55,6 +59,43 @@ fn own(path: &Path) -> Outcome {
 /// A makefile, what shows its result, and what that is.
 type Project = (&'static str, &'static str, &'static str);
 
+/// Answers each question for a name's IPv4 address (RFC 1035, 4.1) with the one by which the guest reaches the host.
+fn answer_names(socket: &UdpSocket) {
+    /// A pointer to the name of the question, type A, class IN, a minute, four bytes.
+    const ANSWER: [u8; 16] = [0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 0, 2, 2];
+    let mut packet = [0; 512];
+    while let Ok((count, from)) = socket.recv_from(&mut packet) {
+        let question = packet.get(12..count).unwrap_or_default();
+        let Some(end) = question.iter().position(|byte| *byte == 0) else { continue };
+        let Some((question, kind)) = question.get(..end + 5).zip(question.get(end + 2)) else { continue };
+        let answers = u8::from(*kind == 1);
+        // A response, recursion available, one question, and nothing but it and the answer.
+        let mut reply = vec![packet[0], packet[1], 0x81, 0x80, 0, 1, 0, answers, 0, 0, 0, 0];
+        reply.extend_from_slice(question);
+        reply.extend(ANSWER.into_iter().take(16 * usize::from(answers)));
+        let _asked_again = socket.send_to(&reply, from);
+    }
+}
+
+/// A network in which the name server of this machine knows one name, and port 8000 says a sentence. What the guest calls it.
+fn host() -> Outcome<&'static str> {
+    super::network::separate()?;
+    let web = TcpListener::bind("0.0.0.0:8000").map_err(text)?;
+    thread::spawn(move || {
+        for mut stream in web.incoming().flatten() {
+            let _gone = stream.write_all(b"from the host\n");
+        }
+    });
+    let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let server =
+        resolver.lines().find_map(|line| line.strip_prefix("nameserver ")?.trim().parse::<IpAddr>().ok());
+    let Some(server @ IpAddr::V4(_)) = server else { return Ok("10.0.2.2") };
+    super::network::run("ip", &format!("addr add {server}/32 dev lo"))?;
+    let socket = UdpSocket::bind((server, 53)).map_err(text)?;
+    thread::spawn(move || answer_names(&socket));
+    Ok("host.bulkhead.test")
+}
+
 fn command(context: &Context, (makefile, show, shown): Project) -> Outcome {
     let project = context.folder.join("project");
     fs::create_dir(&project).map_err(text)?;
@@ -69,10 +110,12 @@ fn command(context: &Context, (makefile, show, shown): Project) -> Outcome {
     }
     let programs = context.folder.clone();
     fs::copy(context.places.programs.join("guest-fs"), programs.join("guest-fs")).map_err(text)?;
+    let host = host()?;
     let place = project.to_string_lossy();
     let script = SCRIPT
         .replace('@', &place)
         .replace('%', &programs.to_string_lossy())
+        .replace("&/", &format!("{host}/"))
         .replace("$ >", &format!("{show} >"));
     let mut command = bulkhead(context);
     command.args(["run", "--memory", "768M", "--rw", &place, "--", "sh", "-c", &script]);
@@ -94,7 +137,9 @@ fn command(context: &Context, (makefile, show, shown): Project) -> Outcome {
     own(&project.join("go"))?;
     running.expect_exit(7)?;
     let first = makefile.split_inclusive('\n').next().unwrap_or_default();
-    for (name, expected) in [("kept", "one\ntwo\n"), ("first", first), ("out", shown)] {
+    for (name, expected) in
+        [("kept", "one\ntwo\n"), ("first", first), ("out", shown), ("fetched", "from the host\n")]
+    {
         let found = fs::read_to_string(project.join(name)).map_err(|error| format!("{name}: {error}"))?;
         ensure!(found == expected, "{name} holds {found:?}");
     }

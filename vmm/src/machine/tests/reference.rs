@@ -234,6 +234,7 @@ impl Rig {
             None => Owner::Open,
             Some(Endpoint::Dram) => Owner::Ram(offset),
             Some(Endpoint::Chip(_)) => Owner::Rom(offset),
+            Some(Endpoint::File(_)) => unreachable!("these machines have no file in memory"),
             Some(Endpoint::InKernel) => Owner::Kernel,
             Some(Endpoint::ConfigAddress) => Owner::ConfigAddress,
             Some(Endpoint::ConfigData) => Owner::ConfigData(offset),

@@ -9,6 +9,7 @@
 mod cpio;
 mod kernel;
 mod modules;
+mod network;
 
 use std::env;
 use std::fmt::Write as _;
@@ -102,6 +103,8 @@ pub struct Prepared {
     pub dry_run: bool,
     /// Show it before the run.
     pub verbose: bool,
+    /// What the user is to know.
+    pub warning: Option<String>,
     /// The initial RAM file system, as long as the options name it.
     _initrd: OwnedFd,
 }
@@ -140,7 +143,9 @@ pub fn prepare(args: &mut RunArgs) -> Result<Option<Prepared>, CommandError> {
     let root = folder("--root", args.root.as_deref().unwrap_or(Path::new("/")))?;
     let kernel = kernel::find(args.kernel.as_deref(), &root)?;
     let (cwd, mounts) = share(args, &root)?;
-    let (archive, contents) = initial(&kernel, &plan(args, &cwd, &mounts, &root))?;
+    let warning = network::fill(args);
+    let (archive, contents) =
+        initial(&kernel, &plan(args, &cwd, &mounts, &root), args.nets.iter().any(|net| !net.none))?;
     let initrd =
         memfd_create(c"initramfs", MFdFlags::MFD_CLOEXEC).map_err(|it| CommandError::Hold(it.into()))?;
     let mut left = archive.as_slice();
@@ -156,7 +161,7 @@ pub fn prepare(args: &mut RunArgs) -> Result<Option<Prepared>, CommandError> {
     args.initrd = Some(PathBuf::from(format!("/proc/self/fd/{}", initrd.as_raw_fd())));
     fill(args);
     let words = words(args, &contents);
-    Ok(Some(Prepared { words, dry_run: args.dry_run, verbose: args.verbose, _initrd: initrd }))
+    Ok(Some(Prepared { words, dry_run: args.dry_run, verbose: args.verbose, warning, _initrd: initrd }))
 }
 
 /// A folder by its one name.
@@ -222,6 +227,7 @@ fn plan(args: &RunArgs, cwd: &str, mounts: &[Mount], root: &Path) -> Vec<(&'stat
     if let Ok(names) = uname() {
         plan.push(("hostname", names.nodename().to_string_lossy().into_owned()));
     }
+    plan.extend(network::plan(args));
     plan.extend(args.command.iter().map(|word| ("arg", word.clone())));
     let own = |name: &str| env::var(name).ok().map(|value| format!("{name}={value}"));
     let variables = PASSED.into_iter().filter(|name| *name != "HOME" || root == Path::new("/"));
@@ -241,7 +247,11 @@ fn plan(args: &RunArgs, cwd: &str, mounts: &[Mount], root: &Path) -> Vec<(&'stat
 }
 
 /// The initial RAM file system, and a line that says what is in it.
-fn initial(kernel: &Kernel, plan: &[(&'static str, String)]) -> Result<(Vec<u8>, String), CommandError> {
+fn initial(
+    kernel: &Kernel,
+    plan: &[(&'static str, String)],
+    network: bool,
+) -> Result<(Vec<u8>, String), CommandError> {
     let read =
         |path: &Path| fs::read(path).map_err(|source| CommandError::Read { path: path.to_owned(), source });
     let init = env::current_exe().map_err(CommandError::Hold)?.with_file_name("bulkhead-init");
@@ -255,7 +265,7 @@ fn initial(kernel: &Kernel, plan: &[(&'static str, String)]) -> Result<(Vec<u8>,
     let mut text = Vec::new();
     let mut names = Vec::new();
     if let Some(folder) = &kernel.modules {
-        for file in modules::to_load(folder).map_err(CommandError::Modules)? {
+        for file in modules::to_load(folder, network).map_err(CommandError::Modules)? {
             let name = file.rsplit('/').next().unwrap_or(&file).to_owned();
             archive.file(&format!("bulkhead/{name}"), &read(&folder.join(&file))?, 0o644);
             names.push(name);
@@ -313,6 +323,9 @@ fn words(args: &RunArgs, contents: &str) -> String {
     let cpus = args.cpus.and_then(|cpus| cpus.resolve().ok()).map_or(1, |(count, _)| count);
     let _infallible = write!(text, " \\\n    --memory {memory}M --cpus {cpus} --console=stdio --serial off");
     text.push_str(" --debug-exit --on-reboot exit --on-panic exit");
+    for net in &args.nets {
+        let _infallible = write!(text, " \\\n    --net {}", quoted(&net.to_string()));
+    }
     for fs in &args.fs {
         let on = |on: bool, key: &'static str| if on { key } else { "" };
         let flags = [on(fs.readonly, ",readonly=on"), on(fs.submounts, ",submounts=on")].concat();

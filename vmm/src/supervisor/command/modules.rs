@@ -5,21 +5,23 @@ use std::path::Path;
 
 /// The modules; what is built into a kernel is in none of its lists of dependencies.
 const WANTED: [&str; 4] = ["virtio_pci", "virtio_console", "virtiofs", "overlay"];
+/// One more for a guest with a network card.
+const NETWORK: &str = "virtio_net";
 
 /// Paths, relative to the folder of modules, of what has to be loaded. Empty where the kernel has everything built in.
 ///
 /// # Errors
 /// `modules.dep` cannot be read: what is said of it.
-pub fn to_load(folder: &Path) -> Result<Vec<String>, String> {
+pub fn to_load(folder: &Path, network: bool) -> Result<Vec<String>, String> {
     let list = folder.join("modules.dep");
     let text = fs::read_to_string(&list).map_err(|error| format!("'{}': {error}", list.display()))?;
-    Ok(order(&text))
+    Ok(order(&text, network))
 }
 
 /// Reads `modules.dep` (modules.dep(5)): a module and what it needs, the nearest first.
-fn order(text: &str) -> Vec<String> {
+fn order(text: &str, network: bool) -> Vec<String> {
     let mut files: Vec<String> = Vec::new();
-    for wanted in WANTED {
+    for wanted in WANTED.into_iter().chain(network.then_some(NETWORK)) {
         let line =
             text.lines().filter_map(|line| line.split_once(':')).find(|(file, _)| name(file) == wanted);
         let Some((file, needs)) = line else { continue };
@@ -51,9 +53,13 @@ kernel/fs/fuse/virtiofs.ko.xz: kernel/fs/fuse/fuse.ko.xz kernel/drivers/virtio/v
 kernel/drivers/virtio/virtio_pci.ko.xz: kernel/drivers/virtio/virtio_ring.ko.xz kernel/drivers/virtio/virtio.ko.xz
 kernel/drivers/char/virtio-console.ko.xz:
 kernel/drivers/char/virtio_console_other.ko.xz:
+kernel/net/core/failover.ko.xz:
+kernel/drivers/net/virtio_net.ko.xz: kernel/net/core/failover.ko.xz
 ";
-        let names: Vec<String> = order(text).iter().map(|file| name(file)).collect();
+        let names: Vec<String> = order(text, false).iter().map(|file| name(file)).collect();
         assert_eq!(names, ["virtio", "virtio_ring", "virtio_pci", "virtio_console", "fuse", "virtiofs"]);
-        assert!(order("").is_empty());
+        let names: Vec<String> = order(text, true).iter().skip(6).map(|file| name(file)).collect();
+        assert_eq!(names, ["failover", "virtio_net"]);
+        assert!(order("", true).is_empty());
     }
 }

@@ -1,6 +1,7 @@
 //! `--net tap=NAME|user|socket=PATH|fd=N[,…]` and the table `[[net]]`.
 
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -18,11 +19,15 @@ const MAX_QUEUES: u16 = 32;
 /// Least MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 25] = [
     "tap",
     "user",
     "socket",
     "fd",
+    "none",
+    "address",
+    "gateway",
+    "dns",
     "mac",
     "mtu",
     "queues",
@@ -68,6 +73,15 @@ pub struct NetSpec {
     pub link: Option<bool>,
     /// Ports of the host that lead into the guest.
     pub hostfwd: Vec<String>,
+    /// IPv4 address and length of the prefix that passt gives the guest; default: the host's.
+    pub address: Option<String>,
+    /// What passt tells the guest to be its router, by which it also reaches the host; goes with `address`.
+    pub gateway: Option<Ipv4Addr>,
+    /// Questions to this address go to the host's first name server.
+    pub dns: Option<Ipv4Addr>,
+    /// No card, neither by default nor of the file.
+    #[serde(skip)]
+    pub none: bool,
     /// Packets leave with the card's own hardware address only, and enter only for it or a group.
     pub mac_filter: bool,
     /// The only IP addresses that packets leave with.
@@ -128,6 +142,15 @@ pub enum NetSpecError {
     /// hostfwd without passt.
     #[error("hostfwd is for user networking (--net user,hostfwd=…)")]
     Forward,
+    /// An address without the router, or the other way round.
+    #[error("address and gateway go together (--net user,address=10.0.2.15/24,gateway=10.0.2.2)")]
+    Address,
+    /// Options of passt for something else.
+    #[error("address, gateway and dns are for user networking (--net user,address=…)")]
+    NotUser,
+    /// `none` and something else.
+    #[error("none means no network card: it stands alone (--net none)")]
+    None,
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
@@ -184,6 +207,12 @@ impl FromStr for NetSpec {
                 "restart" => spec.restart = Some(text.parse()?),
                 "link" => spec.link = Some(switch(key, text)?),
                 "hostfwd" => spec.hostfwd.push(text.to_owned()),
+                "address" => spec.address = Some(text.to_owned()),
+                "gateway" => {
+                    spec.gateway = Some(text.parse().or_else(|_| value(key, text, "an IPv4 address"))?)
+                }
+                "dns" => spec.dns = Some(text.parse().or_else(|_| value(key, text, "an IPv4 address"))?),
+                "none" => spec.none = switch(key, text)?,
                 "mac-filter" => spec.mac_filter = switch(key, text)?,
                 "ip-filter" => spec
                     .ip_filter
@@ -207,17 +236,66 @@ impl FromStr for NetSpec {
     }
 }
 
+/// As it can be given to `--net`.
+impl fmt::Display for NetSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |key: &str, value: Option<String>| value.map(|value| format!("{key}={value}"));
+        let size = |key: &str, value: Option<Size>| text(key, value.map(|size| size.to_string()));
+        let count = |key: &str, value: Option<u64>| text(key, value.map(|count| count.to_string()));
+        let flag = |key: &str, on: bool| on.then(|| key.to_owned());
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let words = [
+            flag("none", self.none),
+            flag("user", self.user),
+            text("tap", self.tap.clone()),
+            text("socket", self.socket.as_ref().map(path)),
+            text("fd", self.fd.map(|fd| fd.to_string())),
+            text("address", self.address.clone()),
+            text("gateway", self.gateway.map(|it| it.to_string())),
+            text("dns", self.dns.map(|it| it.to_string())),
+            text("mac", self.mac.clone()),
+            count("mtu", self.mtu.map(u64::from)),
+            count("queues", self.queues.map(u64::from)),
+            text("id", self.id.clone()),
+            text("restart", self.restart.map(|it| it.to_string())),
+            text("link", self.link.map(|up| if up { "on" } else { "off" }.to_owned())),
+            flag("mac-filter", self.mac_filter),
+            size("rx-rate", self.rx_rate),
+            size("tx-rate", self.tx_rate),
+            size("rx-burst", self.rx_burst),
+            size("tx-burst", self.tx_burst),
+            count("rx-packets", self.rx_packets),
+            count("tx-packets", self.tx_packets),
+        ];
+        let forwards = self.hostfwd.iter().map(|it| format!("hostfwd={it}"));
+        let addresses = self.ip_filter.iter().map(|it| format!("ip-filter={it}"));
+        let words: Vec<String> = words.into_iter().flatten().chain(forwards).chain(addresses).collect();
+        f.write_str(&words.join(","))
+    }
+}
+
 /// Where packets go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetTarget {
     /// A tap.
     Tap(String),
-    /// passt, with these ports of the host.
-    User(Vec<Forward>),
+    /// passt.
+    User(UserNet),
     /// A stream socket.
     Socket(PathBuf),
     /// An open descriptor.
     Descriptor(i32),
+}
+
+/// What passt is to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UserNet {
+    /// Ports of the host.
+    pub forwards: Vec<Forward>,
+    /// The guest's address with the length of its prefix, and its router; none: the host's.
+    pub address: Option<(Ipv4Addr, u8, Ipv4Addr)>,
+    /// Stands for the host's name server.
+    pub dns: Option<Ipv4Addr>,
 }
 
 /// A port of the host that leads into the guest.
@@ -258,6 +336,17 @@ impl FromStr for Forward {
     }
 }
 
+/// An address and the length of its prefix.
+pub fn parse_address(text: &str) -> Result<(Ipv4Addr, u8), NetSpecError> {
+    let parts = text
+        .split_once('/')
+        .and_then(|(address, prefix)| Some((address.parse().ok()?, prefix.parse().ok()?)));
+    match parts {
+        Some((address, prefix)) if (1..=30).contains(&prefix) => Ok((address, prefix)),
+        _ => value("address", text, "an IPv4 address and a length such as 10.0.2.15/24"),
+    }
+}
+
 /// A hardware address.
 pub fn parse_mac(text: &str) -> Result<[u8; 6], NetSpecError> {
     let bad = || NetSpecError::Mac(text.escape_debug().to_string());
@@ -285,22 +374,41 @@ fn default_mac(machine: &str, id: &str) -> [u8; 6] {
 
 impl NetSpec {
     fn target(&self) -> Result<NetTarget, NetSpecError> {
-        let forwards: Result<Vec<Forward>, _> = self.hostfwd.iter().map(|text| text.parse()).collect();
         match (&self.tap, self.user, &self.socket, self.fd) {
             (Some(tap), false, None, None) => Ok(NetTarget::Tap(tap.clone())),
-            (None, true, None, None) => Ok(NetTarget::User(forwards?)),
+            (None, true, None, None) => self.user_net().map(NetTarget::User),
             (None, false, Some(path), None) => Ok(NetTarget::Socket(path.clone())),
             (None, false, None, Some(fd)) => Ok(NetTarget::Descriptor(fd)),
             _ => Err(NetSpecError::Backend),
         }
     }
 
+    fn user_net(&self) -> Result<UserNet, NetSpecError> {
+        let forwards: Result<Vec<Forward>, _> = self.hostfwd.iter().map(|text| text.parse()).collect();
+        let address = match (&self.address, self.gateway) {
+            (Some(text), Some(gateway)) => {
+                let (address, prefix) = parse_address(text)?;
+                Some((address, prefix, gateway))
+            }
+            (None, None) => None,
+            _ => return Err(NetSpecError::Address),
+        };
+        Ok(UserNet { forwards: forwards?, address, dns: self.dns })
+    }
+
     /// Whether it can be; what the file says is checked with [`NetSpec::resolve`].
     fn check(&self) -> Result<(), NetSpecError> {
+        if self.none {
+            let alone = Self { none: true, ..Self::default() };
+            return if *self == alone { Ok(()) } else { Err(NetSpecError::None) };
+        }
         let target = self.target()?;
         self.mac.as_deref().map(parse_mac).transpose()?;
         if !self.hostfwd.is_empty() && !self.user {
             return Err(NetSpecError::Forward);
+        }
+        if !self.user && (self.address.is_some() || self.gateway.is_some() || self.dns.is_some()) {
+            return Err(NetSpecError::NotUser);
         }
         match (self.queues.unwrap_or(1), &target) {
             (1, _) => {}
@@ -322,6 +430,9 @@ impl NetSpec {
     /// [`NetSpecError`].
     pub fn resolve(&self, machine: &str, id: &str, folder: &Path) -> Result<NicConfig, NetSpecError> {
         self.check()?;
+        if self.none {
+            return Err(NetSpecError::None);
+        }
         let target = match self.target()? {
             NetTarget::Socket(path) => NetTarget::Socket(folder.join(path)),
             other => other,
@@ -426,7 +537,7 @@ mod tests {
 
     #[test]
     fn ports_of_the_host_lead_into_the_guest() {
-        let NetTarget::User(forwards) =
+        let NetTarget::User(UserNet { forwards, .. }) =
             nic("user,hostfwd=tcp:8080:80,hostfwd=udp:127.0.0.1:53:5353,hostfwd=tcp:[::1]:1:2").target
         else {
             panic!("another target");
@@ -438,6 +549,49 @@ mod tests {
             assert!(refusal(&format!("user,hostfwd={text}")).contains("tcp:[ADDRESS:]PORT:PORT"), "{text}");
         }
         assert!(refusal("tap=x,hostfwd=tcp:1:2").contains("--net user"));
+    }
+
+    #[test]
+    fn user_networking_may_have_addresses_of_its_own() {
+        let NetTarget::User(user) = nic("user,address=10.0.2.15/24,gateway=10.0.2.2,dns=10.0.2.3").target
+        else {
+            panic!("another target");
+        };
+        let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+        assert_eq!(user.address, Some((address("10.0.2.15"), 24, address("10.0.2.2"))));
+        assert_eq!(user.dns, Some(address("10.0.2.3")));
+        assert_eq!(nic("user").target, NetTarget::User(UserNet::default()));
+        for text in ["10.0.2.15", "10.0.2.15/33", "fe80::1/64", "/24", "10.0.2.15/"] {
+            assert!(
+                refusal(&format!("user,gateway=10.0.2.2,address={text}")).contains("10.0.2.15/24"),
+                "{text}"
+            );
+        }
+        assert!(refusal("user,address=10.0.2.15/24").contains("go together"));
+        assert!(refusal("user,dns=::1").contains("an IPv4 address"));
+        assert!(refusal("tap=x,dns=10.0.2.3").contains("--net user"));
+    }
+
+    #[test]
+    fn what_was_read_can_be_written() {
+        for text in [
+            "none",
+            "user,address=10.0.2.15/24,gateway=10.0.2.2,dns=10.0.2.3,hostfwd=tcp:1:2,hostfwd=udp:3:4",
+            "tap=t0,mac=52:54:00:12:34:56,mtu=9000,queues=4,id=x,restart=never,link=off,mac-filter,rx-rate=1M,tx-rate=2M,rx-burst=64K,\
+             tx-burst=128K,rx-packets=1000,tx-packets=2000,ip-filter=10.0.0.1,ip-filter=fe80::1",
+            "socket=/a/b",
+            "fd=7",
+        ] {
+            assert_eq!(text.parse::<NetSpec>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn none_stands_alone() {
+        assert!("none".parse::<NetSpec>().unwrap().none);
+        assert!(refusal("none,mtu=1400").contains("stands alone"));
+        let none = NetSpec { none: true, ..NetSpec::default() };
+        assert_eq!(none.resolve("vm", "net0", Path::new("")), Err(NetSpecError::None));
     }
 
     #[test]

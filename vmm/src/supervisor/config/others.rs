@@ -38,7 +38,10 @@ impl Others {
         let balloon = args.balloon.take().or(file.balloon.take());
         let named = balloon.map(|balloon| name_balloon(balloon, &mut ids, memory, restart));
         this.balloon = named.transpose()?;
-        let nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        let mut nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
+        if matches!(nets.as_slice(), [only] if only.none) {
+            nets.clear();
+        }
         this.nics = name_nets(&nets, &mut ids, machine, rules)?;
         this.vhost_user = name_foreign(foreign, &mut ids)?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });

@@ -18,7 +18,7 @@ use nix::unistd::pipe2;
 use thiserror::Error;
 
 use super::Listener;
-use crate::supervisor::config::net::{Forward, NetTarget, NicConfig};
+use crate::supervisor::config::net::{Forward, NetTarget, NicConfig, UserNet};
 
 /// The last of what passt said that is passed on, in bytes.
 const LAST_WORDS: usize = 600;
@@ -128,7 +128,7 @@ impl Drop for Passt {
 impl Passt {
     /// Starts passt with one end of a stream; the other is returned. passt confines itself: namespaces, an empty root and a
     /// seccomp filter of its own. It stays in the host's network, which it is for, and ends with the stream.
-    fn start(id: &str, forwards: &[Forward]) -> Result<(Self, OwnedFd), NicError> {
+    fn start(id: &str, user: &UserNet) -> Result<(Self, OwnedFd), NicError> {
         let failed = |source| NicError::Passt { id: id.to_owned(), source };
         let (device, theirs) = UnixStream::pair().map_err(failed)?;
         // What nobody reads is lost, and makes nobody wait.
@@ -137,10 +137,16 @@ impl Passt {
         let mut command = Command::new("passt");
         command.args(["--foreground", "--quiet", "--fd", "0"]);
         for (option, udp) in [("-t", false), ("-u", true)] {
-            for forward in forwards.iter().filter(|forward| forward.udp == udp) {
+            for forward in user.forwards.iter().filter(|forward| forward.udp == udp) {
                 let address = forward.address.map_or_else(String::new, |address| format!("{address}/"));
                 command.args([option, &format!("{address}{}:{}", forward.host, forward.guest)]);
             }
+        }
+        if let Some((address, prefix, gateway)) = user.address {
+            command.args(["-a", &address.to_string(), "-n", &prefix.to_string(), "-g", &gateway.to_string()]);
+        }
+        if let Some(dns) = user.dns {
+            command.args(["--dns-forward", &dns.to_string()]);
         }
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::from(says));
         let child = command.spawn().map_err(|error| match error.kind() {
@@ -181,8 +187,8 @@ fn check_ports(id: &str, forwards: &[Forward]) -> Result<(), NicError> {
 }
 
 impl Stream {
-    fn user(id: &str, forwards: &[Forward]) -> Result<Self, NicError> {
-        let (passt, end) = Passt::start(id, forwards)?;
+    fn user(id: &str, user: &UserNet) -> Result<Self, NicError> {
+        let (passt, end) = Passt::start(id, user)?;
         Ok(Self { end: Some(end), passt: Some(passt), listener: None })
     }
 
@@ -213,9 +219,9 @@ impl Nic {
         let tap_error = |source| NicError::Tap { id: id.clone(), source };
         let way = match &config.target {
             NetTarget::Tap(name) => Way::Tap(Tap::open(name, config.queues).map_err(tap_error)?),
-            NetTarget::User(forwards) => {
-                check_ports(id, forwards)?;
-                Way::Stream(Stream::user(id, forwards)?)
+            NetTarget::User(user) => {
+                check_ports(id, &user.forwards)?;
+                Way::Stream(Stream::user(id, user)?)
             }
             NetTarget::Socket(path) => Way::Stream(Stream::socket(id, path)?),
             NetTarget::Descriptor(fd) => adopt(id, *fd)?,
@@ -276,7 +282,7 @@ impl Nic {
         self.disconnect();
         let Way::Stream(stream) = &mut self.way else { return Ok(()) };
         match &self.config.target {
-            NetTarget::User(forwards) => *stream = Stream::user(&id, forwards)?,
+            NetTarget::User(user) => *stream = Stream::user(&id, user)?,
             NetTarget::Socket(path) if stream.listener.is_none() => {
                 let connected = UnixStream::connect(path).map_err(|error| NicError::Socket {
                     id,

@@ -10,12 +10,16 @@
 //! | `mount` | `TAG:ro:PATH` or `TAG:rw:PATH`: a directory to be mounted there |
 //! | `run` | `tmpfs`, where /run is to be empty |
 //! | `hostname`, `cwd` | what they are |
+//! | `net` | `INTERFACE ADDRESS/PREFIX [ROUTER]`: an interface that is to be up |
+//! | `resolv` | what `/etc/resolv.conf` is to hold |
 //! | `arg`, `env` | of the command, each in a record of its own |
 //! | `raw` | the output is no terminal: its bytes are left as they are |
 //! | `no-input` | there is no terminal to read |
 //!
-//! Contains unsafe code: loading modules, making the console the controlling terminal, setting up the loopback interface and
-//! powering off, which have no safe interface here.
+//! Contains unsafe code: loading modules, making the console the controlling terminal and powering off, which have no safe
+//! interface here.
+
+mod network;
 
 use std::error::Error;
 use std::fs::{self, File, OpenOptions};
@@ -37,6 +41,8 @@ const CONSOLE: &str = "/dev/hvc0";
 const EXIT_PORT: u64 = 0xF4;
 /// Exit status when the command could not even be tried, as `docker run` has it.
 const NOT_STARTED: u8 = 125;
+/// Who is asked for addresses (resolv.conf(5)).
+const RESOLVER: &str = "/etc/resolv.conf";
 /// Where the new root is put together.
 const ROOT: &str = "/root";
 
@@ -117,7 +123,7 @@ fn run() -> Outcome<u8> {
     if let Some(name) = plan.one("hostname") {
         let _unimportant = nix::unistd::sethostname(name);
     }
-    loopback();
+    set_up_network(&plan);
     let status = command(&plan)?;
     Ok(match status.code() {
         Some(code) => u8::try_from(code).unwrap_or(u8::MAX),
@@ -186,18 +192,22 @@ fn enter_root() -> Outcome<()> {
     Ok(())
 }
 
-/// Many programs talk to themselves by 127.0.0.1.
-fn loopback() {
-    // SAFETY: a new descriptor, which is closed below; all zero is a valid `ifreq`, and the ioctl reads one.
-    unsafe {
-        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        let mut request: libc::ifreq = std::mem::zeroed();
-        for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
-            *place = byte.cast_signed();
+/// A command without a network is better than none, so nothing ends here.
+fn set_up_network(plan: &Plan) {
+    // Many programs talk to themselves by 127.0.0.1.
+    let _unimportant = network::up("lo");
+    for entry in plan.all("net") {
+        if let Err(error) = network::configure(entry) {
+            say(&format!("bulkhead: the guest has no network by {entry}: {error}\r\n"));
         }
-        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP).unwrap_or(1);
-        libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
-        libc::close(socket);
+    }
+    if let Some(text) = plan.one("resolv") {
+        // Often a link to what the host's own resolver writes, which does not run here.
+        let _none = fs::remove_file(RESOLVER);
+        let written = fs::create_dir_all("/etc").and_then(|()| fs::write(RESOLVER, text));
+        if let Err(error) = written {
+            say(&format!("bulkhead: {RESOLVER}: {error}\r\n"));
+        }
     }
 }
 
