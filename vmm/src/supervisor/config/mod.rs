@@ -506,9 +506,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         pmems: named.pmems,
         shares: named.shares,
     };
-    pci::check(config.places())?;
-    check_limits(&config)?;
-    find_roms(config)
+    find_roms(check_devices(config)?)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
@@ -532,6 +530,13 @@ fn log(args: &mut RunArgs, file: &mut RunArgs) -> LogConfig {
         format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         file: args.log_file.take().or(file.log_file.take()),
     }
+}
+
+/// Checks what is said of devices that are known by now: places and limits.
+fn check_devices(config: MachineConfig) -> Result<MachineConfig, ConfigError> {
+    pci::check(config.places())?;
+    check_limits(&config)?;
+    Ok(config)
 }
 
 /// Checks that the option ROMs' devices are on the PCI bus, and finds the files that are named without a folder.
