@@ -76,7 +76,7 @@ impl Drop for Guest {
     }
 }
 
-fn kernel(name: &str) -> PathBuf {
+pub fn kernel(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("build/guest").join(name)
 }
 

@@ -9,6 +9,7 @@ mod guest;
 mod migration;
 mod ours;
 mod table;
+mod traffic;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,7 +70,7 @@ fn main() -> ExitCode {
     let write = arguments.iter().any(|argument| argument == "--write");
     let words: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
     let mut rows = Vec::new();
-    for case in [ours::CASES, migration::CASES, foreign::CASES].concat() {
+    for case in [ours::CASES, traffic::CASES, migration::CASES, foreign::CASES].concat() {
         let name = format!("{} / {}: {}", case.ours, case.peer.name, case.what);
         if !words.is_empty() && !words.iter().any(|word| name.contains(word.as_str())) {
             continue;

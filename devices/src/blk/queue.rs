@@ -17,6 +17,7 @@ use super::engine::{Disk, Engine, Event, MAX_SLOTS};
 use super::errors::ErrorLog;
 use super::idle::Idle;
 use super::request::{self, HEADER, Header, Operation, Range, Status};
+use crate::segments;
 
 /// After this a request that waits for the host is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -535,7 +536,7 @@ impl Beginning<'_> {
         match header.operation {
             Operation::Read => {
                 let len = self.chain.writable_bytes().saturating_sub(1);
-                let segments = request::part(self.chain.writable(), 0, len);
+                let segments = segments::part(self.chain.writable(), 0, len);
                 self.transfer(Step::Read, header.sector, len, segments)
             }
             Operation::Write | Operation::Discard | Operation::WriteZeroes if self.shared.read_only => {
@@ -543,7 +544,7 @@ impl Beginning<'_> {
             }
             Operation::Write => {
                 let len = self.chain.readable_bytes().saturating_sub(HEADER);
-                let segments = request::part(self.chain.readable(), HEADER, len);
+                let segments = segments::part(self.chain.readable(), HEADER, len);
                 self.transfer(Step::Write, header.sector, len, segments)
             }
             Operation::Flush if self.shared.durability == Durability::Never => {
@@ -556,7 +557,9 @@ impl Beginning<'_> {
             }
             Operation::GetId => {
                 let room = self.chain.writable_bytes().saturating_sub(1);
-                request::scatter(self.chain.writable(), room, &self.shared.serial, self.ring.ram())?;
+                let serial = &self.shared.serial;
+                let serial = serial.get(..usize::try_from(room).unwrap_or(usize::MAX)).unwrap_or(serial);
+                segments::scatter(self.chain.writable(), serial, self.ring.ram())?;
                 Ok(Begun::Finished(Status::Ok))
             }
             Operation::Discard if !self.shared.discards => Ok(Begun::Finished(Status::Unsupported)),

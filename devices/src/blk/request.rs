@@ -1,14 +1,14 @@
 //! What a virtio-blk request says (virtio 1.2, 5.2.6), whatever its layout over descriptors.
 
-use bulkhead_ipc::memory::{GuestRam, MemoryError, single};
-use bulkhead_ipc::vhost_user::backend::{Chain, Segment};
+use bulkhead_ipc::memory::{GuestRam, MemoryError};
+use bulkhead_ipc::vhost_user::backend::Chain;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Bytes, GuestAddress};
 
 use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+use crate::segments::gather;
 
 /// Bytes of the header: type, reserved, sector.
 pub const HEADER: u32 = 16;
@@ -104,55 +104,6 @@ pub fn header(chain: &Chain, ram: &GuestRam) -> Result<Option<Header>, MemoryErr
     Ok(Some(Header { operation, sector }))
 }
 
-/// The parts of `segments` that hold bytes `skip` to `skip + len`.
-pub fn part(segments: &[Segment], skip: u32, len: u32) -> impl Iterator<Item = Segment> {
-    let (mut skip, mut left) = (skip, len);
-    segments.iter().filter_map(move |segment| {
-        let skipped = skip.min(segment.len);
-        skip = skip.saturating_sub(skipped);
-        let len = segment.len.saturating_sub(skipped).min(left);
-        left = left.saturating_sub(len);
-        let address = segment.address.checked_add(u64::from(skipped))?;
-        (len > 0).then_some(Segment { address, len })
-    })
-}
-
-/// Copies bytes from `skip` on out of `segments`.
-fn gather(segments: &[Segment], skip: u32, bytes: &mut [u8], ram: &GuestRam) -> Result<(), MemoryError> {
-    let mut rest = bytes;
-    for Segment { address, len } in part(segments, skip, u32::try_from(rest.len()).unwrap_or(0)) {
-        let Some((head, tail)) = usize::try_from(len).ok().and_then(|len| rest.split_at_mut_checked(len))
-        else {
-            break;
-        };
-        if single(ram.memory(), address, head.len()).is_some_and(|slice| slice.read_slice(head, 0).is_ok()) {
-            rest = tail;
-            continue;
-        }
-        ram.memory()
-            .read_slice(head, GuestAddress(address))
-            .map_err(|_| MemoryError::OutOfRange { address, len: u64::from(len) })?;
-        rest = tail;
-    }
-    Ok(())
-}
-
-/// Copies bytes into the first of `segments`, as many as fit.
-pub fn scatter(segments: &[Segment], limit: u32, bytes: &[u8], ram: &GuestRam) -> Result<(), MemoryError> {
-    let mut rest = bytes;
-    let len = u32::try_from(rest.len()).unwrap_or(0).min(limit);
-    for Segment { address, len } in part(segments, 0, len) {
-        let Some((head, tail)) = usize::try_from(len).ok().and_then(|len| rest.split_at_checked(len)) else {
-            break;
-        };
-        ram.memory()
-            .write_slice(head, GuestAddress(address))
-            .map_err(|_| MemoryError::OutOfRange { address, len: u64::from(len) })?;
-        rest = tail;
-    }
-    Ok(())
-}
-
 /// Bytes of a read or write that lies in the disk and is made of whole sectors.
 pub fn check_extent(sector: u64, len: u32, capacity: u64) -> Result<u64, Status> {
     if !u64::from(len).is_multiple_of(SECTOR) {
@@ -218,28 +169,6 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// A part has the bytes asked for, as far as there are any, each where it belongs.
-        #[test]
-        fn a_part_is_the_same_bytes_as_a_slice(
-            lengths in proptest::collection::vec(1u32..50, 0..8),
-            skip in 0u32..200,
-            len in 0u32..200,
-        ) {
-            let mut next = 1000;
-            let mut segments = Vec::new();
-            let mut bytes = Vec::new();
-            for len in lengths {
-                segments.push(Segment { address: next, len });
-                bytes.extend((0..u64::from(len)).map(|index| next + index));
-                next += u64::from(len) + 7;
-            }
-            let found: Vec<u64> = part(&segments, skip, len)
-                .flat_map(|segment| (0..u64::from(segment.len)).map(move |index| segment.address + index))
-                .collect();
-            let expected: Vec<u64> = bytes.into_iter().skip(skip as usize).take(len as usize).collect();
-            prop_assert_eq!(found, expected);
-        }
-
         #[test]
         fn an_extent_that_is_accepted_lies_on_the_disk(sector: u64, len: u32, capacity: u64) {
             if let Ok(offset) = check_extent(sector, len, capacity) {

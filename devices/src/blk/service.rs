@@ -78,15 +78,6 @@ const CACHES: &[(&str, (Durability, bool))] = &[
     ("unsafe", (Durability::Never, false)),
 ];
 
-fn rate(given: &Given, name: &str) -> Result<(u64, u64), StandaloneError> {
-    let Some(value) = given.value(name) else { return Ok((0, 0)) };
-    let (rate, burst) = value.split_once(',').unwrap_or((value, "0"));
-    match (rate.parse(), burst.parse()) {
-        (Ok(rate), Ok(burst)) => Ok((rate, burst)),
-        _ => Err(StandaloneError::usage(format!("{name}: {value:?} is not N or N,BURST"))),
-    }
-}
-
 /// Opens the disk once more, with O_DIRECT.
 fn open_direct(path: &str, read_only: bool) -> Result<File, StandaloneError> {
     let mut options = File::options();
@@ -112,7 +103,7 @@ fn options(given: &Given, outfit: &mut Outfit) -> Result<BlkOptions, StandaloneE
     for path in given.values("--data") {
         data.push(outfit.add(open_disk(path, read_only, locked)?.0));
     }
-    let ((bps, bps_burst), (iops, iops_burst)) = (rate(given, "--bps")?, rate(given, "--iops")?);
+    let ((bps, bps_burst), (iops, iops_burst)) = (given.rate("--bps")?, given.rate("--iops")?);
     let (durability, _) = word(given, "--cache", CACHES, (Durability::Flush, false))?;
     Ok(BlkOptions {
         physical_block_size: given.number("--physical-block-size", 0)?,

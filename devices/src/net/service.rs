@@ -26,6 +26,22 @@ pub const SERVICE: ServiceType = ServiceType {
         },
         OptionSpec { name: "--mac", value: Some("ADDRESS"), help: "hardware address [52:54:00:12:34:56]" },
         OptionSpec { name: "--mtu", value: Some("BYTES"), help: "told to the guest, and set at the tap" },
+        OptionSpec { name: "--rx-rate", value: Some("N[,BURST]"), help: "most bytes a second to the guest" },
+        OptionSpec {
+            name: "--tx-rate",
+            value: Some("N[,BURST]"),
+            help: "most bytes a second from the guest",
+        },
+        OptionSpec {
+            name: "--rx-packets",
+            value: Some("N[,BURST]"),
+            help: "most packets a second to the guest",
+        },
+        OptionSpec {
+            name: "--tx-packets",
+            value: Some("N[,BURST]"),
+            help: "most packets a second from the guest",
+        },
     ],
     prepare,
 };
@@ -35,6 +51,12 @@ fn mac(text: &str) -> Result<[u8; 6], StandaloneError> {
     let bytes: Vec<u8> = text.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
     let wrong = || StandaloneError::usage(format!("--mac: {text:?} is not like 52:54:00:12:34:56"));
     bytes.try_into().map_err(|_| wrong())
+}
+
+/// The limits of a direction.
+fn limits(given: &Given, bytes: &str, packets: &str) -> Result<NetLimits, StandaloneError> {
+    let ((bytes, bytes_burst), (packets, packets_burst)) = (given.rate(bytes)?, given.rate(packets)?);
+    Ok(NetLimits { bytes, bytes_burst, packets, packets_burst })
 }
 
 fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, StandaloneError> {
@@ -63,8 +85,8 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
         backend,
         mac: given.value("--mac").map_or(Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56]), mac)?,
         mtu,
-        receive: NetLimits::default(),
-        transmit: NetLimits::default(),
+        receive: limits(given, "--rx-rate", "--rx-packets")?,
+        transmit: limits(given, "--tx-rate", "--tx-packets")?,
         mac_filter: false,
         ip_filter: Vec::new(),
         link: true,

@@ -102,6 +102,19 @@ impl Given {
             .parse()
             .map_err(|_| StandaloneError::usage(format!("{name}: {value:?} is not a number that fits here")))
     }
+
+    /// A rate a second and what may pass at once after a pause, `N` or `N,BURST`; zeros without the option.
+    ///
+    /// # Errors
+    /// It is neither.
+    pub fn rate(&self, name: &str) -> Result<(u64, u64), StandaloneError> {
+        let Some(value) = self.value(name) else { return Ok((0, 0)) };
+        let (rate, burst) = value.split_once(',').unwrap_or((value, "0"));
+        match (rate.parse(), burst.parse()) {
+            (Ok(rate), Ok(burst)) => Ok((rate, burst)),
+            _ => Err(StandaloneError::usage(format!("{name}: {value:?} is not N or N,BURST"))),
+        }
+    }
 }
 
 impl Arguments {

@@ -327,5 +327,18 @@ fn the_units_are_hardened() {
         let text = fs::read_to_string(&unit).unwrap();
         assert!(unit.to_str().unwrap().contains("@."), "a template: {text}");
     }
-    assert!(services >= 2);
+    assert_eq!(services, TYPES.len());
+}
+
+#[test]
+fn every_type_has_its_units() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("dist/systemd");
+    for name in TYPES.iter().map(|service| service.name) {
+        let unit = fs::read_to_string(folder.join(format!("bulkhead-{name}@.service"))).expect(name);
+        assert!(unit.contains(&format!("\nExecStart=/usr/bin/bulkhead-device {name}")), "{name}");
+        let socket = fs::read_to_string(folder.join(format!("bulkhead-{name}@.socket"))).expect(name);
+        assert!(socket.contains(&format!("ListenStream=/run/bulkhead/{name}-%i\n")), "{name}");
+        let answer = Command::new(PROGRAM).args([name, "--print-capabilities"]).output().unwrap();
+        assert!(answer.status.success() && answer.stdout.starts_with(b"{\"type\": \""), "{name}");
+    }
 }

@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, RestartRule, RomSpec, Size,
-    SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule, RngSpec,
+    RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -127,6 +127,12 @@ Vsock:
   a guest that connects to port P of the host (context id 2) reaches the socket SOCKET_P; who connects
   to SOCKET and sends the line CONNECT P reaches port P of the guest, and reads OK and a port first.
 
+Ports:
+  With --port name=NAME,unix=PATH the guest has a character device that udev calls
+  /dev/virtio-ports/NAME, as QEMU's virtserialport makes it. Who connects to the socket PATH is at its
+  other end, and takes the place of whoever was there; while nobody is, the guest's end hangs up. All
+  ports are one device, \"ports\". No byte is dropped while somebody is connected: the guest waits.
+
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
@@ -142,7 +148,7 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   serial = \"file=boot.log\"
   on-panic = \"restart\"
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
-  rng = { restart = \"always\" }                       # a table where a device has a policy of its own
+  rng = { max-bytes = \"4K\", period = 1000, restart = \"always\" }   # a table where a device has a policy of its own
   console = { target = \"attach\", restart = \"never\" }
   require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
   limits.root = { memory = \"64M\", cpu = 50 }
@@ -278,12 +284,25 @@ pub struct RunArgs {
         help = "Network card: user, tap=NAME, socket=PATH or fd=N, then options (see below); repeat for more cards"
     )]
     pub nets: Vec<NetSpec>,
-    /// Entropy device (virtio-rng) fed by the host's /dev/urandom
-    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
-    pub rng: Option<Switch>,
+    /// Entropy device (virtio-rng) fed by the host's /dev/urandom; max-bytes=SIZE[,period=MS] is the most that the guest gets in so many milliseconds [default period: 65536]
+    #[arg(
+        long,
+        value_name = "on|off|max-bytes=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on"
+    )]
+    pub rng: Option<RngSpec>,
     /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]
     #[arg(long, value_name = "TARGET", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
     pub console: Option<StreamTarget>,
+    /// Named ports.
+    #[arg(
+        long = "port",
+        value_name = "name=NAME,unix=PATH",
+        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; repeat for more ports"
+    )]
+    pub ports: Vec<PortSpec>,
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
     #[arg(long, value_name = "TARGET")]
     pub serial: Option<StreamTarget>,
@@ -607,7 +626,7 @@ mod tests {
         .unwrap();
         assert_eq!(run.memory, Some(Size(1 << 30)));
         assert_eq!(run.disks.len(), 2);
-        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!(run.rng, Some(RngSpec::from(true)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
         assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);

@@ -1,4 +1,5 @@
-//! Network cards in a stock guest: a tap and passt at once, both ways, with a process that dies in between.
+//! Network cards in stock guests: a tap and passt at once, both ways, with a process that dies in between; and two machines that
+//! a socket joins.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -21,7 +22,15 @@ const FILE: usize = 4 << 20;
 
 pub fn cases() -> Vec<Case> {
     let name = "network by a tap and by passt: ping, TCP both ways, DHCP, a port of the host, a process that is killed";
-    vec![Case::new("stock", name, 300, tap_and_passt)]
+    vec![
+        Case::new("stock", name, 300, tap_and_passt),
+        Case::new(
+            "stock",
+            "two machines at one cable: a file each way, one is killed and comes back",
+            120,
+            cable,
+        ),
+    ]
 }
 
 fn text(error: impl ToString) -> String {
@@ -142,5 +151,38 @@ fn tap_and_passt(context: &Context) -> Outcome {
         running.messages().iter().any(|line| line.contains("net0 was replaced within")),
         "the process that was killed was not replaced"
     );
+    Ok(())
+}
+
+/// The machine that listens goes on when the other one is killed, and knows the next one.
+fn cable(context: &Context) -> Outcome {
+    let socket = context.folder.join("cable");
+    let end = |number: u8, words: &str| {
+        let machine = Machine::stock(context, Kernel::Elf, "wire")?
+            .named(&format!("cable{number}-{}", std::process::id()))
+            .words(&format!("bulkhead.end={number} {words}"));
+        machine.arguments(&["--memory", "128M", "--net", &format!("socket={}", socket.display())]).start()
+    };
+    let mut first = end(1, "")?;
+    while !socket.exists() {
+        ensure!(!context.left().is_zero(), "nobody listens: {:?}", first.messages());
+        thread::sleep(Duration::from_millis(20));
+    }
+    let mut second = end(2, "bulkhead.stay")?;
+    second.wait_for("guest: exchanged", 1)?;
+    second.signal(Signal::SIGKILL)?;
+    second.wait()?;
+    let mut again = end(2, "")?;
+    again.expect_exit(exit::SUCCESS)?;
+    first.expect_exit(exit::SUCCESS)?;
+    let own = first.guest("own").ok_or("the first machine has no file")?;
+    let mut sent = Vec::new();
+    for other in [&second, &again] {
+        ensure!(other.guest("came").as_ref() == Some(&own), "{:?} came, not {own}", other.guest("came"));
+        sent.push(format!("guest: came {}", other.guest("own").unwrap_or_default()));
+    }
+    let mut came = first.serial();
+    came.retain(|line| line.starts_with("guest: came "));
+    ensure!(came == sent, "{sent:?} were sent, {came:?} came");
     Ok(())
 }

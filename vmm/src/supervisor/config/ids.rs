@@ -1,9 +1,9 @@
 //! Which ids are taken: every device and process of a machine has one of its own.
 
-use super::{CONSOLE, CORE, ConfigError, FLASH, KEYBOARD, RNG, SERIAL, SUPERVISOR, check_name};
+use super::{CONSOLE, CORE, ConfigError, FLASH, KEYBOARD, PORTS, RNG, SERIAL, SUPERVISOR, check_name};
 
 /// Ids that no device can be given: they are those of processes and of devices that are always called so.
-const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
+const RESERVED: [&str; 8] = [SERIAL, CONSOLE, PORTS, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
 
 /// The ids of a machine.
 #[derive(Debug)]

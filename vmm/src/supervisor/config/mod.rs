@@ -16,7 +16,9 @@ pub mod net;
 mod others;
 pub mod pci;
 pub mod pmem;
+pub mod port;
 pub mod restart;
+pub mod rng;
 pub mod rom;
 pub mod size;
 pub mod smbios;
@@ -44,7 +46,9 @@ use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use pmem::{PmemConfig, PmemSpec};
+pub use port::PortSpec;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rng::RngSpec;
 pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -53,6 +57,7 @@ use thiserror::Error;
 pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
+use bulkhead_ipc::channel::message::RngLimit;
 use bulkhead_ipc::jail::Layer;
 use confinement::{CgroupChoice, LimitSpec, UidChoice};
 
@@ -74,6 +79,8 @@ const MAX_NAME: usize = 64;
 pub const SERIAL: &str = "serial";
 /// Name of the virtio console among the devices.
 pub const CONSOLE: &str = "console";
+/// Name of the device of named ports among the devices.
+pub const PORTS: &str = "ports";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
@@ -130,8 +137,12 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
+    /// How much the guest gets of it.
+    pub rng_limit: Option<RngLimit>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
+    /// The named ports.
+    pub ports: Vec<PortSpec>,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
     /// Whether there is a keyboard.
@@ -341,6 +352,9 @@ pub enum ConfigError {
     /// A vsock that cannot be.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockSpecError),
+    /// A port.
+    #[error(transparent)]
+    Port(#[from] port::PortSpecError),
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
@@ -420,6 +434,7 @@ impl MachineConfig {
             .chain(self.vhost_user.iter().map(|device| &*device.id))
             .chain(self.shares.iter().map(|share| &*share.id))
             .chain(self.pmems.iter().map(|pmem| &*pmem.id))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
             .collect()
     }
 }
@@ -432,16 +447,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
-    let confinement = confine(
-        (take(&mut args.require), take(&mut args.limits), args.uids.take(), args.cgroup.take()),
-        (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
-    );
+    let confinement = confine(&mut args, &mut file);
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
-    let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
+    let (rng, rng_limit) = entropy(&args, &file, &mut rules);
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
     let restart = restart.unwrap_or_default();
     let mut ids = Ids::new([]);
@@ -491,7 +503,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         nics: named.nics,
         vhost_user: named.vhost_user,
         rng,
+        rng_limit,
         console,
+        ports: named.ports,
         serial,
         keyboard,
         vsock: named.vsock,
@@ -507,6 +521,14 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         shares: named.shares,
     };
     find_roms(check_devices(config)?)
+}
+
+/// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
+fn entropy(args: &RunArgs, file: &RunArgs, rules: &mut Vec<RestartRule>) -> (bool, Option<RngLimit>) {
+    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None) };
+    let restart = rng.restart.or(file.rng.and_then(|rng| rng.restart));
+    rules.extend(restart.map(|policy| RestartRule { device: Some(RNG.to_owned()), policy }));
+    (true, rng.limit)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
@@ -563,17 +585,14 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
     (disks, foreign)
 }
 
-/// The four options about the jail.
-type Confine = (Vec<Layer>, Vec<LimitSpec>, Option<UidChoice>, Option<CgroupChoice>);
-
-/// What either place requires is required; of two limits for one process the command line's counts.
-fn confine(args: Confine, file: Confine) -> ConfinementConfig {
-    let limits = file.1.into_iter().chain(args.1).map(|spec| (spec.process, spec.limits));
+/// The options about the jail. What either place requires is required; of two limits for one process the command line's counts.
+fn confine(args: &mut RunArgs, file: &mut RunArgs) -> ConfinementConfig {
+    let limits = take(&mut file.limits).into_iter().chain(take(&mut args.limits));
     ConfinementConfig {
-        require: args.0.into_iter().chain(file.0).collect(),
-        limits: limits.collect(),
-        uids: args.2.or(file.2).unwrap_or_default(),
-        cgroup: args.3.or(file.3).unwrap_or_default(),
+        require: take(&mut args.require).into_iter().chain(take(&mut file.require)).collect(),
+        limits: limits.map(|spec| (spec.process, spec.limits)).collect(),
+        uids: args.uids.take().or(file.uids.take()).unwrap_or_default(),
+        cgroup: args.cgroup.take().or(file.cgroup.take()).unwrap_or_default(),
     }
 }
 

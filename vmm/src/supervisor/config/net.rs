@@ -266,6 +266,11 @@ impl fmt::Display for NetSpec {
             size("tx-burst", self.tx_burst),
             count("rx-packets", self.rx_packets),
             count("tx-packets", self.tx_packets),
+            match &self.rom {
+                RomChoice::Usual => None,
+                RomChoice::Off => Some("rom=off".to_owned()),
+                RomChoice::File(file) => text("rom", Some(path(file))),
+            },
         ];
         let forwards = self.hostfwd.iter().map(|it| format!("hostfwd={it}"));
         let addresses = self.ip_filter.iter().map(|it| format!("ip-filter={it}"));
@@ -580,7 +585,7 @@ mod tests {
             "tap=t0,mac=52:54:00:12:34:56,mtu=9000,queues=4,id=x,restart=never,link=off,mac-filter,rx-rate=1M,tx-rate=2M,rx-burst=64K,\
              tx-burst=128K,rx-packets=1000,tx-packets=2000,ip-filter=10.0.0.1,ip-filter=fe80::1",
             "socket=/a/b",
-            "fd=7",
+            "fd=7,rom=off",
         ] {
             assert_eq!(text.parse::<NetSpec>().unwrap().to_string(), text);
         }

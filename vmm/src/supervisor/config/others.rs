@@ -5,9 +5,9 @@ use std::mem::take;
 use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig,
-    PmemConfig, PmemSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
-    VsockConfig, VsockSpec, balloon_pages, fs,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig, PORTS,
+    PmemConfig, PmemSpec, PortSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig,
+    VhostUserSpec, VsockConfig, VsockSpec, balloon_pages, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -20,6 +20,7 @@ pub(super) struct Others {
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
     pub pmems: Vec<PmemConfig>,
+    pub ports: Vec<PortSpec>,
 }
 
 impl Others {
@@ -48,6 +49,8 @@ impl Others {
         this.shares = name_shares(fs, &mut ids, rules)?;
         let pmems = take(if args.pmems.is_empty() { &mut file.pmems } else { &mut args.pmems });
         this.pmems = name_pmems(pmems, &mut ids)?;
+        this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
+        port::check(&this.ports)?;
         Ok(this)
     }
 
@@ -60,6 +63,7 @@ impl Others {
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
     }
 
     /// The ids of what firmware can boot from: the disks and network cards, of all back ends.

@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BalloonConfig, BalloonSpec, CONSOLE, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PciAddress,
-    RestartPolicy, ShareConfig, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, name_balloon,
-    name_vsock,
+    BalloonConfig, BalloonSpec, CONSOLE, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS, PciAddress,
+    RestartPolicy, RngSpec, ShareConfig, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
+    name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -79,7 +79,7 @@ impl EventLoop<'_> {
         }
         let device = match request {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
-            AddRequest::Rng => NewDevice::Rng,
+            AddRequest::Rng { spec } => self.new_rng(spec)?,
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
@@ -89,7 +89,8 @@ impl EventLoop<'_> {
         };
         let id = device.id();
         // Those that have a name of their own: all others have taken one that is free.
-        if matches!(device, NewDevice::Rng | NewDevice::Console) && self.resources.slots.of(id).is_some() {
+        if matches!(device, NewDevice::Rng(..) | NewDevice::Console) && self.resources.slots.of(id).is_some()
+        {
             self.not_changing(id)?;
             return Err(format!("this machine has the device '{id}' already"));
         }
@@ -104,8 +105,8 @@ impl EventLoop<'_> {
         added.map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Net(_, restart) => *restart,
-            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Net(_, restart) | NewDevice::Rng(_, restart) => *restart,
+            NewDevice::Console | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
@@ -144,6 +145,14 @@ impl EventLoop<'_> {
         }
         let spec: VsockSpec = spec.parse().map_err(text)?;
         name_vsock(spec.below(folder), &mut self.ids(), self.config.restart).map_err(text)
+    }
+
+    fn new_rng(&self, spec: &str) -> Result<NewDevice, String> {
+        let spec: RngSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if !spec.on {
+            return Err("rng: off is for `bulkhead run`".to_owned());
+        }
+        Ok(NewDevice::Rng(spec.limit, spec.restart.unwrap_or(self.config.restart)))
     }
 
     fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
@@ -420,6 +429,9 @@ impl EventLoop<'_> {
         if change.id == CONSOLE {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
+        }
+        if change.id == PORTS {
+            self.port_peers.clear();
         }
         if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
             self.environment.forget_vsock(vsock);
