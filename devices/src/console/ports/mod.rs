@@ -46,7 +46,7 @@ pub const MOST_PORTS: usize = 15;
 /// Most control messages before the control thread gets its turn.
 const BATCH: u32 = 64;
 /// Bytes of the file that the facts may have; what was not written follows, [`CAPACITY`] bytes for each port.
-const FACTS: u64 = 4096;
+const FACTS: usize = 4096;
 
 /// A port with what is at its host's end at the start.
 #[derive(Debug)]
@@ -188,7 +188,7 @@ fn queues(index: usize) -> (usize, usize) {
 
 /// Where a port's unwritten bytes are in the file.
 fn place_of(index: usize) -> u64 {
-    FACTS.saturating_add((index as u64).saturating_mul(CAPACITY as u64))
+    (FACTS as u64).saturating_add((index as u64).saturating_mul(CAPACITY as u64))
 }
 
 impl Worker {
@@ -196,7 +196,7 @@ impl Worker {
     fn load(&mut self) {
         self.loaded = true;
         let Some(file) = &self.file else { return };
-        let mut bytes = [0; FACTS as usize];
+        let mut bytes = [0; FACTS];
         let read = file.read_at(&mut bytes, 0).unwrap_or(0);
         if read == 0 {
             return;
@@ -229,7 +229,7 @@ impl Worker {
 
     fn store(&self) {
         let Some(file) = &self.file else { return };
-        let mut bytes = [0; FACTS as usize];
+        let mut bytes = [0; FACTS];
         let stored = match postcard::to_slice(&self.state, &mut bytes) {
             Ok(used) => file.write_all_at(used, 0),
             Err(error) => Err(io::Error::other(error)),
