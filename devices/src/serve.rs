@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
-    Left, NetBackend, NetConfig, NetLimits, ToDevice,
+    Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
@@ -23,7 +23,7 @@ use tracing::{info, warn};
 
 use crate::balloon::{self, Balloon};
 use crate::blk::{self, Blk, BlkError, Files, Layer};
-use crate::console::{Console, Controller};
+use crate::console::{Console, Controller, NamedPort, Ports, Sockets};
 use crate::flash::{self, Flash, FlashError};
 use crate::fs::{Fs, FsError};
 use crate::keyboard::{self, Keyboard, KeyboardError};
@@ -111,6 +111,7 @@ enum Control {
     None,
     Blk(blk::Controller),
     Console(Controller),
+    Ports(Sockets),
     Balloon(balloon::Controller),
     Net(net::Controller),
 }
@@ -187,7 +188,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
     match config {
         DeviceConfig::Blk(_) => "blk",
         DeviceConfig::Rng(_) => "rng",
-        DeviceConfig::Console(_) => "console",
+        DeviceConfig::Console(_) | DeviceConfig::Ports(_) => "console",
         DeviceConfig::Uart(_) => "uart",
         DeviceConfig::Flash(_) => "flash",
         DeviceConfig::Keyboard(_) => "keyboard",
@@ -216,7 +217,7 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::None | Control::Blk(_) | Control::Balloon(_) => Ok(()),
+                Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
                 Control::Net(net) => {
                     let Some(Left { input, output }) = net.left() else { return Ok(()) };
@@ -309,7 +310,7 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             Some(Parts { device: Box::new(device), main, queue, control })
         }
         DeviceConfig::Rng(rng) => {
-            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?)));
+            let device = Box::new(Rng::new(File::from(resources.take(rng.source)?), rng.limit));
             Some(Parts {
                 device,
                 main: PolicyName::RngMain,
@@ -320,6 +321,12 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
         DeviceConfig::Console(config) => {
             let device = Console::new(resources.ends(config.input, config.output)?, config.size);
             let control = Control::Console(device.controller());
+            let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
+            Some(Parts { device: Box::new(device), main, queue, control })
+        }
+        DeviceConfig::Ports(config) => {
+            let device = ports(config, resources)?;
+            let control = Control::Ports(device.sockets());
             let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
             Some(Parts { device: Box::new(device), main, queue, control })
         }
@@ -406,6 +413,16 @@ fn without_queues<'a>(
     }
 }
 
+/// Named ports and who is at them.
+fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ChannelError> {
+    let mut named = Vec::with_capacity(config.ports.len());
+    for port in &config.ports {
+        named.push(NamedPort { name: port.name.clone(), ends: resources.ends(port.input, port.output)? });
+    }
+    let state = config.state.map(|index| resources.take(index)).transpose()?;
+    Ok(Ports::new(named, state.map(File::from)))
+}
+
 /// A disk and its files.
 fn disk(config: &BlkConfig, resources: &mut Resources) -> Result<Blk, ServeError> {
     let options = &config.options;
@@ -484,10 +501,16 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             match (<[OwnedFd; 1]>::try_from(descriptors), control) {
                 (Ok([stream]), Control::Console(console)) => console.attach(stream),
                 (Ok([stream]), Control::Net(net)) => net.attach(stream),
-                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_)) => {}
+                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_)) => {}
                 (Err(descriptors), _) => {
                     warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
                 }
+            }
+            daemon.wake_workers();
+        }
+        (ToDevice::AttachPort(port), Control::Ports(sockets)) => {
+            if let Ok([stream]) = <[OwnedFd; 1]>::try_from(descriptors) {
+                sockets.attach(port, stream);
             }
             daemon.wake_workers();
         }

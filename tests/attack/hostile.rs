@@ -19,10 +19,11 @@ use std::thread;
 use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
-    DeviceConfig, FromCore, FromDevice, MachineEnd, Progress, ToCore, ToDevice,
+    DeviceConfig, FromCore, FromDevice, MachineEnd, MappedRegion, Progress, ToCore, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, Enforcement, PolicyName, Sealed};
+use bulkhead_ipc::memory::{MappedFile, SharedRegion};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 
@@ -79,7 +80,7 @@ fn kind(config: &DeviceConfig) -> Kind {
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
-        DeviceConfig::Console(_) => console,
+        DeviceConfig::Console(_) | DeviceConfig::Ports(_) => console,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
         DeviceConfig::Keyboard(_) => keyboard,
@@ -296,6 +297,14 @@ pub fn core() {
         assert_eq!(usize::from(link.socket.0) + 1, descriptors.len());
         devices.push(descriptors.pop().expect("a socket for each device").into());
     }
+    // As the core does it: before them those of files for the guest, mapped and let go of.
+    let map = |region: &MappedRegion| {
+        let fd = descriptors.pop().expect("a file for each region");
+        let MappedRegion { address: guest_address, size, writable, .. } = *region;
+        let region = SharedRegion { guest_address, size, offset: 0, fd };
+        MappedFile::new(region, writable).expect("a mapping")
+    };
+    let _mapped: Vec<MappedFile> = start.mapped.iter().rev().map(map).collect();
     let kvm: Vec<RawFd> = descriptors.into_iter().map(IntoRawFd::into_raw_fd).collect();
     mishaps::virtual_machine(kvm[usize::from(start.kvm.0)]);
     let ram = bulkhead_ipc::memory::GuestRam::create(start.memory_bytes).expect("guest RAM");

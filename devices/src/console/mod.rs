@@ -1,5 +1,13 @@
-//! virtio-console with one port (virtio 1.2, 5.3): a byte stream each way, and the terminal's size.
+//! virtio-console (virtio 1.2, 5.3): a byte stream each way, and the terminal's size.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `mod` | a console: one port, without VIRTIO_CONSOLE_F_MULTIPORT |
+//! | `port` | the queues of a port |
+//! | `ports` | a device of named ports, with it |
 
+mod port;
+mod ports;
 mod service;
 
 use std::io;
@@ -9,16 +17,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::memory::Direction;
 use bulkhead_ipc::vhost_user::backend::{
-    Chain, Next, PollWorker, QueueHandler, QueueWorker, VirtioDevice, Vring, VringError,
-    poll_worker::own_event,
+    Next, PollWorker, QueueHandler, QueueWorker, VirtioDevice, Vring, poll_worker::own_event,
 };
 use nix::sys::epoll::Epoll;
-use vm_memory::{Bytes, GuestAddress};
+use port::Port;
 
 use crate::stream::{End, Ends, Peer};
 
+pub use ports::{MOST_PORTS, NamedPort, Ports, Sockets};
 pub use service::SERVICE;
 
 /// VIRTIO_CONSOLE_F_SIZE: the configuration space has the terminal's size.
@@ -27,12 +34,6 @@ const F_SIZE: u64 = 1;
 const RECEIVE: usize = 0;
 /// transmitq of port 0.
 const TRANSMIT: usize = 1;
-/// Most requests of a queue before the control thread gets its turn.
-const BATCH: u32 = 64;
-/// Bytes taken from the guest at once.
-const PIECE: usize = 1024;
-/// Bytes of the guest that are collected before they are written.
-const TOGETHER: usize = 4096;
 /// How long the last output may take when the process stops.
 const LAST_OUTPUT: Duration = Duration::from_millis(500);
 
@@ -124,9 +125,8 @@ impl VirtioDevice for Console {
 
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let Some((peer, arrivals)) = self.stream.take() else { return Vec::new() };
-        let (receive, transmit, left) = (Chain::new(), Chain::new(), self.left.clone());
-        let port = Port { peer, arrivals, left, receive, transmit, sending: None, taken: Vec::new() };
-        vec![Box::new(PollWorker::new(port, 2))]
+        let worker = Worker { port: Port::new(peer), arrivals, left: self.left.clone() };
+        vec![Box::new(PollWorker::new(worker, 2))]
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
@@ -140,160 +140,32 @@ impl VirtioDevice for Console {
     }
 }
 
-/// Port 0, served by the worker.
-struct Port {
-    peer: Peer,
+/// Serves port 0.
+struct Worker {
+    port: Port,
     arrivals: Receiver<Arrival>,
     left: Arc<Mutex<Vec<u8>>>,
-    receive: Chain,
-    transmit: Chain,
-    /// Of the request in `transmit`: segment, and bytes of it already taken.
-    sending: Option<(usize, u32)>,
-    /// Requests that are taken and may not be written yet: they are not finished before, so that a successor would write
-    /// them again.
-    taken: Vec<u16>,
 }
 
-impl Port {
-    /// Writes what was taken, as far as the peer takes it, and finishes the requests. What it has no room for waits here.
-    fn flush(&mut self, ring: &mut Vring) {
-        self.peer.flush();
-        self.taken.drain(..).for_each(|head| ring.finish(head, 0));
-    }
-
-    /// Guest to peer. True: there is more.
-    fn transmit(&mut self, ring: &mut Vring) -> bool {
-        let mut budget = BATCH;
-        ring.disable_kicks();
-        loop {
-            while self.sending.is_some() || ring.next(&mut self.transmit) {
-                match self.send(ring) {
-                    Ok(true) => {
-                        self.taken.push(self.transmit.head());
-                        if self.peer.waiting() >= TOGETHER {
-                            self.flush(ring);
-                        }
-                    }
-                    Ok(false) => {
-                        // No room: an event of the peer, or its patience, brings us back.
-                        self.flush(ring);
-                        ring.signal();
-                        return false;
-                    }
-                    Err(error) => {
-                        self.flush(ring);
-                        ring.fail(&error);
-                        ring.finish(self.transmit.head(), 0);
-                    }
-                }
-                self.sending = None;
-                budget = budget.saturating_sub(1);
-                if budget == 0 {
-                    self.flush(ring);
-                    ring.signal();
-                    return true;
-                }
-            }
-            self.flush(ring);
-            ring.signal();
-            if !ring.enable_kicks() {
-                return false;
-            }
-            ring.disable_kicks();
-        }
-    }
-
-    /// Takes what is left of the request in `transmit`. False: the peer has no room for all of it.
-    fn send(&mut self, ring: &Vring) -> Result<bool, VringError> {
-        let mut piece = [0; PIECE];
-        let (mut index, mut taken) = self.sending.unwrap_or((0, 0));
-        while let Some(segment) = self.transmit.readable().get(index) {
-            let left = segment.len.saturating_sub(taken);
-            if left == 0 {
-                (index, taken) = (index.saturating_add(1), 0);
-                continue;
-            }
-            let len = usize::try_from(left).unwrap_or(PIECE).min(PIECE).min(self.peer.room());
-            self.sending = Some((index, taken));
-            if len == 0 {
-                self.peer.flush();
-                if self.peer.room() == 0 {
-                    return Ok(false);
-                }
-                continue;
-            }
-            let Some(bytes) = piece.get_mut(..len) else { return Ok(true) };
-            let address = segment.address.saturating_add(u64::from(taken));
-            let outside = |_| VringError::Request("a console's output does not lie in guest memory");
-            ring.ram().memory().read_slice(bytes, GuestAddress(address)).map_err(outside)?;
-            self.peer.say(bytes);
-            if self.peer.waiting() >= TOGETHER {
-                self.peer.flush();
-            }
-            taken = taken.saturating_add(u32::try_from(len).unwrap_or(left));
-        }
-        Ok(true)
-    }
-
-    /// Peer to guest, as long as there are bytes and buffers. True: there is more.
-    fn receive(&mut self, ring: &mut Vring) -> bool {
-        let mut budget = BATCH;
-        while let Some(input) = self.peer.ready_input() {
-            if !ring.next(&mut self.receive) {
-                // The guest has no buffer: it kicks when it has one.
-                if ring.enable_kicks() {
-                    continue;
-                }
-                break;
-            }
-            let head = self.receive.head();
-            let Some(segment) = self.receive.writable().first() else {
-                ring.finish(head, 0);
-                continue;
-            };
-            let buffer = match ring.ram().lend(segment.address, u64::from(segment.len), Direction::Write) {
-                Ok(buffer) => buffer,
-                Err(error) => {
-                    ring.fail(&error.into());
-                    ring.finish(head, 0);
-                    break;
-                }
-            };
-            let result = buffer.read_from(input);
-            match self.peer.settle_read(result) {
-                0 => ring.put_back(head),
-                count => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
-            }
-            budget = budget.saturating_sub(1);
-            if budget == 0 {
-                ring.signal();
-                return true;
-            }
-        }
-        ring.signal();
-        false
-    }
-}
-
-impl QueueHandler for Port {
+impl QueueHandler for Worker {
     fn serve(&mut self, rings: &mut [Option<Vring>], epoll: &Epoll) -> io::Result<Next> {
         while let Ok(arrival) = self.arrivals.try_recv() {
             match arrival {
-                Arrival::Peer(stream) => self.peer.attach(stream),
-                Arrival::Said(bytes) => self.peer.say(&bytes),
+                Arrival::Peer(stream) => self.port.peer.attach(stream),
+                Arrival::Said(bytes) => self.port.peer.say(&bytes),
             }
         }
-        self.peer.woken();
-        self.peer.expire(Instant::now());
+        self.port.peer.woken();
+        self.port.peer.expire(Instant::now());
         let mut more = false;
         if let Some(Some(ring)) = rings.get_mut(TRANSMIT) {
-            more |= self.transmit(ring);
+            more |= self.port.transmit(ring);
         }
         if let Some(Some(ring)) = rings.get_mut(RECEIVE) {
-            more |= self.receive(ring);
+            more |= self.port.receive(ring);
         }
-        self.peer.watch(epoll, own_event);
-        Ok(match self.peer.deadline() {
+        self.port.peer.watch(epoll, own_event);
+        Ok(match self.port.peer.deadline() {
             _ if more => Next::Soon,
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now()).as_millis();
@@ -304,21 +176,19 @@ impl QueueHandler for Port {
     }
 
     fn waits_for_host(&self) -> bool {
-        self.sending.is_some()
+        self.port.waits()
     }
 
     fn release(&mut self, ring: &mut Vring) {
-        if usize::from(ring.index()) == TRANSMIT && self.sending.take().is_some() {
-            // What the peer has no room for now is lost; the ring must not wait for it.
-            ring.finish(self.transmit.head(), 0);
-            ring.signal();
+        if usize::from(ring.index()) == TRANSMIT {
+            self.port.give_up(ring);
         }
     }
 }
 
-impl Drop for Port {
+impl Drop for Worker {
     fn drop(&mut self) {
-        self.peer.finish(LAST_OUTPUT);
-        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = self.peer.take_waiting();
+        self.port.peer.finish(LAST_OUTPUT);
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = self.port.peer.take_waiting();
     }
 }

@@ -93,6 +93,8 @@ pub struct Peer {
     blocked: bool,
     /// The input was not ready when it was asked last, and nothing was reported since.
     quiet: bool,
+    /// The guest waits for a peer that does not read for as long as it takes.
+    patient: bool,
 }
 
 impl Peer {
@@ -101,6 +103,16 @@ impl Peer {
         let mut this = Self { places: Places { first, attached: None }, ..Self::default() };
         this.places_changed();
         this
+    }
+
+    /// The same, for a guest that waits for a slow peer: nothing is dropped while there is one.
+    pub fn patient(first: Ends) -> Self {
+        Self { patient: true, ..Self::new(first) }
+    }
+
+    /// Whether somebody reads what the guest says.
+    pub fn is_present(&self) -> bool {
+        self.places.output().is_some()
     }
 
     /// Lets `stream` take the place of the present peer. What was kept goes there first.
@@ -197,6 +209,14 @@ impl Peer {
         self.backlog.push(bytes);
     }
 
+    /// A predecessor of this process has taken these of the guest before all that waits.
+    pub fn say_first(&mut self, bytes: &[u8]) {
+        let later = self.backlog.take_all();
+        self.backlog.push(bytes);
+        self.backlog.push(&later);
+        self.flush();
+    }
+
     /// Bytes that wait for a reader.
     pub fn waiting(&self) -> usize {
         self.backlog.len()
@@ -235,7 +255,7 @@ impl Peer {
 
     /// When the guest will have waited long enough for the peer, if it waits.
     pub fn deadline(&self) -> Option<Instant> {
-        self.backlog.deadline()
+        self.backlog.deadline().filter(|_| !self.patient)
     }
 
     /// Stops waiting for a peer whose time is over at `now`.
@@ -243,6 +263,9 @@ impl Peer {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             // It may have taken less than epoll reports.
             self.flush();
+        }
+        if self.patient {
+            return;
         }
         self.backlog.expire(now);
     }

@@ -165,7 +165,7 @@ impl<'a> EventLoop<'a> {
             | ToDevice::Keys(_)
             | ToDevice::Link { .. }
             | ToDevice::DiskSize { .. } => {}
-            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }) => {
+            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {
                 tracing::warn!(?message, "a control message that this device does not know");
             }
         }

@@ -21,6 +21,7 @@ mod messages;
 mod net;
 mod options;
 mod pmem;
+mod ports;
 mod power_cut;
 mod qemu;
 mod rates;

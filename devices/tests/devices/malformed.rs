@@ -628,7 +628,7 @@ fn a_disk_reads_and_writes_what_was_posted_and_nothing_else() {
 #[test]
 fn an_entropy_device_writes_what_was_posted_and_nothing_else() {
     let source = File::open("/dev/urandom").unwrap().into();
-    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1), limit: None });
     let mut process = Supervised::start("rng", config, &[&source], Enforcement::Standalone);
     process.forget_log();
     let mut mill = Mill::new("rng", &mut process, 1);

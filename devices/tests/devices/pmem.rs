@@ -5,12 +5,13 @@ use std::fs::File;
 use bulkhead_ipc::channel::message::{DeviceConfig, FdIndex, PmemConfig};
 use bulkhead_ipc::jail::Enforcement;
 
-use crate::driver::BUFFERS;
+use crate::driver::{BUFFERS, Driver};
 use crate::supervised::Supervised;
 
 const ANSWER: u64 = BUFFERS + 0x1000;
 
-fn flush(process: &mut Supervised) -> u8 {
+/// The front end, which stays connected, and the answer to a flush.
+fn flush(process: &mut Supervised) -> (Driver, u8) {
     let mut driver = process.driver(1);
     let mut space = [0; 16];
     driver.frontend.get_config(0, &mut space).unwrap();
@@ -30,7 +31,7 @@ fn flush(process: &mut Supervised) -> u8 {
             assert_eq!(answer[0], 1, "an unknown request");
         }
     }
-    result
+    (driver, result)
 }
 
 fn start(file: File) -> Supervised {
@@ -42,7 +43,8 @@ fn start(file: File) -> Supervised {
 fn a_file_that_is_open_for_reading_is_flushed() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut process = start(File::open(file.path()).unwrap());
-    assert_eq!(flush(&mut process), 0);
+    let (_driver, answer) = flush(&mut process);
+    assert_eq!(answer, 0);
     process.stop();
 }
 
@@ -51,6 +53,7 @@ fn a_flush_that_fails_is_an_error_for_the_guest() {
     // A pipe cannot be flushed (EINVAL).
     let (reader, _writer) = nix::unistd::pipe().unwrap();
     let mut process = start(reader.into());
-    assert_eq!(flush(&mut process), 1);
+    let (_driver, answer) = flush(&mut process);
+    assert_eq!(answer, 1);
     process.stop();
 }

@@ -339,7 +339,7 @@ fn a_storm_of_kills_leaves_no_entropy_request_without_its_bytes() {
     const ROOM: u64 = 4096;
     let source: OwnedFd = File::open("/dev/urandom").unwrap().into();
     let resources = [&source];
-    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1), limit: None });
     let mut victim = Victim::new("rng", config, &resources, 1);
     let mut random = Random(0x1357_9bdf_0246_8ace);
     let (mut flying, mut finished, mut longest) = (HashMap::new(), 0_u64, Duration::ZERO);

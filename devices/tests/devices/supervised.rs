@@ -216,7 +216,7 @@ fn a_disk_has_another_size_at_once() {
 #[test]
 fn a_jailed_entropy_device_serves() {
     let source = File::open("/dev/urandom").unwrap().into();
-    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1), limit: None });
     let mut process = Supervised::start("rng", config, &[&source], Enforcement::Supervised);
     let mut driver = process.driver(1);
     assert_eq!(driver.run(0, &[(BUFFERS, 64, true)]), 64);
@@ -263,7 +263,7 @@ fn a_jailed_console_changes_its_peer_and_its_size() {
 }
 
 /// What the answer to a heartbeat says.
-fn progress(process: &Supervised) -> Progress {
+pub fn progress(process: &Supervised) -> Progress {
     process.channel.send(&ToDevice::Ping, &[]).unwrap();
     match process.channel.recv::<FromDevice>(Some(LIMIT)) {
         Ok((FromDevice::Alive(progress), _)) => progress,
@@ -314,7 +314,7 @@ fn a_request_without_a_notification_is_served_at_the_next_heartbeat() {
 fn a_thread_that_does_nothing_about_its_queue_is_reported() {
     // An entropy source that has nothing: the read never comes back.
     let (source, _writer) = nix::unistd::pipe().unwrap();
-    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1) });
+    let config = DeviceConfig::Rng(RngConfig { source: FdIndex(1), limit: None });
     let mut process = Supervised::start("rng", config, &[&source], Enforcement::Supervised);
     let mut driver = process.driver(1);
     assert_eq!(progress(&process), Progress::Fine);

@@ -165,6 +165,17 @@ pub enum ErrorAction {
 pub struct RngConfig {
     /// `/dev/urandom`.
     pub source: FdIndex,
+    /// How much the guest gets of it; `None`: as much as it likes.
+    pub limit: Option<RngLimit>,
+}
+
+/// How much entropy a guest gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngLimit {
+    /// Bytes in a period, and at once after a pause; at least 1.
+    pub max_bytes: u64,
+    /// The period, milliseconds; at least 1.
+    pub period: u32,
 }
 
 /// Persistent memory.
@@ -187,6 +198,26 @@ pub struct ConsoleConfig {
     pub output: Option<FdIndex>,
     /// Columns and rows.
     pub size: Option<(u16, u16)>,
+}
+
+/// A virtio console of named ports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortsConfig {
+    /// The ports, the first of which is port 1; at most 15.
+    pub ports: Vec<PortConfig>,
+    /// A file without a name in which the device notes what a successor must know; empty at the start.
+    pub state: Option<FdIndex>,
+}
+
+/// A named port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortConfig {
+    /// Its name in the guest.
+    pub name: String,
+    /// Bytes for the guest; `None`: nobody sends any until `AttachPort`.
+    pub input: Option<FdIndex>,
+    /// Bytes from the guest; `None`: nobody reads them until `AttachPort`.
+    pub output: Option<FdIndex>,
 }
 
 /// A serial line.

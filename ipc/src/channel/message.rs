@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
     FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PmemConfig, RelayConfig, RngConfig, UartConfig, VsockConfig,
+    PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
 };
 
 use crate::channel::ChannelError;
@@ -337,6 +337,8 @@ pub enum ToDevice {
         /// Bytes.
         bytes: u64,
     },
+    /// A new peer of a named port, by its index from 0; its stream is the only descriptor (index 0).
+    AttachPort(u16),
 }
 
 /// A key of a keyboard, going down or up.
@@ -394,6 +396,8 @@ pub enum DeviceConfig {
     Relay(RelayConfig),
     /// virtio-fs; the directory came with the jail.
     Fs(FsConfig),
+    /// virtio-console with named ports.
+    Ports(PortsConfig),
 }
 
 /// From a device process to the supervisor.

@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, RestartRule, RomSpec, Size,
-    SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule, RngSpec,
+    RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -68,8 +68,8 @@ Network:
   --net socket=PATH   a cable between two machines: the first one listens, the second connects
   --net fd=N          a tap or socket that whoever starts bulkhead has opened
   --net none          no card, whatever the configuration file says
-  Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, link=off (the cable is pulled
-  out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
+  Options of all: mac=ADDRESS, mtu=BYTES, id=NAME, restart=POLICY, addr=SLOT.FUNCTION, link=off (the
+  cable is pulled out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
   it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
   rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second),
@@ -127,6 +127,12 @@ Vsock:
   a guest that connects to port P of the host (context id 2) reaches the socket SOCKET_P; who connects
   to SOCKET and sends the line CONNECT P reaches port P of the guest, and reads OK and a port first.
 
+Ports:
+  With --port name=NAME,unix=PATH the guest has a character device that udev calls
+  /dev/virtio-ports/NAME, as QEMU's virtserialport makes it. Who connects to the socket PATH is at its
+  other end, and takes the place of whoever was there; while nobody is, the guest's end hangs up. All
+  ports are one device, \"ports\". No byte is dropped while somebody is connected: the guest waits.
+
 Signals:
   SIGTERM, SIGINT and SIGHUP end the machine at once, as if its power failed. `bulkhead stop NAME`
   presses the power button and lets the guest shut down.
@@ -142,7 +148,7 @@ Configuration file (--config FILE, TOML): the options by the same names, for exa
   serial = \"file=boot.log\"
   on-panic = \"restart\"
   restart = { max = 5, window = 10, backoff = 10 }   # times, seconds, first pause in ms
-  rng = { restart = \"always\" }                       # a table where a device has a policy of its own
+  rng = { max-bytes = \"4K\", period = 1000, restart = \"always\" }   # a table where a device has a policy of its own
   console = { target = \"attach\", restart = \"never\" }
   require = [\"landlock\", \"cgroup\", \"distinct-uids\"]
   limits.root = { memory = \"64M\", cpu = 50 }
@@ -278,12 +284,25 @@ pub struct RunArgs {
         help = "Network card: user, tap=NAME, socket=PATH or fd=N, then options (see below); repeat for more cards"
     )]
     pub nets: Vec<NetSpec>,
-    /// Entropy device (virtio-rng) fed by the host's /dev/urandom
-    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
-    pub rng: Option<Switch>,
+    /// Entropy device (virtio-rng) fed by the host's /dev/urandom; max-bytes=SIZE[,period=MS] is the most that the guest gets in so many milliseconds [default period: 65536]
+    #[arg(
+        long,
+        value_name = "on|off|max-bytes=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on"
+    )]
+    pub rng: Option<RngSpec>,
     /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]
     #[arg(long, value_name = "TARGET", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
     pub console: Option<StreamTarget>,
+    /// Named ports.
+    #[arg(
+        long = "port",
+        value_name = "name=NAME,unix=PATH",
+        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; repeat for more ports"
+    )]
+    pub ports: Vec<PortSpec>,
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
     #[arg(long, value_name = "TARGET")]
     pub serial: Option<StreamTarget>,
@@ -294,7 +313,7 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "cid=N,path=SOCKET,…",
-        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY]"
+        help = "Sockets between guest and host (virtio-vsock): cid=N,path=SOCKET[,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub vsock: Option<VsockSpec>,
     /// A balloon.
@@ -304,7 +323,7 @@ pub struct RunArgs {
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "size=0",
-        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY]"
+        help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub balloon: Option<BalloonSpec>,
     /// Read options from a TOML file
@@ -369,14 +388,14 @@ pub struct RunArgs {
     #[arg(
         long = "pmem",
         value_name = "path=FILE,…",
-        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME]; whole blocks of 2 MiB; repeat for more"
+        help = "A file as persistent memory (virtio-pmem), which the guest maps without a copy: path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; whole blocks of 2 MiB; repeat for more"
     )]
     pub pmems: Vec<PmemSpec>,
     /// Shared directories.
     #[arg(
         long = "fs",
         value_name = "tag=TAG,path=DIR,…",
-        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY]; repeat for more"
+        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more"
     )]
     pub fs: Vec<FsSpec>,
     /// With a command: share this directory for writing; repeat for more
@@ -607,7 +626,7 @@ mod tests {
         .unwrap();
         assert_eq!(run.memory, Some(Size(1 << 30)));
         assert_eq!(run.disks.len(), 2);
-        assert_eq!(run.rng, Some(Switch::On));
+        assert_eq!(run.rng, Some(RngSpec::from(true)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
         assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);

@@ -13,7 +13,9 @@ use bulkhead_ipc::jail::{Exit, Identity, Layer, Limits, landlock_version};
 use thiserror::Error;
 
 use super::config::confinement::{CgroupChoice, ProcessLimits, UidChoice};
-use super::config::{CONSOLE, CORE, FLASH, FirmwareConfig, KEYBOARD, MachineConfig, RNG, SERIAL, Size};
+use super::config::{
+    CONSOLE, CORE, FLASH, FirmwareConfig, KEYBOARD, MachineConfig, PORTS, RNG, SERIAL, Size,
+};
 use super::process::{Role, describe};
 use super::resources::Disk;
 
@@ -103,6 +105,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.disks.iter().map(|disk| disk.id.as_str()));
     names.extend(config.rng.then_some(RNG));
     names.extend((config.console != Off).then_some(CONSOLE));
+    names.extend((!config.ports.is_empty()).then_some(PORTS));
     names.extend((config.serial != Off).then_some(SERIAL));
     let flash = config.firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     names.extend(flash.then_some(FLASH));

@@ -168,8 +168,8 @@ fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
         AddRequest::Fs { spec, folder }
     } else if let Some(spec) = args.balloon.clone() {
         AddRequest::Balloon { spec }
-    } else if args.rng {
-        AddRequest::Rng
+    } else if let Some(spec) = args.rng.clone() {
+        AddRequest::Rng { spec }
     } else {
         AddRequest::Console
     };

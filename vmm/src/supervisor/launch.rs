@@ -13,7 +13,7 @@ use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
     DeviceConfig, DeviceLink, DeviceStart, FdIndex, FirmwareFile, FlashConfig, FsCache, FsConfig, FsOwners,
     ImageFormat, KeyboardConfig, LinkKind, MappedRegion, NetBackend, NetConfig, NetLimits, PmemConfig,
-    RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    PortConfig, PortsConfig, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -30,14 +30,15 @@ use thiserror::Error;
 use super::cli::LogLevel;
 use super::config::fs::Cache;
 use super::config::net::RateSpec;
-use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, RNG, SERIAL, VhostUserConfig};
+use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, PORTS, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
-    Balloon, Disk, KEYBOARD_STATE, MOST_FIRMWARE, Pmem, Resources, Share, Stream, Variables, Vsock,
+    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Pmem, Port, Ports, Resources, Share,
+    Stream, Variables, Vsock,
 };
 use super::smbios::Tables;
 use super::terminal;
@@ -126,7 +127,7 @@ pub fn advice(error: &JailError) -> &'static str {
 /// A device to be.
 enum Plan<'a> {
     Blk(&'a Disk),
-    Rng(&'a File),
+    Rng(&'a Entropy),
     Console(&'a Stream),
     Uart(&'a Stream),
     Flash(&'a Variables),
@@ -137,13 +138,14 @@ enum Plan<'a> {
     Foreign(&'a VhostUserConfig),
     Fs(&'a Share),
     Pmem(&'a Pmem),
+    Ports(&'a Ports),
 }
 
 impl<'a> Plan<'a> {
     /// The devices of a machine.
     fn all(resources: &'a Resources) -> Vec<Self> {
         let mut plans: Vec<Self> = resources.disks.iter().map(Self::Blk).collect();
-        plans.extend(resources.urandom.as_ref().map(Self::Rng));
+        plans.extend(resources.entropy.as_ref().map(Self::Rng));
         plans.extend(resources.console.as_ref().map(Self::Console));
         plans.extend(resources.serial.as_ref().map(Self::Uart));
         plans.extend(resources.variables.as_ref().map(Self::Flash));
@@ -154,6 +156,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.foreign.iter().map(Self::Foreign));
         plans.extend(resources.shares.iter().map(Self::Fs));
         plans.extend(resources.pmems.iter().map(Self::Pmem));
+        plans.extend(resources.ports.as_ref().map(Self::Ports));
         plans
     }
 
@@ -171,6 +174,7 @@ impl<'a> Plan<'a> {
             Self::Foreign(device) => &device.id,
             Self::Fs(share) => &share.config.id,
             Self::Pmem(pmem) => &pmem.config.id,
+            Self::Ports(_) => PORTS,
         }
     }
 
@@ -178,7 +182,7 @@ impl<'a> Plan<'a> {
         match self {
             Self::Blk(_) => Role::Blk,
             Self::Rng(_) => Role::Rng,
-            Self::Console(_) => Role::Console,
+            Self::Console(_) | Self::Ports(_) => Role::Console,
             Self::Uart(_) => Role::Uart,
             Self::Flash(_) => Role::Flash,
             Self::Keyboard(_) => Role::Keyboard,
@@ -196,7 +200,9 @@ impl<'a> Plan<'a> {
         match self {
             Self::Blk(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BLOCK, slot },
             Self::Rng(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_ENTROPY, slot },
-            Self::Console(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot },
+            Self::Console(_) | Self::Ports(_) => {
+                LinkKind::VirtioVhostUser { virtio_id: VIRTIO_CONSOLE, slot }
+            }
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
             Self::Keyboard(_) => LinkKind::Keyboard,
@@ -221,6 +227,8 @@ impl<'a> Plan<'a> {
             Self::Blk(disk) if !disk.readonly && disk.options.format.0 != ImageFormat::Raw => None,
             Self::Blk(disk) if !disk.readonly => Some(disk.most_written()),
             Self::Console(stream) | Self::Uart(stream) if stream.writes_file => None,
+            Self::Ports(ports) if ports.ports.iter().any(|port| port.stream.writes_file) => None,
+            Self::Ports(_) => Some(PORTS_STATE),
             Self::Blk(_)
             | Self::Rng(_)
             | Self::Console(_)
@@ -261,6 +269,7 @@ impl<'a> Plan<'a> {
             Self::Blk(_)
                 | Self::Rng(_)
                 | Self::Console(_)
+                | Self::Ports(_)
                 | Self::Net(_)
                 | Self::Vsock(_)
                 | Self::Balloon(_)
@@ -300,12 +309,15 @@ impl<'a> Plan<'a> {
     {
         match self {
             Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
-            Self::Rng(source) => DeviceConfig::Rng(RngConfig { source: fds.add(*source) }),
+            Self::Rng(entropy) => {
+                DeviceConfig::Rng(RngConfig { source: fds.add(&entropy.source), limit: entropy.limit })
+            }
             Self::Console(stream) => DeviceConfig::Console(ConsoleConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
             }),
+            Self::Ports(ports) => DeviceConfig::Ports(ports_config(ports, fds)),
             Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
                 file: fds.add(&variables.file),
                 memory: fds.add(&variables.memory),
@@ -413,6 +425,17 @@ fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
         link: config.link,
         successor,
     }
+}
+
+fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
+    let mut end = |fd: &'a Option<OwnedFd>| fd.as_ref().map(|fd| fds.add(fd));
+    let port = |port: &'a Port| PortConfig {
+        name: port.name.clone(),
+        input: end(&port.stream.input),
+        output: end(&port.stream.output),
+    };
+    let named = ports.ports.iter().map(port).collect();
+    PortsConfig { ports: named, state: Some(fds.add(&ports.state)) }
 }
 
 /// Connects to a Unix socket without waiting for one that does not accept.
@@ -555,6 +578,7 @@ fn start_core(
         boot: boot(config, resources, &mut fds),
         generation: generation().map_err(|source| LaunchError::Io { id: CORE.to_owned(), source })?,
         debug_exit: config.debug_exit,
+        mapped: mapped(resources, &mut fds),
         devices: plans
             .iter()
             .zip(links)
@@ -569,7 +593,6 @@ fn start_core(
                     .map(|rom| fds.add(&rom.memory)),
             })
             .collect(),
-        mapped: mapped(resources, &mut fds),
     });
     let cpus = u64::from(config.topology.count());
     let limits = Limits {

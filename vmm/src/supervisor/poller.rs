@@ -44,6 +44,8 @@ pub enum Source {
     CableEnd(u16),
     /// The listening socket of a network card.
     CableListener(u16),
+    /// The listening socket of a named port, by its index.
+    PortListener(u16),
 }
 
 impl Source {
@@ -66,6 +68,7 @@ impl Source {
             Self::Connector => (14, 0, 0),
             Self::CableEnd(card) => (15, card, 0),
             Self::CableListener(card) => (16, card, 0),
+            Self::PortListener(port) => (17, port, 0),
         };
         tag << 32 | u64::from(a) << 16 | u64::from(b)
     }
@@ -91,6 +94,7 @@ impl Source {
             14 => Self::Connector,
             15 => Self::CableEnd(a),
             16 => Self::CableListener(a),
+            17 => Self::PortListener(a),
             _ => return None,
         })
     }

@@ -7,6 +7,7 @@ mod disk;
 mod meters;
 pub mod nic;
 mod pmem;
+mod port;
 mod roms;
 mod share;
 mod slots;
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 pub use added::NewDevice;
 pub use balloon::Balloon;
-use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::channel::message::{Processors, RngLimit};
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
@@ -32,6 +33,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 pub use pmem::Pmem;
+pub use port::{PORTS_STATE, Port, Ports};
 use roms::Rom;
 pub use share::Share;
 use slots::Slots;
@@ -265,6 +267,21 @@ pub enum ResourceError {
     },
 }
 
+/// What an entropy device gives.
+#[derive(Debug)]
+pub struct Entropy {
+    /// `/dev/urandom`.
+    pub source: File,
+    /// How much of it.
+    pub limit: Option<RngLimit>,
+}
+
+impl Entropy {
+    fn open(limit: Option<RngLimit>) -> Result<Self, ResourceError> {
+        Ok(Self { source: open_device("/dev/urandom", false)?, limit })
+    }
+}
+
 /// All that a machine needs from its host.
 #[derive(Debug)]
 pub struct Resources {
@@ -288,14 +305,16 @@ pub struct Resources {
     pub slots: Slots,
     /// What CPUs there are at the next start, and what they can do.
     pub processors: Processors,
-    /// `/dev/urandom`, when there is an entropy device.
-    pub urandom: Option<File>,
+    /// What an entropy device has, when there is one.
+    pub entropy: Option<Entropy>,
     /// What the keyboard's process leaves to its successor, when there is one.
     pub keyboard: Option<OwnedFd>,
     /// The host's side of the serial port.
     pub serial: Option<Stream>,
     /// The host's side of the virtio console.
     pub console: Option<Stream>,
+    /// The named ports.
+    pub ports: Option<Ports>,
     /// The host's side of the vsock.
     pub vsock: Option<Vsock>,
     /// The balloon.
@@ -339,8 +358,7 @@ impl Resources {
             None => None,
         };
         let mut slots = Slots::default();
-        let chosen = config.disks.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?)));
-        for (id, address) in chosen {
+        for (id, address) in config.places() {
             take_place(&mut slots, id, address)?;
         }
         for id in config.on_bus() {
@@ -363,7 +381,7 @@ impl Resources {
             disks,
             foreign: config.vhost_user.clone(),
             slots,
-            urandom: config.rng.then(|| open_device("/dev/urandom", false)).transpose()?,
+            entropy: config.rng.then(|| Entropy::open(config.rng_limit)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
             balloon: config.balloon.as_ref().map(Balloon::new),
             core_program: open_program("bulkhead-vmm")?,
@@ -378,6 +396,7 @@ impl Resources {
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open(SERIAL, &config.serial)?,
             console: Stream::open(CONSOLE, &config.console)?,
+            ports: Ports::open(&config.ports)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })
     }
@@ -396,6 +415,7 @@ impl Resources {
     /// # Errors
     /// The kernel refuses.
     pub fn reset(&self) -> io::Result<()> {
+        self.ports.as_ref().map_or(Ok(()), |ports| ports.state.set_len(0))?;
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
 }

@@ -116,4 +116,9 @@ fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
             log.say(LogLevel::Info, &format!("{field}: pseudo terminal {}", path.display()));
         }
     }
+    for port in resources.ports.iter().flat_map(|ports| &ports.ports) {
+        if let Some(path) = &port.stream.pty {
+            log.say(LogLevel::Info, &format!("port {}: pseudo terminal {}", port.name, path.display()));
+        }
+    }
 }

@@ -175,6 +175,10 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.push(fds.take(rng.source).unwrap());
             PolicyName::RngMain
         }
+        DeviceConfig::Pmem(pmem) => {
+            kept.push(fds.take(pmem.file).unwrap());
+            PolicyName::PmemMain
+        }
         DeviceConfig::Console(console) => {
             kept.extend(
                 [console.input, console.output].into_iter().flatten().map(|fd| fds.take(fd).unwrap()),
@@ -203,9 +207,10 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             PolicyName::VsockMain
         }
         DeviceConfig::Balloon(_) => PolicyName::BalloonMain,
-        DeviceConfig::Pmem(pmem) => {
-            kept.push(fds.take(pmem.file).unwrap());
-            PolicyName::PmemMain
+        DeviceConfig::Ports(ports) => {
+            let ends = ports.ports.iter().flat_map(|port| [port.input, port.output]);
+            kept.extend(ends.chain([ports.state]).flatten().map(|fd| fds.take(fd).unwrap()));
+            PolicyName::ConsoleMain
         }
         DeviceConfig::Net(net) => {
             match net.backend {
@@ -298,7 +303,9 @@ fn serve(control: &Control, id: &str) {
                     let _gone = peer.write_all(format!("size {columns}x{rows}\r\n").as_bytes());
                 }
             }
-            (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. }), _) => panic!("{message:?}"),
+            (message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)), _) => {
+                panic!("{message:?}")
+            }
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
             (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),

@@ -295,6 +295,17 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=02")], "a slot of its own")?;
     succeed(context, &["add", name, "--disk", &format!("{spec},addr=1e")])?;
     refuse(context, &["add", name, "--disk", &spec], "already belongs")?;
+    for (option, device) in [
+        ("--net", "socket=wire"),
+        ("--fs", "tag=t,path=/"),
+        ("--vhost-user", "type=rng,socket=none"),
+        ("--vsock", "cid=77,path=v"),
+    ] {
+        for id in ["hot", "data", "core", "rng"] {
+            refuse(context, &["add", name, option, &format!("{device},id={id}")], "already belongs")?;
+        }
+    }
+    refuse(context, &["add", name, "--balloon=id=hot"], "already belongs")?;
     let again = format!("path={},id=again", path.display());
     refuse(context, &["add", name, "--disk", &again], "already the image of disk hot")?;
     refuse(context, &["remove", name, "hot", "--timeout", "1"], "did not let go of hot within 1 s")?;

@@ -20,6 +20,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod pmem;
+mod ports;
 mod refusals;
 mod restart;
 mod serial;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         hotplug::cases(),
         restart::cases(),
         keyboard::cases(),
+        ports::cases(),
         vsock::cases(),
         network::cases(),
         pmem::cases(),

@@ -1,6 +1,11 @@
 //! PAM, SMRAM, the hole and firmware, as the CPU sees memory and as the host is told.
 
+use std::os::unix::fs::FileExt;
+
+use bulkhead_ipc::memory::{MappedFile, SharedRegion};
+
 use super::super::memory_map::{Backing, MemorySlot};
+use super::super::setup::high_window;
 use super::*;
 
 const ROM_SIZE: u64 = 0x4_0000;
@@ -237,4 +242,31 @@ fn flash_leaves_the_map_while_it_shows_its_status() {
     assert_eq!(peek(&machine, ROM), 0x80, "the alias is the same chip");
     machine.reset();
     assert_eq!(told(&host), before);
+}
+
+#[test]
+fn a_file_is_a_slot_above_ram_and_nobody_but_the_guest_looks_into_it() {
+    let block = 2 << 20;
+    let mapped = |guest_address, writable| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(block).unwrap();
+        file.write_all_at(&[7; 16], 0).unwrap();
+        let region = SharedRegion { guest_address, size: block, offset: 0, fd: file.into() };
+        Arc::new(MappedFile::new(region, writable).unwrap())
+    };
+    let first = 1 << 32;
+    let files = vec![mapped(first, true), mapped(first + block, false)];
+    let (host, ram) = (Recorder::new(), GuestRam::create(RAM).unwrap());
+    let config = MachineConfig { files, ..MachineConfig::new(1, 40) };
+    let machine = Machine::new(config, ram, host.clone()).unwrap();
+    let slots = host.recorded().slots.clone();
+    let above: Vec<_> = slots.iter().filter(|slot| slot.address >= first).collect();
+    let seen: Vec<_> =
+        above.iter().map(|slot| (slot.address, slot.source, slot.size, slot.writable)).collect();
+    assert_eq!(seen, [(first, first, block, true), (first + block, first + block, block, false)]);
+    // An access that comes here all the same.
+    assert_eq!(read(&machine, Space::Memory, first, 4), 0xFFFF_FFFF);
+    write(&machine, Space::Memory, first, 4, 1);
+    let window = high_window(&machine.config, machine.ram.end()).unwrap();
+    assert!(window.0 >= first + 2 * block, "{window:x?}");
 }

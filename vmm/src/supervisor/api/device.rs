@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::supervisor::process::Role;
 
+fn on() -> String {
+    "on".to_owned()
+}
+
 /// A device to be added to a machine that runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
@@ -20,7 +24,11 @@ pub enum AddRequest {
         folder: PathBuf,
     },
     /// The entropy device.
-    Rng,
+    Rng {
+        /// As after `--rng=`.
+        #[serde(default = "on")]
+        spec: String,
+    },
     /// The virtio console, for `bulkhead console`.
     Console,
     /// The vsock.

@@ -100,9 +100,16 @@ pub struct DeviceAddArgs {
         help = "Device of a vhost-user back end, as for `bulkhead run`"
     )]
     pub vhost_user: Option<String>,
-    /// The entropy device
-    #[arg(long, group = "what")]
-    pub rng: bool,
+    /// The entropy device, as for `bulkhead run`
+    #[arg(
+        long,
+        value_name = "max-bytes=SIZE,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on",
+        group = "what"
+    )]
+    pub rng: Option<String>,
     /// The virtio console, for `bulkhead console`
     #[arg(long, group = "what")]
     pub console: bool,

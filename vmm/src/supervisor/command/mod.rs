@@ -191,6 +191,7 @@ fn share(args: &mut RunArgs, root: &Path) -> Result<(String, Vec<Mount>), Comman
         others: 0,
         id: None,
         restart: None,
+        addr: None,
     };
     args.fs.push(spec(ROOT, root, true));
     let written: Vec<PathBuf> = args.rw.iter().map(|path| folder("--rw", path)).collect::<Result<_, _>>()?;

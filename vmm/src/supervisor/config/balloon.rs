@@ -1,4 +1,4 @@
-//! `--balloon [size=…][,deflate-on-oom=…][,free-page-reporting=…][,id=…][,restart=…]` and the table `[balloon]`.
+//! `--balloon [size=…][,deflate-on-oom=…][,free-page-reporting=…][,id=…][,restart=…][,addr=…]` and the table `[balloon]`.
 
 use std::str::FromStr;
 
@@ -6,6 +6,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::size::{Size, SizeError};
 
@@ -26,6 +27,8 @@ pub struct BalloonSpec {
     pub id: Option<String>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    pub addr: Option<PciAddress>,
 }
 
 /// A balloon with its id settled.
@@ -41,6 +44,8 @@ pub struct BalloonConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why a balloon is refused.
@@ -71,6 +76,9 @@ pub enum BalloonSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
@@ -110,8 +118,9 @@ impl FromStr for BalloonSpec {
                 "free-page-reporting" => spec.free_page_reporting.replace(switch()?).is_some(),
                 "id" => spec.id.replace(value.to_owned()).is_some(),
                 "restart" => spec.restart.replace(value.parse()?).is_some(),
+                "addr" => spec.addr.replace(value.parse()?).is_some(),
                 _ => {
-                    let keys = ["size", "deflate-on-oom", "free-page-reporting", "id", "restart"];
+                    let keys = ["size", "deflate-on-oom", "free-page-reporting", "id", "restart", "addr"];
                     let hint = hint(key, &keys);
                     return Err(BalloonSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
@@ -131,13 +140,14 @@ mod tests {
     #[test]
     fn reads_all_keys() {
         let balloon: BalloonSpec =
-            "size=64M,deflate-on-oom=off,free-page-reporting=on,id=b,restart=never".parse().unwrap();
+            "size=64M,deflate-on-oom=off,free-page-reporting=on,id=b,restart=never,addr=7".parse().unwrap();
         let expected = BalloonSpec {
             size: Some(Size(64 << 20)),
             deflate_on_oom: Some(false),
             free_page_reporting: Some(true),
             id: Some("b".into()),
             restart: Some(RestartPolicy::Never),
+            addr: "07.0".parse().ok(),
         };
         assert_eq!(balloon, expected);
     }

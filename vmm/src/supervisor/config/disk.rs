@@ -180,7 +180,7 @@ impl Draft {
     fn finish(self) -> Result<DiskSpec, DiskSpecError> {
         let Self { given, path, readonly, id, restart, addr, options, vhost_user } = self;
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(DiskSpecError::NoPath)?;
-        let own = |key: &&String| !["vhost-user", "id", "restart"].contains(&key.as_str());
+        let own = |key: &&String| !["vhost-user", "id", "restart", "addr"].contains(&key.as_str());
         if let Some(key) = given.iter().find(own).filter(|_| vhost_user) {
             return Err(DiskSpecError::Elsewhere(key.clone()));
         }

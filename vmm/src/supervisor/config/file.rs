@@ -19,15 +19,17 @@ use super::fs::FsSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
 use super::pmem::PmemSpec;
+use super::port::PortSpec;
 use super::restart::{RestartPolicy, RestartRule};
+use super::rng::RngSpec;
 use super::rom::RomSpec;
 use super::size::Size;
 use super::smbios::SmbiosSpec;
 use super::stream::StreamTarget;
-use super::table::{RngSpec, StreamSpec};
+use super::table::{StreamSpec, SwitchSpec};
 use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
-use super::{CONSOLE, KEYBOARD, RNG, SERIAL};
+use super::{CONSOLE, KEYBOARD, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -82,7 +84,7 @@ struct File {
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
     serial: Option<StreamSpec>,
-    keyboard: Option<RngSpec>,
+    keyboard: Option<SwitchSpec>,
     vsock: Option<VsockSpec>,
     balloon: Option<BalloonSpec>,
     name: Option<String>,
@@ -105,6 +107,7 @@ struct File {
     vhost_user: Vec<VhostUserSpec>,
     fs: Vec<FsSpec>,
     pmem: Vec<PmemSpec>,
+    port: Vec<PortSpec>,
 }
 
 /// Reads a file as if its content had been given as options. Relative paths in it start at its folder.
@@ -138,7 +141,6 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
     };
     let rules = [
         of(None, file.restart),
-        of(Some(RNG), file.rng.as_ref().and_then(|rng| rng.restart)),
         of(Some(CONSOLE), file.console.as_ref().and_then(|console| console.restart)),
         of(Some(SERIAL), file.serial.as_ref().and_then(|serial| serial.restart)),
         of(Some(KEYBOARD), file.keyboard.as_ref().and_then(|keyboard| keyboard.restart)),
@@ -168,7 +170,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             let at = |net: NetSpec| NetSpec { socket: net.socket.map(at), rom: net.rom.at(base), ..net };
             file.net.into_iter().map(at).collect()
         },
-        rng: file.rng.map(|rng| Switch::from(rng.on)),
+        rng: file.rng,
         console: file.console.map(|console| target(console.target)),
         serial: file.serial.map(|serial| target(serial.target)),
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
@@ -195,6 +197,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         },
         pmems: file.pmem.into_iter().map(|pmem| PmemSpec { path: at(pmem.path), ..pmem }).collect(),
         fs: file.fs.into_iter().map(|fs| FsSpec { path: at(fs.path), ..fs }).collect(),
+        ports: file.port.into_iter().map(|port| port.below(base)).collect(),
         ..RunArgs::default()
     })
 }
@@ -278,11 +281,12 @@ mod tests {
         assert_eq!(run.disks.first().unwrap().path, PathBuf::from("/etc/root.img"));
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
-        assert_eq!((run.rng, run.keyboard), (Some(Switch::On), Some(Switch::On)));
+        assert_eq!((run.rng.map(|rng| rng.on), run.keyboard), (Some(true), Some(Switch::On)));
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
-        assert_eq!(rules, ["None=3/10", "Some(\"rng\")=always", "Some(\"console\")=never"]);
+        assert_eq!(rules, ["None=3/10", "Some(\"console\")=never"]);
+        assert_eq!(run.rng.and_then(|rng| rng.restart), Some(RestartPolicy::always()));
         assert_eq!((run.hang_deadline, run.stall_deadline), (Some(7), Some(0)));
         assert_eq!(run.require, [Layer::Landlock, Layer::Cgroup]);
         assert_eq!(run.cgroup, Some(CgroupChoice::Off));
@@ -305,6 +309,9 @@ mod tests {
             type = "fs"
             socket = "fs.sock"
             config-size = 44
+            [[port]]
+            name = "agent"
+            target = "unix=agent.sock"
             [[fs]]
             tag = "data"
             path = "shared"
@@ -317,6 +324,7 @@ mod tests {
         assert_eq!(run.nets.last().unwrap().rom, super::super::rom::RomChoice::Off);
         let foreign = run.vhost_user.first().unwrap();
         assert_eq!((foreign.socket.as_path(), foreign.config_size), (Path::new("/etc/fs.sock"), Some(44)));
+        assert_eq!(run.ports, ["name=agent,unix=/etc/agent.sock".parse().unwrap()]);
         let fs = run.fs.first().unwrap();
         assert_eq!((fs.tag.as_str(), &fs.path), ("data", &PathBuf::from("/etc/shared")));
         assert_eq!((fs.cache, fs.owner), (super::super::fs::Cache::Never, "1000:1000".parse().ok()));

@@ -1,4 +1,4 @@
-//! `--fs tag=…,path=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,others=…][,id=…][,restart=…]` and the table `[[fs]]`.
+//! `--fs tag=…,path=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,others=…][,id=…][,restart=…][,addr=…]` and the table `[[fs]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,12 +7,13 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 
 /// The longest tag, bytes (virtio 1.2, 5.11.4).
 const TAG: usize = 36;
 const KEYS: &[&str] =
-    &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "others", "id", "restart"];
+    &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "others", "id", "restart", "addr"];
 
 /// What the guest may keep of a shared directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -68,6 +69,8 @@ pub struct FsSpec {
     pub id: Option<String>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    pub addr: Option<PciAddress>,
 }
 
 /// The kernel's overflow user.
@@ -113,6 +116,9 @@ pub enum FsSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
@@ -217,6 +223,7 @@ impl FromStr for FsSpec {
                 .map_or(Ok(nobody()), |it| it.parse().map_err(|_| FsSpecError::Others(it.to_owned())))?,
             id: value("id").map(str::to_owned),
             restart: value("restart").map(str::parse).transpose()?,
+            addr: value("addr").map(str::parse).transpose()?,
         })
     }
 }
@@ -231,7 +238,7 @@ mod tests {
 
     #[test]
     fn reads_all_keys() {
-        let text = "tag=home,path=/home/x,readonly,cache=always,submounts=on,xattr=on,owner=1000:100,id=h,restart=never";
+        let text = "tag=home,path=/home/x,readonly,cache=always,submounts=on,xattr=on,owner=1000:100,id=h,restart=never,addr=8.1";
         let expected = FsSpec {
             tag: "home".into(),
             path: "/home/x".into(),
@@ -243,6 +250,7 @@ mod tests {
             others: 65534,
             id: Some("h".into()),
             restart: Some(RestartPolicy::Never),
+            addr: "08.1".parse().ok(),
         };
         assert_eq!(text.parse(), Ok(expected));
         let plain: FsSpec = "tag=t,path=.".parse().unwrap();

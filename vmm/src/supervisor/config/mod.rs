@@ -9,13 +9,16 @@ pub mod disk_options;
 pub mod file;
 pub mod firmware;
 pub mod fs;
+mod ids;
 pub mod liveness;
 pub mod nearest;
 pub mod net;
 mod others;
 pub mod pci;
 pub mod pmem;
+pub mod port;
 pub mod restart;
+pub mod rng;
 pub mod rom;
 pub mod size;
 pub mod smbios;
@@ -35,6 +38,7 @@ pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
+pub use ids::Ids;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use net::{NetSpec, NetSpecError, NicConfig};
@@ -42,7 +46,9 @@ use others::Others;
 pub use others::{name_balloon, name_vsock};
 pub use pci::PciAddress;
 pub use pmem::{PmemConfig, PmemSpec};
+pub use port::PortSpec;
 pub use restart::{RestartPolicy, RestartRule};
+pub use rng::RngSpec;
 pub use rom::RomSpec;
 pub use size::Size;
 pub use smbios::SmbiosSpec;
@@ -51,8 +57,7 @@ use thiserror::Error;
 pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
-use bulkhead_ipc::jail::Layer;
-use confinement::{CgroupChoice, LimitSpec, UidChoice};
+use bulkhead_ipc::channel::message::RngLimit;
 
 use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 use super::confinement::process_names;
@@ -72,6 +77,8 @@ const MAX_NAME: usize = 64;
 pub const SERIAL: &str = "serial";
 /// Name of the virtio console among the devices.
 pub const CONSOLE: &str = "console";
+/// Name of the device of named ports among the devices.
+pub const PORTS: &str = "ports";
 /// Name of the entropy device among the devices.
 pub const RNG: &str = "rng";
 /// Name of the chip with firmware's variables among the devices.
@@ -128,8 +135,12 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// Whether there is an entropy device.
     pub rng: bool,
+    /// How much the guest gets of it.
+    pub rng_limit: Option<RngLimit>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
+    /// The named ports.
+    pub ports: Vec<PortSpec>,
     /// The serial port, `Off` when there is none.
     pub serial: StreamTarget,
     /// Whether there is a keyboard.
@@ -179,6 +190,8 @@ pub struct ShareConfig {
     pub others: u32,
     /// Unique among the processes of the machine.
     pub id: String,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// A disk with its id settled.
@@ -283,14 +296,6 @@ pub enum ConfigError {
         /// What was given.
         name: String,
     },
-    /// Two devices with one id.
-    #[error("disk '{path}': the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME", path = path.display())]
-    DuplicateId {
-        /// The second of the two.
-        path: PathBuf,
-        /// The id.
-        id: String,
-    },
     /// A device of another back end.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::VhostUserSpecError),
@@ -345,6 +350,9 @@ pub enum ConfigError {
     /// A vsock that cannot be.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockSpecError),
+    /// A port.
+    #[error(transparent)]
+    Port(#[from] port::PortSpecError),
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
@@ -353,8 +361,8 @@ pub enum ConfigError {
         "{device}: the id '{id}' already belongs to another device or process of this machine; give it another with id=NAME"
     )]
     IdTaken {
-        /// What kind of device.
-        device: &'static str,
+        /// Which device, as messages call it.
+        device: String,
         /// The id.
         id: String,
     },
@@ -398,6 +406,19 @@ impl MachineConfig {
 }
 
 impl MachineConfig {
+    /// Where the devices are that chose their places on the PCI bus.
+    pub fn places(&self) -> impl Iterator<Item = (&str, PciAddress)> {
+        let disks = self.disks.iter().map(|disk| (&*disk.id, disk.addr));
+        disks
+            .chain(self.vsock.iter().map(|vsock| (&*vsock.id, vsock.addr)))
+            .chain(self.balloon.iter().map(|balloon| (&*balloon.id, balloon.addr)))
+            .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
+            .chain(self.vhost_user.iter().map(|device| (&*device.id, device.addr)))
+            .chain(self.shares.iter().map(|share| (&*share.id, share.addr)))
+            .chain(self.pmems.iter().map(|pmem| (&*pmem.id, pmem.addr)))
+            .filter_map(|(id, address)| Some((id, address?)))
+    }
+
     /// The ids of all devices on the PCI bus, in the order of the slots that they get unless they chose one.
     pub fn on_bus(&self) -> Vec<&str> {
         let disks = self.disks.iter().map(|disk| &*disk.id);
@@ -411,6 +432,7 @@ impl MachineConfig {
             .chain(self.vhost_user.iter().map(|device| &*device.id))
             .chain(self.shares.iter().map(|share| &*share.id))
             .chain(self.pmems.iter().map(|pmem| &*pmem.id))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
             .collect()
     }
 }
@@ -423,39 +445,35 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
     let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
-    let confinement = confine(
-        (take(&mut args.require), take(&mut args.limits), args.uids.take(), args.cgroup.take()),
-        (take(&mut file.require), take(&mut file.limits), file.uids.take(), file.cgroup.take()),
-    );
+    let confinement = confine(&mut args, &mut file);
     check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
-    let rng = args.rng.or(file.rng) == Some(Switch::On);
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
-    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none()).map(|rule| rule.policy);
-    let restart = restart.unwrap_or_default();
-    let mut disks = name_disks(disks, restart)?;
+    let (rng, rng_limit) = entropy(&args, &file, &mut rules);
+    let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none());
+    let restart = restart.map_or_else(RestartPolicy::default, |rule| rule.policy);
+    let mut ids = Ids::new([]);
+    let mut disks = name_disks(disks, restart, &mut ids)?;
     let mut named =
-        Others::resolve(&mut args, &mut file, (&name, &disks, foreign), memory, (restart, &mut rules))?;
+        Others::resolve(&mut args, &mut file, (&name, ids, foreign), memory, (restart, &mut rules))?;
     check_count(disks.len() + usize::from(rng) + named.ids().count(), &console)?;
     let firmware = firmware::resolve(&mut args, &mut file, &named.bootable(&disks))?;
     let flash = firmware.as_ref().is_some_and(FirmwareConfig::has_variables);
     let keyboard = args.keyboard.or(file.keyboard) == Some(Switch::On);
-    // Policies that stand in the file beside a device which the command line has turned off.
-    let off = |id: &str| match id {
-        SERIAL => serial == StreamTarget::Off,
-        CONSOLE => console == StreamTarget::Off,
-        FLASH => !flash,
-        KEYBOARD => !keyboard,
-        _ => id == RNG && !rng,
-    };
-    rules.retain(|rule| rule.device.as_deref().is_none_or(|id| !off(id)));
+    let off = StreamTarget::Off;
+    let fixed = [
+        (SERIAL, serial != off),
+        (CONSOLE, console != off),
+        (RNG, rng),
+        (FLASH, flash),
+        (KEYBOARD, keyboard),
+    ];
+    // Not those that stand in the file beside a device which the command line has turned off.
+    rules.retain(|rule| !fixed.iter().any(|(id, on)| !on && rule.device.as_deref() == Some(id)));
     rules.extend(given);
-    let streams = [(SERIAL, &serial), (CONSOLE, &console)];
-    let others = streams.into_iter().filter(|(_, target)| **target != StreamTarget::Off).map(|(id, _)| id);
-    let others =
-        others.chain(rng.then_some(RNG)).chain(flash.then_some(FLASH)).chain(keyboard.then_some(KEYBOARD));
+    let others = fixed.iter().filter(|(_, on)| *on).map(|(id, _)| *id);
     let restarts = apply(&rules, &mut disks, others.chain(named.ids()).collect())?;
     named.apply(&restarts);
     let (kernel, initrd, (cmdline, cmdline_added)) =
@@ -481,7 +499,9 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         nics: named.nics,
         vhost_user: named.vhost_user,
         rng,
+        rng_limit,
         console,
+        ports: named.ports,
         serial,
         keyboard,
         vsock: named.vsock,
@@ -496,8 +516,17 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         pmems: named.pmems,
         shares: named.shares,
     };
+    pci::check(config.places())?;
     check_limits(&config)?;
     find_roms(config)
+}
+
+/// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
+fn entropy(args: &RunArgs, file: &RunArgs, rules: &mut Vec<RestartRule>) -> (bool, Option<RngLimit>) {
+    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None) };
+    let restart = rng.restart.or(file.rng.and_then(|rng| rng.restart));
+    rules.extend(restart.map(|policy| RestartRule { device: Some(RNG.to_owned()), policy }));
+    (true, rng.limit)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
@@ -541,22 +570,20 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
     let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
     let mut foreign = take(foreign);
     for disk in disks.extract_if(.., |disk| disk.vhost_user) {
-        foreign.push(VhostUserSpec::disk(disk.path, disk.id, disk.restart));
+        let addr = disk.addr;
+        foreign.push(VhostUserSpec { addr, ..VhostUserSpec::disk(disk.path, disk.id, disk.restart) });
     }
     (disks, foreign)
 }
 
-/// The four options about the jail.
-type Confine = (Vec<Layer>, Vec<LimitSpec>, Option<UidChoice>, Option<CgroupChoice>);
-
-/// What either place requires is required; of two limits for one process the command line's counts.
-fn confine(args: Confine, file: Confine) -> ConfinementConfig {
-    let limits = file.1.into_iter().chain(args.1).map(|spec| (spec.process, spec.limits));
+/// The options about the jail. What either place requires is required; of two limits for one process the command line's counts.
+fn confine(args: &mut RunArgs, file: &mut RunArgs) -> ConfinementConfig {
+    let limits = take(&mut file.limits).into_iter().chain(take(&mut args.limits));
     ConfinementConfig {
-        require: args.0.into_iter().chain(file.0).collect(),
-        limits: limits.collect(),
-        uids: args.2.or(file.2).unwrap_or_default(),
-        cgroup: args.3.or(file.3).unwrap_or_default(),
+        require: take(&mut args.require).into_iter().chain(take(&mut file.require)).collect(),
+        limits: limits.map(|spec| (spec.process, spec.limits)).collect(),
+        uids: args.uids.take().or(file.uids.take()).unwrap_or_default(),
+        cgroup: args.cgroup.take().or(file.cgroup.take()).unwrap_or_default(),
     }
 }
 
@@ -685,26 +712,19 @@ fn apply(
     Ok(restarts)
 }
 
-/// Ids that no disk may have, for others have them.
-const RESERVED: [&str; 7] = [SERIAL, CONSOLE, RNG, FLASH, KEYBOARD, CORE, SUPERVISOR];
-
-fn name_disks(disks: Vec<DiskSpec>, restart: RestartPolicy) -> Result<Vec<DiskConfig>, ConfigError> {
-    let mut taken: Vec<String> = RESERVED.map(str::to_owned).to_vec();
+fn name_disks(
+    disks: Vec<DiskSpec>,
+    restart: RestartPolicy,
+    ids: &mut Ids,
+) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut named = Vec::with_capacity(disks.len());
     for (index, disk) in disks.into_iter().enumerate() {
-        let id = match disk.id {
-            Some(id) => check_name(&format!("id of disk '{}'", disk.path.display()), id)?,
-            None => format!("disk{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::DuplicateId { path: disk.path, id });
-        }
-        taken.push(id.clone());
+        let id = disk.id.unwrap_or_else(|| format!("disk{index}"));
+        let id = ids.take(&format!("disk '{}'", disk.path.display()), id)?;
         let restart = disk.restart.unwrap_or(restart);
         let DiskSpec { path, readonly, addr, options, .. } = disk;
         named.push(DiskConfig { path, readonly, id, restart, addr, options });
     }
-    pci::check(named.iter().filter_map(|disk| Some((disk.id.as_str(), disk.addr?))))?;
     Ok(named)
 }
 

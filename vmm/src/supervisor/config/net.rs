@@ -9,6 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::rom::RomChoice;
 use super::size::Size;
@@ -18,7 +19,7 @@ const MAX_QUEUES: u16 = 32;
 /// Least MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-const KEYS: [&str; 24] = [
+const KEYS: [&str; 25] = [
     "tap",
     "user",
     "socket",
@@ -43,6 +44,7 @@ const KEYS: [&str; 24] = [
     "rx-packets",
     "tx-packets",
     "rom",
+    "addr",
 ];
 
 /// A network card as the user describes it.
@@ -98,6 +100,8 @@ pub struct NetSpec {
     pub tx_packets: Option<u64>,
     /// What firmware finds in its expansion ROM.
     pub rom: RomChoice,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why a text is no network card.
@@ -150,6 +154,9 @@ pub enum NetSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
@@ -217,6 +224,7 @@ impl FromStr for NetSpec {
                 "rx-packets" => spec.rx_packets = Some(number(key, text)?),
                 "tx-packets" => spec.tx_packets = Some(number(key, text)?),
                 "rom" => spec.rom = text.into(),
+                "addr" => spec.addr = Some(text.parse()?),
                 _ => {
                     let hint = hint(key, &KEYS);
                     return Err(NetSpecError::UnknownKey { key: key.escape_debug().to_string(), hint });
@@ -456,6 +464,7 @@ impl NetSpec {
                 packets: self.tx_packets.unwrap_or(0),
             },
             rom: self.rom.clone().at(folder),
+            addr: self.addr,
         })
     }
 }
@@ -496,6 +505,8 @@ pub struct NicConfig {
     pub transmit: RateSpec,
     /// What firmware finds in its expansion ROM.
     pub rom: RomChoice,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 #[cfg(test)]
@@ -514,13 +525,14 @@ mod tests {
     fn reads_all_keys() {
         let card = nic(
             "tap=t0,mac=52:54:00:12:34:56,mtu=9000,queues=4,id=x,restart=never,link=off,mac-filter,ip-filter=10.0.0.1,\
-             ip-filter=fe80::1,rx-rate=1M,tx-rate=2M,rx-burst=64K,tx-burst=128K,rx-packets=1000,tx-packets=2000",
+             ip-filter=fe80::1,rx-rate=1M,tx-rate=2M,rx-burst=64K,tx-burst=128K,rx-packets=1000,tx-packets=2000,addr=5.1",
         );
         assert_eq!(card.target, NetTarget::Tap("t0".into()));
         assert_eq!(
             (card.mac, card.mtu, card.queues, card.link),
             ([0x52, 0x54, 0, 0x12, 0x34, 0x56], Some(9000), 4, false)
         );
+        assert_eq!(card.addr, "05.1".parse().ok());
         assert!(card.mac_filter && card.ip_filter.len() == 2);
         assert_eq!(card.receive, RateSpec { bytes: 1 << 20, burst: 64 << 10, packets: 1000 });
         assert_eq!(card.transmit, RateSpec { bytes: 2 << 20, burst: 128 << 10, packets: 2000 });

@@ -5,9 +5,9 @@ use std::mem::take;
 use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, NetSpec, NicConfig, PmemConfig,
-    PmemSpec, RESERVED, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig, VhostUserSpec,
-    VsockConfig, VsockSpec, balloon_pages, check_name, fs,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig, PORTS,
+    PmemConfig, PmemSpec, PortSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig,
+    VhostUserSpec, VsockConfig, VsockSpec, balloon_pages, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -20,6 +20,7 @@ pub(super) struct Others {
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
     pub pmems: Vec<PmemConfig>,
+    pub ports: Vec<PortSpec>,
 }
 
 impl Others {
@@ -28,30 +29,28 @@ impl Others {
     pub fn resolve(
         args: &mut RunArgs,
         file: &mut RunArgs,
-        (machine, disks, foreign): (&str, &[DiskConfig], Vec<VhostUserSpec>),
+        (machine, mut ids, foreign): (&str, Ids, Vec<VhostUserSpec>),
         memory: u64,
         (restart, rules): (RestartPolicy, &mut Vec<RestartRule>),
     ) -> Result<Self, ConfigError> {
         let mut this = Self::default();
         let vsock = args.vsock.take().or(file.vsock.take());
-        this.vsock = vsock.map(|vsock| name_vsock(vsock, disks, restart)).transpose()?;
+        this.vsock = vsock.map(|vsock| name_vsock(vsock, &mut ids, restart)).transpose()?;
         let balloon = args.balloon.take().or(file.balloon.take());
-        let named = balloon.map(|balloon| name_balloon(balloon, disks, this.vsock.as_ref(), memory, restart));
+        let named = balloon.map(|balloon| name_balloon(balloon, &mut ids, memory, restart));
         this.balloon = named.transpose()?;
-        let taken = |this: &Self| -> Vec<String> {
-            let disks = disks.iter().map(|disk| disk.id.as_str());
-            RESERVED.into_iter().chain(disks).chain(this.ids()).map(str::to_owned).collect()
-        };
         let mut nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
         if matches!(nets.as_slice(), [only] if only.none) {
             nets.clear();
         }
-        this.nics = name_nets(&nets, taken(&this), machine, rules)?;
-        this.vhost_user = name_foreign(foreign, taken(&this))?;
+        this.nics = name_nets(&nets, &mut ids, machine, rules)?;
+        this.vhost_user = name_foreign(foreign, &mut ids)?;
         let fs = take(if args.fs.is_empty() { &mut file.fs } else { &mut args.fs });
-        this.shares = name_shares(fs, taken(&this), rules)?;
+        this.shares = name_shares(fs, &mut ids, rules)?;
         let pmems = take(if args.pmems.is_empty() { &mut file.pmems } else { &mut args.pmems });
-        this.pmems = name_pmems(pmems, taken(&this))?;
+        this.pmems = name_pmems(pmems, &mut ids)?;
+        this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
+        port::check(&this.ports)?;
         Ok(this)
     }
 
@@ -64,6 +63,7 @@ impl Others {
             .chain(self.vhost_user.iter().map(|device| device.id.as_str()))
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
+            .chain((!self.ports.is_empty()).then_some(PORTS))
     }
 
     /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
@@ -89,62 +89,42 @@ impl Others {
 /// Checks a vsock, and gives it its id.
 pub fn name_vsock(
     spec: VsockSpec,
-    disks: &[DiskConfig],
+    ids: &mut Ids,
     restart: RestartPolicy,
 ) -> Result<VsockConfig, ConfigError> {
     let cid = spec.check()?;
-    let id = match spec.id {
-        Some(id) => check_name("id of the vsock", id)?,
-        None => VSOCK.to_owned(),
-    };
-    if RESERVED.contains(&id.as_str()) || disks.iter().any(|disk| disk.id == id) {
-        return Err(ConfigError::IdTaken { device: "vsock", id });
-    }
-    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart) })
+    let id = ids.take("vsock", spec.id.unwrap_or_else(|| VSOCK.to_owned()))?;
+    Ok(VsockConfig { cid, path: spec.path, id, restart: spec.restart.unwrap_or(restart), addr: spec.addr })
 }
 
 /// Checks a balloon for a guest with so much memory, and gives it its id.
 pub fn name_balloon(
     spec: BalloonSpec,
-    disks: &[DiskConfig],
-    vsock: Option<&VsockConfig>,
+    ids: &mut Ids,
     memory: u64,
     restart: RestartPolicy,
 ) -> Result<BalloonConfig, ConfigError> {
-    let id = match spec.id {
-        Some(id) => check_name("id of the balloon", id)?,
-        None => BALLOON.to_owned(),
-    };
-    let others = disks.iter().map(|disk| &disk.id).chain(vsock.map(|vsock| &vsock.id));
-    if RESERVED.contains(&id.as_str()) || others.into_iter().any(|other| *other == id) {
-        return Err(ConfigError::IdTaken { device: "balloon", id });
-    }
+    let id = ids.take("balloon", spec.id.unwrap_or_else(|| BALLOON.to_owned()))?;
     Ok(BalloonConfig {
         target: balloon_pages(spec.size.map_or(0, |size| size.0), memory)?,
         deflate_on_oom: spec.deflate_on_oom.unwrap_or(true),
         free_page_reporting: spec.free_page_reporting.unwrap_or(true),
         id,
         restart: spec.restart.unwrap_or(restart),
+        addr: spec.addr,
     })
 }
 
 /// Gives network cards their ids, and checks them.
 fn name_nets(
     nets: &[NetSpec],
-    mut taken: Vec<String>,
+    ids: &mut Ids,
     machine: &str,
     rules: &mut Vec<RestartRule>,
 ) -> Result<Vec<NicConfig>, ConfigError> {
     let mut nics: Vec<NicConfig> = Vec::with_capacity(nets.len());
     for (index, net) in nets.iter().enumerate() {
-        let id = match &net.id {
-            Some(id) => check_name("id of a network card", id.clone())?,
-            None => format!("net{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::IdTaken { device: "net", id });
-        }
-        taken.push(id.clone());
+        let id = ids.take("net", net.id.clone().unwrap_or_else(|| format!("net{index}")))?;
         let nic =
             net.resolve(machine, &id, Path::new("")).map_err(|source| ConfigError::Net { id, source })?;
         let rule = net.restart.map(|policy| RestartRule { device: Some(nic.id.clone()), policy });
@@ -155,20 +135,11 @@ fn name_nets(
 }
 
 /// Gives the devices of other back ends their ids.
-fn name_foreign(
-    specs: Vec<VhostUserSpec>,
-    mut taken: Vec<String>,
-) -> Result<Vec<VhostUserConfig>, ConfigError> {
+fn name_foreign(specs: Vec<VhostUserSpec>, ids: &mut Ids) -> Result<Vec<VhostUserConfig>, ConfigError> {
     let mut named = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
-        let id = match &spec.id {
-            Some(id) => check_name(&format!("id of vhost-user '{}'", spec.socket.display()), id.clone())?,
-            None => format!("vhost-user{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::IdTaken { device: "vhost-user", id });
-        }
-        taken.push(id.clone());
+        let id = spec.id.clone().unwrap_or_else(|| format!("vhost-user{index}"));
+        let id = ids.take(&format!("vhost-user '{}'", spec.socket.display()), id)?;
         named.push(spec.resolve(id, RestartPolicy::always())?);
     }
     Ok(named)
@@ -176,29 +147,23 @@ fn name_foreign(
 
 impl ShareConfig {
     /// A directory with its id.
-    pub fn new(spec: FsSpec, id: String) -> Result<Self, ConfigError> {
-        let id = check_name(&format!("id of fs '{}'", spec.path.display()), id)?;
+    pub fn new(spec: FsSpec, id: String, ids: &mut Ids) -> Result<Self, ConfigError> {
+        let id = ids.take(&format!("fs '{}'", spec.path.display()), id)?;
         if let Some(fault) = fs::tag_fault(&spec.tag) {
             return Err(ConfigError::Tag { path: spec.path, fault });
         }
-        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, .. } = spec;
-        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id })
+        let FsSpec { tag, path, readonly, cache, submounts, xattr, owner, others, addr, .. } = spec;
+        Ok(Self { tag, path, readonly, cache, submounts, xattr, owner, others, id, addr })
     }
 }
 
 /// Gives persistent memory its ids.
-fn name_pmems(specs: Vec<PmemSpec>, mut taken: Vec<String>) -> Result<Vec<PmemConfig>, ConfigError> {
+fn name_pmems(specs: Vec<PmemSpec>, ids: &mut Ids) -> Result<Vec<PmemConfig>, ConfigError> {
     let mut named = Vec::with_capacity(specs.len());
-    for (index, PmemSpec { path, readonly, id }) in specs.into_iter().enumerate() {
-        let id = match id {
-            Some(id) => check_name(&format!("id of pmem '{}'", path.display()), id)?,
-            None => format!("pmem{index}"),
-        };
-        if taken.contains(&id) {
-            return Err(ConfigError::IdTaken { device: "pmem", id });
-        }
-        taken.push(id.clone());
-        named.push(PmemConfig { path, readonly, id });
+    for (index, PmemSpec { path, readonly, id, addr }) in specs.into_iter().enumerate() {
+        let id = id.unwrap_or_else(|| format!("pmem{index}"));
+        let id = ids.take(&format!("pmem '{}'", path.display()), id)?;
+        named.push(PmemConfig { path, readonly, id, addr });
     }
     Ok(named)
 }
@@ -206,7 +171,7 @@ fn name_pmems(specs: Vec<PmemSpec>, mut taken: Vec<String>) -> Result<Vec<PmemCo
 /// Gives shared directories their ids.
 fn name_shares(
     specs: Vec<FsSpec>,
-    mut taken: Vec<String>,
+    ids: &mut Ids,
     rules: &mut Vec<RestartRule>,
 ) -> Result<Vec<ShareConfig>, ConfigError> {
     let mut shares: Vec<ShareConfig> = Vec::with_capacity(specs.len());
@@ -217,11 +182,7 @@ fn name_shares(
         }
         let id = spec.id.take().unwrap_or_else(|| format!("fs{index}"));
         let restart = spec.restart;
-        let share = ShareConfig::new(spec, id)?;
-        if taken.contains(&share.id) {
-            return Err(ConfigError::IdTaken { device: "fs", id: share.id });
-        }
-        taken.push(share.id.clone());
+        let share = ShareConfig::new(spec, id, ids)?;
         let rule = restart.map(|policy| RestartRule { device: Some(share.id.clone()), policy });
         rules.splice(0..0, rule);
         shares.push(share);

@@ -1,4 +1,4 @@
-//! `--pmem path=…[,readonly=on][,id=…]` and the table `[[pmem]]`.
+//! `--pmem path=…[,readonly=on][,id=…][,addr=…]` and the table `[[pmem]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,6 +7,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 
 /// Persistent memory as the user describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -20,6 +21,9 @@ pub struct PmemSpec {
     /// The name in messages and in `bulkhead ps`. Default: pmem0, pmem1, …
     #[serde(default)]
     pub id: Option<String>,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    #[serde(default)]
+    pub addr: Option<PciAddress>,
 }
 
 /// Persistent memory with its id settled.
@@ -31,13 +35,15 @@ pub struct PmemConfig {
     pub readonly: bool,
     /// Unique among the processes of the machine.
     pub id: String,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why a text is no persistent memory.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PmemSpecError {
     /// The `path` is missing.
-    #[error("persistent memory needs a file: path=FILE[,readonly=on][,id=NAME]")]
+    #[error("persistent memory needs a file: path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]")]
     NoPath,
     /// An unknown key.
     #[error("unknown key '{key}' of persistent memory: {hint}")]
@@ -50,12 +56,15 @@ pub enum PmemSpecError {
     /// `readonly` with something other than on or off.
     #[error("readonly={0}: say readonly=on or readonly=off")]
     Readonly(String),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
     /// A piece without `=`.
     #[error(
-        "'{0}' is not KEY=VALUE; persistent memory is path=FILE[,readonly=on][,id=NAME]; a path with a comma can only be given in --config FILE"
+        "'{0}' is not KEY=VALUE; persistent memory is path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; a path with a comma can only be given in --config FILE"
     )]
     NotAPair(String),
 }
@@ -64,7 +73,7 @@ impl FromStr for PmemSpec {
     type Err = PmemSpecError;
 
     fn from_str(text: &str) -> Result<Self, PmemSpecError> {
-        let (mut path, mut readonly, mut id) = (None, None, None);
+        let (mut path, mut readonly, mut id, mut addr) = (None, None, None, None);
         for piece in text.split(',') {
             let not_a_pair = || PmemSpecError::NotAPair(piece.to_owned());
             let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
@@ -74,8 +83,9 @@ impl FromStr for PmemSpec {
                 ("readonly", "off" | "false") => readonly.replace(false).is_some(),
                 ("readonly", other) => return Err(PmemSpecError::Readonly(other.to_owned())),
                 ("id", value) => id.replace(value.to_owned()).is_some(),
+                ("addr", value) => addr.replace(value.parse()?).is_some(),
                 (key, _) => {
-                    let hint = hint(key, &["path", "readonly", "id"]);
+                    let hint = hint(key, &["path", "readonly", "id", "addr"]);
                     return Err(PmemSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -84,7 +94,7 @@ impl FromStr for PmemSpec {
             }
         }
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(PmemSpecError::NoPath)?;
-        Ok(Self { path, readonly: readonly.unwrap_or_default(), id })
+        Ok(Self { path, readonly: readonly.unwrap_or_default(), id, addr })
     }
 }
 
@@ -94,8 +104,9 @@ mod tests {
 
     #[test]
     fn keys_and_refusals() {
-        let spec: PmemSpec = "path=/a,readonly=on,id=root".parse().unwrap();
-        assert_eq!(spec, PmemSpec { path: "/a".into(), readonly: true, id: Some("root".into()) });
+        let spec: PmemSpec = "path=/a,readonly=on,id=root,addr=9".parse().unwrap();
+        let (id, addr) = (Some("root".into()), "09.0".parse().ok());
+        assert_eq!(spec, PmemSpec { path: "/a".into(), readonly: true, id, addr });
         for (text, word) in [
             ("readonly=on", "needs a file"),
             ("path=", "needs a file"),

@@ -9,9 +9,9 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use super::restart::RestartPolicy;
 use super::stream::StreamTarget;
 
-/// `rng = true`, or `rng = { restart = … }`; `keyboard` likewise.
+/// `keyboard = true`, or `keyboard = { restart = … }`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RngSpec {
+pub struct SwitchSpec {
     /// Whether the device exists.
     pub on: bool,
     /// What follows the death of its process; default: as for all devices.
@@ -29,7 +29,7 @@ pub struct StreamSpec {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RngTable {
+struct SwitchTable {
     restart: Option<RestartPolicy>,
 }
 
@@ -40,20 +40,20 @@ struct StreamTable {
     restart: Option<RestartPolicy>,
 }
 
-impl<'de> Deserialize<'de> for RngSpec {
+impl<'de> Deserialize<'de> for SwitchSpec {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct SwitchOrTable;
         impl<'de> Visitor<'de> for SwitchOrTable {
-            type Value = RngSpec;
+            type Value = SwitchSpec;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("true, false or { restart = \"always\" }")
             }
-            fn visit_bool<E: de::Error>(self, on: bool) -> Result<RngSpec, E> {
-                Ok(RngSpec { on, restart: None })
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<SwitchSpec, E> {
+                Ok(SwitchSpec { on, restart: None })
             }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RngSpec, A::Error> {
-                let table = RngTable::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(RngSpec { on: true, restart: table.restart })
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<SwitchSpec, A::Error> {
+                let table = SwitchTable::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(SwitchSpec { on: true, restart: table.restart })
             }
         }
         deserializer.deserialize_any(SwitchOrTable)

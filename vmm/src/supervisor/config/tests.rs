@@ -160,3 +160,39 @@ fn the_nearest_policy_counts() {
     assert!(error.contains("no device 'rgn': did you mean 'rng'?"), "{error}");
     assert!(refusal("--restart console=never").contains("valid: serial"));
 }
+
+#[test]
+fn every_kind_of_device_has_an_id_of_its_own() {
+    let devices = [
+        "--disk path=a",
+        "--net user",
+        "--vhost-user type=rng,socket=s",
+        "--fs tag=t,path=p",
+        "--vsock cid=3,path=v",
+        "--balloon=size=0",
+        "--pmem path=m",
+    ];
+    for (index, first) in devices.iter().enumerate() {
+        let error = refusal(&format!("{first},id=core"));
+        assert!(error.contains("the id 'core' already belongs"), "{error}");
+        for second in devices.iter().skip(index + 1) {
+            let error = refusal(&format!("{first},id=x {second},id=x"));
+            assert!(error.contains("the id 'x' already belongs"), "{first} {second}: {error}");
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_device_can_choose_its_place() {
+    let options = "--disk path=a,addr=5 --net user,addr=5.1 --vhost-user type=rng,socket=s,addr=5.2 \
+        --fs tag=t,path=p,addr=5.3 --vsock cid=3,path=v,addr=5.4 --balloon=addr=5.5 --disk vhost-user=s,addr=5.7 \
+        --pmem path=m,addr=5.6";
+    let config = run(&format!("--kernel k {options}")).unwrap();
+    let mut places: Vec<String> = config.places().map(|(_, address)| address.to_string()).collect();
+    places.sort();
+    assert_eq!(places, ["05.0", "05.1", "05.2", "05.3", "05.4", "05.5", "05.6", "05.7"]);
+    let error = refusal("--net user,addr=5 --balloon=addr=5");
+    assert!(error.contains("addr=05.0: both balloon and net0"), "{error}");
+    let error = refusal("--fs tag=t,path=p,addr=6.1");
+    assert!(error.contains("addr=06.1 of fs0") && error.contains("function 0"), "{error}");
+}

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 
 /// What a type of device is like (virtio 1.2, section 5).
@@ -66,9 +67,9 @@ const MOST_QUEUES: u16 = 64;
 /// Names of the device ids that virtio gives out, at most.
 const MOST_ID: u16 = 63;
 
-const SHAPE: &str = "type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,restart=POLICY]";
+const SHAPE: &str = "type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,addr=SLOT.FUNCTION][,restart=POLICY]";
 const KEYS: &[&str] =
-    &["type", "device-id", "socket", "id", "queues", "config-size", "tag", "mac", "restart"];
+    &["type", "device-id", "socket", "id", "queues", "config-size", "tag", "mac", "addr", "restart"];
 
 /// A device of a back end that is not ours, as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -91,6 +92,8 @@ pub struct VhostUserSpec {
     pub tag: Option<String>,
     /// Address of a network card whose back end does not know it.
     pub mac: Option<String>,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    pub addr: Option<PciAddress>,
     /// What follows the loss of the back end; default: it is connected to again for ever.
     pub restart: Option<RestartPolicy>,
 }
@@ -140,6 +143,9 @@ pub enum VhostUserSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
 }
 
 impl FromStr for VhostUserSpec {
@@ -165,6 +171,7 @@ impl FromStr for VhostUserSpec {
                 "config-size" => spec.config_size = Some(number("config-size", value, 0, MOST_CONFIG)?),
                 "tag" => spec.tag = text(),
                 "mac" => spec.mac = text(),
+                "addr" => spec.addr = Some(value.parse()?),
                 "restart" => spec.restart = Some(value.parse()?),
                 _ => return Err(VhostUserSpecError::UnknownKey(key.to_owned(), hint(key, KEYS))),
             }
@@ -206,6 +213,8 @@ pub struct VhostUserConfig {
     pub own_features: u64,
     /// What follows the loss of the back end.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 impl VhostUserSpec {
@@ -249,6 +258,7 @@ impl VhostUserSpec {
             config: None,
             own_features: 0,
             restart: self.restart.unwrap_or(restart),
+            addr: self.addr,
         };
         if let Some(queues) = self.queues.filter(|queues| *queues < kind.queues) {
             return Err(VhostUserSpecError::Number {
@@ -342,7 +352,8 @@ mod tests {
         assert_eq!(resolve("type=block,socket=/run/x").unwrap().device_id, 2);
         let same = resolve("device-id=2,socket=/run/x").unwrap();
         assert_eq!((same.kind.as_str(), same.config_size), ("blk", 60));
-        let other = resolve("device-id=33,socket=/x,config-size=7,queues=2,restart=never").unwrap();
+        let other = resolve("device-id=33,socket=/x,config-size=7,queues=2,restart=never,addr=1f.7").unwrap();
+        assert_eq!(other.addr, "1f.7".parse().ok());
         assert_eq!((other.kind.as_str(), other.config_size, other.features), ("33", 7, ANY_FEATURE));
         assert_eq!(other.restart, RestartPolicy::Never);
     }

@@ -1,4 +1,4 @@
-//! `--vsock cid=…,path=…[,id=…][,restart=…]` and the table `[vsock]`.
+//! `--vsock cid=…,path=…[,id=…][,restart=…][,addr=…]` and the table `[vsock]`.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -8,6 +8,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 
 /// A vsock as the user describes it.
@@ -22,6 +23,8 @@ pub struct VsockSpec {
     pub id: Option<String>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0; default: the lowest empty slot.
+    pub addr: Option<PciAddress>,
 }
 
 /// A vsock with its id settled.
@@ -35,15 +38,17 @@ pub struct VsockConfig {
     pub id: String,
     /// What follows the death of its process.
     pub restart: RestartPolicy,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why a vsock is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum VsockSpecError {
     /// The `cid` or `path` is missing.
-    #[error("a vsock needs {0}: cid=N,path=SOCKET[,id=NAME][,restart=POLICY]")]
+    #[error("a vsock needs {0}: cid=N,path=SOCKET[,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]")]
     Missing(&'static str),
-    /// A key that is none of cid, path, id, restart.
+    /// A key that is none of cid, path, id, restart, addr.
     #[error("unknown key '{key}' of a vsock: {hint}")]
     UnknownKey {
         /// What was written.
@@ -71,6 +76,9 @@ pub enum VsockSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Addr(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
@@ -112,7 +120,7 @@ impl FromStr for VsockSpec {
     type Err = VsockSpecError;
 
     fn from_str(text: &str) -> Result<Self, VsockSpecError> {
-        let (mut cid, mut path, mut id, mut restart) = (None, None, None, None);
+        let (mut cid, mut path, mut id, mut restart, mut addr) = (None, None, None, None, None);
         for piece in text.split(',') {
             let not_a_pair = || VsockSpecError::NotAPair(piece.to_owned());
             let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
@@ -124,8 +132,9 @@ impl FromStr for VsockSpec {
                 "path" => path.replace(PathBuf::from(value)).is_some(),
                 "id" => id.replace(value.to_owned()).is_some(),
                 "restart" => restart.replace(value.parse()?).is_some(),
+                "addr" => addr.replace(value.parse()?).is_some(),
                 _ => {
-                    let hint = hint(key, &["cid", "path", "id", "restart"]);
+                    let hint = hint(key, &["cid", "path", "id", "restart", "addr"]);
                     return Err(VsockSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -135,7 +144,7 @@ impl FromStr for VsockSpec {
         }
         let cid = cid.ok_or(VsockSpecError::Missing("a context id"))?;
         let path = path.filter(|path: &PathBuf| !path.as_os_str().is_empty());
-        Ok(Self { cid, path: path.ok_or(VsockSpecError::Missing("a path"))?, id, restart })
+        Ok(Self { cid, path: path.ok_or(VsockSpecError::Missing("a path"))?, id, restart, addr })
     }
 }
 
@@ -150,9 +159,9 @@ mod tests {
 
     #[test]
     fn reads_all_keys() {
-        let vsock: VsockSpec = "cid=7,path=/run/v.sock,id=v,restart=never".parse().unwrap();
-        let (id, restart) = (Some("v".into()), Some(RestartPolicy::Never));
-        assert_eq!(vsock, VsockSpec { cid: 7, path: "/run/v.sock".into(), id, restart });
+        let vsock: VsockSpec = "cid=7,path=/run/v.sock,id=v,restart=never,addr=6".parse().unwrap();
+        let (id, restart, addr) = (Some("v".into()), Some(RestartPolicy::Never), "06.0".parse().ok());
+        assert_eq!(vsock, VsockSpec { cid: 7, path: "/run/v.sock".into(), id, restart, addr });
         assert_eq!(vsock.check(), Ok(7));
     }
 

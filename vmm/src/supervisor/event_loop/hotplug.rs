@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BALLOON, BalloonConfig, BalloonSpec, CONSOLE, CORE, DiskConfig, DiskSpec, FLASH, FsSpec, KEYBOARD,
-    NetSpec, PciAddress, RNG, RestartPolicy, SERIAL, SUPERVISOR, ShareConfig, VSOCK, VhostUserConfig,
-    VhostUserSpec, VsockConfig, VsockSpec, check_name, name_balloon, name_vsock,
+    BalloonConfig, BalloonSpec, CONSOLE, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS, PciAddress,
+    RestartPolicy, RngSpec, ShareConfig, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
+    name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -79,7 +79,7 @@ impl EventLoop<'_> {
         }
         let device = match request {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
-            AddRequest::Rng => NewDevice::Rng,
+            AddRequest::Rng { spec } => self.new_rng(spec)?,
             AddRequest::Console => NewDevice::Console,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
@@ -88,13 +88,11 @@ impl EventLoop<'_> {
             AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
-        if let Some(change) = self.changes.iter().find(|change| change.id == id) {
-            return Err(format!("device {id} {}", busy(&change.stage)));
-        }
-        if self.is_taken(id) {
-            return Err(format!(
-                "the id '{id}' already belongs to another device or process of this machine"
-            ));
+        // Those that have a name of their own: all others have taken one that is free.
+        if matches!(device, NewDevice::Rng(..) | NewDevice::Console) && self.resources.slots.of(id).is_some()
+        {
+            self.not_changing(id)?;
+            return Err(format!("this machine has the device '{id}' already"));
         }
         let limits = match limits {
             Some(text) => added_limits(&device, text)?,
@@ -107,8 +105,8 @@ impl EventLoop<'_> {
         added.map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Net(_, restart) => *restart,
-            NewDevice::Rng | NewDevice::Console | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Net(_, restart) | NewDevice::Rng(_, restart) => *restart,
+            NewDevice::Console | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
@@ -122,54 +120,64 @@ impl EventLoop<'_> {
         Ok(())
     }
 
-    fn is_taken(&self, id: &str) -> bool {
-        [SERIAL, FLASH, KEYBOARD, CORE, SUPERVISOR].contains(&id) || self.resources.slots.of(id).is_some()
+    /// Which ids are taken: also those of devices that come or go.
+    fn ids(&self) -> Ids {
+        Ids::new(self.resources.slots.ids())
+    }
+
+    /// Refuses an id of a device that comes or goes, and says which of them.
+    fn not_changing(&self, id: &str) -> Result<(), String> {
+        match self.changes.iter().find(|change| change.id == id) {
+            Some(change) => Err(format!("device {id} {}", busy(&change.stage))),
+            None => Ok(()),
+        }
+    }
+
+    /// The id that a user gives, or the first free one of STEM0, STEM1, …
+    fn choose_id(&self, id: Option<String>, stem: &str) -> Result<String, String> {
+        id.map_or_else(|| Ok(self.ids().free(stem)), |id| self.not_changing(&id).map(|()| id))
     }
 
     fn new_vsock(&self, spec: &str, folder: &Path) -> Result<VsockConfig, String> {
         if let Some(vsock) = &self.resources.vsock {
+            self.not_changing(&vsock.id)?;
             return Err(format!("this machine has a vsock already: {}", vsock.id));
         }
-        let spec: VsockSpec = spec.parse().map_err(|error| format!("{error}"))?;
-        name_vsock(spec.below(folder), &[], self.config.restart).map_err(|error| error.to_string())
+        let spec: VsockSpec = spec.parse().map_err(text)?;
+        name_vsock(spec.below(folder), &mut self.ids(), self.config.restart).map_err(text)
+    }
+
+    fn new_rng(&self, spec: &str) -> Result<NewDevice, String> {
+        let spec: RngSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        if !spec.on {
+            return Err("rng: off is for `bulkhead run`".to_owned());
+        }
+        Ok(NewDevice::Rng(spec.limit, spec.restart.unwrap_or(self.config.restart)))
     }
 
     fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
         if let Some(balloon) = &self.resources.balloon {
+            self.not_changing(&balloon.id)?;
             return Err(format!("this machine has a balloon already: {}", balloon.id));
         }
-        let spec: BalloonSpec = spec.parse().map_err(|error| format!("{error}"))?;
-        name_balloon(spec, &[], None, self.config.memory, self.config.restart)
-            .map_err(|error| error.to_string())
+        let spec: BalloonSpec = spec.parse().map_err(text)?;
+        name_balloon(spec, &mut self.ids(), self.config.memory, self.config.restart).map_err(text)
     }
 
     fn new_foreign(&self, spec: &str, folder: &Path) -> Result<VhostUserConfig, String> {
-        let mut spec: VhostUserSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let mut spec: VhostUserSpec = spec.parse().map_err(text)?;
         spec.socket = folder.join(spec.socket);
-        let id = match spec.id.take() {
-            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
-            None => {
-                let names = (0..).map(|index| format!("vhost-user{index}"));
-                names.into_iter().find(|id| !self.is_taken(id)).unwrap_or_default()
-            }
-        };
-        spec.resolve(id, RestartPolicy::always()).map_err(|error| error.to_string())
+        let id = self.choose_id(spec.id.take(), "vhost-user")?;
+        let id = self.ids().take("vhost-user", id).map_err(text)?;
+        spec.resolve(id, RestartPolicy::always()).map_err(text)
     }
 
     fn new_disk(&self, spec: &str, folder: &Path) -> Result<DiskConfig, String> {
-        let disk: DiskSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let disk: DiskSpec = spec.parse().map_err(text)?;
         if disk.vhost_user {
             return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
         }
-        let id = match disk.id {
-            Some(id) if [RNG, CONSOLE, VSOCK, BALLOON].contains(&id.as_str()) => {
-                return Err(format!("the id '{id}' belongs to another kind of device"));
-            }
-            Some(id) => check_name("id", id).map_err(|error| error.to_string())?,
-            None => {
-                (0..).map(|index| format!("disk{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
-            }
-        };
+        let id = self.ids().take("disk", self.choose_id(disk.id, "disk")?).map_err(text)?;
         let restart = disk.restart.unwrap_or(self.config.restart);
         let options = disk.options.below(folder);
         let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
@@ -177,37 +185,25 @@ impl EventLoop<'_> {
     }
 
     fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
-        let net: NetSpec = spec.parse().map_err(|error| format!("{error}"))?;
-        let id = match &net.id {
-            Some(id) if [RNG, CONSOLE].contains(&id.as_str()) => {
-                return Err(format!("the id '{id}' belongs to another kind of device"));
-            }
-            Some(id) => check_name("id", id.clone()).map_err(|error| error.to_string())?,
-            None => {
-                (0..).map(|index| format!("net{index}")).find(|id| !self.is_taken(id)).unwrap_or_default()
-            }
-        };
+        let net: NetSpec = spec.parse().map_err(text)?;
+        let id = self.ids().take("net", self.choose_id(net.id.clone(), "net")?).map_err(text)?;
         let nic =
             net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
         Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))
     }
 
     fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
-        let mut spec: FsSpec = spec.parse().map_err(|error| format!("{error}"))?;
+        let mut spec: FsSpec = spec.parse().map_err(text)?;
         if let Some(other) = self.resources.shares.iter().find(|share| share.config.tag == spec.tag) {
             return Err(format!("the tag '{}' is already that of {}", spec.tag, other.config.id));
-        }
-        if spec.id.as_deref().is_some_and(|id| [RNG, CONSOLE].contains(&id)) {
-            return Err("rng and console are ids of other kinds of devices".to_owned());
         }
         if spec.restart.is_some() {
             return Err("restart= is for `bulkhead run`; an added directory follows the machine's --restart"
                 .to_owned());
         }
         spec.path = folder.join(spec.path);
-        let free = || (0..).map(|index| format!("fs{index}")).find(|id| !self.is_taken(id));
-        let id = spec.id.take().or_else(free).unwrap_or_default();
-        ShareConfig::new(spec, id).map_err(|error| error.to_string())
+        let id = self.choose_id(spec.id.take(), "fs")?;
+        ShareConfig::new(spec, id, &mut self.ids()).map_err(text)
     }
 
     /// A client wants a device to be removed; it is answered when nothing is left of it, or on an error.
@@ -434,6 +430,9 @@ impl EventLoop<'_> {
             self.environment.server.detach(CONSOLE, &self.environment.poller);
             self.peers.retain(|(device, _)| *device != CONSOLE);
         }
+        if change.id == PORTS {
+            self.port_peers.clear();
+        }
         if let Some(vsock) = self.resources.vsock.as_ref().filter(|vsock| vsock.id == change.id) {
             self.environment.forget_vsock(vsock);
         }
@@ -467,6 +466,10 @@ impl EventLoop<'_> {
             self.forget(&change);
         }
     }
+}
+
+fn text(error: impl ToString) -> String {
+    error.to_string()
 }
 
 /// The limits that a user gives a device to be added.

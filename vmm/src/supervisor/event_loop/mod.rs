@@ -13,6 +13,7 @@ mod early;
 mod hotplug;
 mod liveness;
 mod orders;
+mod ports;
 mod processes;
 mod recovery;
 mod requests;
@@ -168,6 +169,9 @@ impl Environment {
         for stream in [&resources.serial, &resources.console].into_iter().flatten() {
             stream.listener.iter().for_each(|listener| self.poller.remove(listener));
         }
+        for port in resources.ports.iter().flat_map(|ports| &ports.ports) {
+            port.stream.listener.iter().for_each(|listener| self.poller.remove(listener));
+        }
         resources.vsock.iter().for_each(|vsock| self.poller.remove(&vsock.listener));
         self.log.say(LogLevel::Warn, "no descriptor is left for a connection: it has to wait");
     }
@@ -187,6 +191,11 @@ impl Environment {
             let Some(stream) = stream else { continue };
             if let Some(listener) = &stream.listener {
                 self.poller.add(listener, source)?;
+            }
+        }
+        for (number, port) in (0u16..).zip(resources.ports.iter().flat_map(|ports| &ports.ports)) {
+            if let Some(listener) = &port.stream.listener {
+                self.poller.add(listener, Source::PortListener(number))?;
             }
         }
         self.watch_vsock(resources)
@@ -209,6 +218,8 @@ pub struct EventLoop<'a> {
     orders: Vec<Order>,
     /// Connections to the sockets of serial port and console, for the successors of these devices.
     peers: Vec<(&'static str, UnixStream)>,
+    /// The same of named ports, by their indices.
+    port_peers: Vec<(u16, UnixStream)>,
     /// Devices that are being added or removed.
     changes: Vec<Change>,
     /// Streams of network cards that are to be made anew.
@@ -255,6 +266,7 @@ impl<'a> EventLoop<'a> {
             early_look: Instant::now() + early::INTERVAL,
             orders: Vec::new(),
             peers: Vec::new(),
+            port_peers: Vec::new(),
             changes: Vec::new(),
             cables: Cables::new(),
             cpus,
@@ -385,6 +397,7 @@ impl<'a> EventLoop<'a> {
             Source::Keyboard => self.keyboard(event),
             Source::SerialListener => self.connection(SERIAL),
             Source::ConsoleListener => self.connection(CONSOLE),
+            Source::PortListener(number) => self.port_connected(number),
             Source::Control(index) => self.control(index.into(), event.hang_up),
             Source::Exit(index) => self.exited(index.into()),
             Source::Log(index) => self.log_line(index.into()),

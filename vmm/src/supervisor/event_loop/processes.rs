@@ -404,6 +404,9 @@ impl EventLoop<'_> {
 
     /// A device that was started anew gets the peer that its predecessor had.
     pub(super) fn attach_again(&self, device: &str) {
+        if device == crate::supervisor::config::PORTS {
+            self.attach_ports_again();
+        }
         let attachments = self.environment.server.attachments();
         let attached = attachments.filter(|it| it.device == device).map(|it| it.stream.as_fd());
         let connected = self.peers.iter().filter(|(id, _)| *id == device).map(|(_, peer)| peer.as_fd());

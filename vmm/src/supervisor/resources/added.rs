@@ -1,12 +1,14 @@
 //! What a machine that runs is given and gives back: the resources of devices that come and go.
 
+use bulkhead_ipc::channel::message::RngLimit;
+
 use super::nic::Nic;
 use super::{
-    Balloon, Disk, ResourceError, Resources, Share, Stream, Vsock, open_device, open_disk, roms, take_place,
+    Balloon, Disk, Entropy, ResourceError, Resources, Share, Stream, Vsock, open_disk, roms, take_place,
 };
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, RNG, RestartPolicy, ShareConfig,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, RNG, RestartPolicy, ShareConfig,
     StreamTarget, VhostUserConfig, VsockConfig, rom,
 };
 
@@ -15,8 +17,8 @@ use crate::supervisor::config::{
 pub enum NewDevice {
     /// A disk.
     Disk(Box<DiskConfig>),
-    /// The entropy device.
-    Rng,
+    /// The entropy device with its limit, and what follows the death of its process.
+    Rng(Option<RngLimit>, RestartPolicy),
     /// The virtio console.
     Console,
     /// The vsock.
@@ -36,7 +38,7 @@ impl NewDevice {
     pub fn id(&self) -> &str {
         match self {
             Self::Disk(disk) => &disk.id,
-            Self::Rng => RNG,
+            Self::Rng(..) => RNG,
             Self::Console => CONSOLE,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
@@ -58,7 +60,12 @@ impl Resources {
         let id = device.id();
         let chosen = match device {
             NewDevice::Disk(disk) => disk.addr,
-            _ => None,
+            NewDevice::Vsock(vsock) => vsock.addr,
+            NewDevice::Balloon(balloon) => balloon.addr,
+            NewDevice::Net(nic, _) => nic.addr,
+            NewDevice::VhostUser(device) => device.addr,
+            NewDevice::Share(share) => share.addr,
+            NewDevice::Rng(..) | NewDevice::Console => None,
         };
         match chosen {
             Some(address) => {
@@ -87,7 +94,7 @@ impl Resources {
                 let disk: Disk = open_disk(disk, &self.disks)?;
                 self.disks.push(disk);
             }
-            NewDevice::Rng => self.urandom = Some(open_device("/dev/urandom", false)?),
+            NewDevice::Rng(limit, _) => self.entropy = Some(Entropy::open(*limit)?),
             NewDevice::Share(share) => self.shares.push(Share::open(share)?),
             NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
@@ -123,8 +130,9 @@ impl Resources {
         self.foreign.retain(|device| device.id != id);
         self.shares.retain(|share| share.config.id != id);
         match id {
-            RNG => self.urandom = None,
+            RNG => self.entropy = None,
             CONSOLE => self.console = None,
+            PORTS => self.ports = None,
             _ => {}
         }
     }

@@ -63,7 +63,7 @@ pub fn open_all(
 impl Pmem {
     /// Opens the file for the guest to see at `address`.
     fn open(config: &PmemConfig, address: u64) -> Result<Self, ResourceError> {
-        let PmemConfig { path, readonly, id } = config.clone();
+        let PmemConfig { path, readonly, id, .. } = config.clone();
         let field = format!("pmem {id}");
         let failed = |error: io::Error| open_error(&field, &path, &error);
         let file = open(OpenOptions::new().read(true).write(!readonly), &path).map_err(failed)?;

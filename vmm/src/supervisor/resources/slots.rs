@@ -34,6 +34,11 @@ impl Slots {
         self.0.iter().find(|(_, taken)| *taken == id).map(|(address, _)| address.place())
     }
 
+    /// The ids of all devices that have a place.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.0.values().map(String::as_str)
+    }
+
     /// The other devices in a slot.
     pub fn others(&self, slot: u8, id: &str) -> Vec<&str> {
         let there = self.0.iter().filter(|(address, taken)| address.slot == slot && *taken != id);

@@ -81,6 +81,7 @@ mod tests {
             path: folder.path().join(name),
             id: "vsock".into(),
             restart: RestartPolicy::default(),
+            addr: None,
         };
         let cid = 0x7000_0000 + std::process::id();
         let first = Vsock::open(&config("a", cid)).unwrap();

@@ -1,0 +1,226 @@
+//! Named ports of a console.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::message::{DeviceConfig, FdIndex, PortConfig, PortsConfig, Progress, ToDevice};
+use bulkhead_ipc::jail::Enforcement;
+
+use crate::driver::{BUFFERS, Driver};
+use crate::supervised::{LIMIT, Supervised, progress};
+
+const DEVICE_READY: u16 = 0;
+const PORT_ADD: u16 = 1;
+const PORT_READY: u16 = 3;
+const PORT_OPEN: u16 = 6;
+const PORT_NAME: u16 = 7;
+
+/// Where the driver's control buffers are.
+const CONTROL: u64 = 0xf0_0000;
+/// More than a socket and a backlog hold.
+const MUCH: usize = 1 << 20;
+
+fn state() -> OwnedFd {
+    tempfile::tempfile().unwrap().into()
+}
+
+/// A device of the ports "a" and "b".
+fn start(state: &OwnedFd) -> Supervised {
+    let port = |name: &str| PortConfig { name: name.to_owned(), input: None, output: None };
+    let config = PortsConfig { ports: vec![port("a"), port("b")], state: Some(FdIndex(1)) };
+    Supervised::start("console", DeviceConfig::Ports(config), &[state], Enforcement::Supervised)
+}
+
+fn attach(process: &Supervised, port: u16) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    process.channel.send(&ToDevice::AttachPort(port), &[theirs.as_fd()]).unwrap();
+    ours.set_read_timeout(Some(LIMIT)).unwrap();
+    ours
+}
+
+/// The driver says something.
+fn say(driver: &mut Driver, id: u32, event: u16, value: u16) {
+    let message = [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+    driver.put(CONTROL, &message);
+    driver.run(3, &[(CONTROL, 8, false)]);
+}
+
+/// The driver hears this, and what follows it.
+fn hear(driver: &mut Driver, id: u32, event: u16, value: u16) -> Vec<u8> {
+    let len = driver.run(2, &[(CONTROL + 0x1000, 64, true)]);
+    let message = driver.get(CONTROL + 0x1000, usize::try_from(len).unwrap());
+    let expected = [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+    assert_eq!(message[..8], expected);
+    message[8..].to_vec()
+}
+
+/// What a driver does at its start.
+fn begin(driver: &mut Driver) {
+    say(driver, u32::MAX, DEVICE_READY, 1);
+    hear(driver, 1, PORT_ADD, 1);
+    hear(driver, 2, PORT_ADD, 1);
+    for (id, name) in [(1, b"a"), (2, b"b")] {
+        say(driver, id, PORT_READY, 1);
+        assert_eq!(hear(driver, id, PORT_NAME, 1), name);
+    }
+}
+
+fn pattern() -> Vec<u8> {
+    (0..MUCH).map(|index| u8::try_from(index % 251).unwrap()).collect()
+}
+
+#[test]
+fn a_driver_learns_which_ports_there_are_and_who_is_there() {
+    let state = state();
+    let mut process = start(&state);
+    let mut driver = process.driver(8);
+    let mut ports = [0; 4];
+    driver.frontend.get_config(4, &mut ports).unwrap();
+    assert_eq!(ports, 3u32.to_le_bytes(), "port 0 counts");
+    begin(&mut driver);
+    let mut peer = attach(&process, 1);
+    hear(&mut driver, 2, PORT_OPEN, 1);
+    // What comes before the guest has opened the port waits.
+    peer.write_all(b"early").unwrap();
+    say(&mut driver, 2, PORT_OPEN, 1);
+    assert_eq!(driver.run(6, &[(BUFFERS, 100, true)]), 5);
+    assert_eq!(driver.get(BUFFERS, 5), b"early");
+    driver.put(BUFFERS, b"answer");
+    driver.run(7, &[(BUFFERS, 6, false)]);
+    let mut seen = [0; 6];
+    peer.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"answer");
+    drop(peer);
+    hear(&mut driver, 2, PORT_OPEN, 0);
+    // Nobody hears this, and the next one does not either.
+    driver.run(7, &[(BUFFERS, 6, false)]);
+    let mut peer = attach(&process, 1);
+    hear(&mut driver, 2, PORT_OPEN, 1);
+    driver.put(BUFFERS, b"new");
+    driver.run(7, &[(BUFFERS, 3, false)]);
+    let mut seen = [0; 3];
+    peer.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"new");
+    process.stop();
+}
+
+#[test]
+fn a_driver_that_begins_anew_is_told_everything_again() {
+    let state = state();
+    let mut process = start(&state);
+    let mut driver = process.driver(8);
+    begin(&mut driver);
+    let _peer = attach(&process, 1);
+    hear(&mut driver, 2, PORT_OPEN, 1);
+    begin(&mut driver);
+    hear(&mut driver, 2, PORT_OPEN, 1);
+    process.stop();
+}
+
+#[test]
+fn a_peer_that_does_not_read_holds_up_its_own_port_alone() {
+    let state = state();
+    let mut process = start(&state);
+    let mut driver = process.driver(8);
+    begin(&mut driver);
+    let (mut slow, mut other) = (attach(&process, 0), attach(&process, 1));
+    hear(&mut driver, 1, PORT_OPEN, 1);
+    hear(&mut driver, 2, PORT_OPEN, 1);
+    say(&mut driver, 2, PORT_OPEN, 1);
+    driver.put(BUFFERS, &pattern());
+    let head = driver.queues[5].submit(&driver.ram, &[(BUFFERS, u32::try_from(MUCH).unwrap(), false)]);
+    driver.queues[5].kick();
+    let end = Instant::now() + LIMIT;
+    while progress(&process) != (Progress::WaitsForHost { queue: 5 }) {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let after = BUFFERS + 2 * MUCH as u64;
+    for _ in 0..100 {
+        driver.put(after, b"ping");
+        driver.run(7, &[(after, 4, false)]);
+        let mut seen = [0; 4];
+        other.read_exact(&mut seen).unwrap();
+        other.write_all(b"pong").unwrap();
+        assert_eq!(driver.run(6, &[(after + 8, 8, true)]), 4);
+    }
+    assert!(driver.queues[5].finished(&driver.ram).is_none(), "nothing is dropped");
+    let mut seen = vec![0; MUCH];
+    slow.read_exact(&mut seen).unwrap();
+    assert!(seen == pattern());
+    let ram = driver.ram.clone();
+    assert_eq!(driver.queues[5].wait(&ram).0, head);
+    process.stop();
+}
+
+#[test]
+fn a_successor_goes_on_in_the_middle_of_a_request_and_no_byte_is_lost_or_doubled() {
+    let state = state();
+    let mut process = start(&state);
+    let mut driver = process.driver(8);
+    begin(&mut driver);
+    let (mut peer, theirs) = UnixStream::pair().unwrap();
+    peer.set_read_timeout(Some(LIMIT)).unwrap();
+    process.channel.send(&ToDevice::AttachPort(0), &[theirs.as_fd()]).unwrap();
+    hear(&mut driver, 1, PORT_OPEN, 1);
+    say(&mut driver, 1, PORT_OPEN, 1);
+    driver.put(BUFFERS, &pattern());
+    let head = driver.queues[5].submit(&driver.ram, &[(BUFFERS, u32::try_from(MUCH).unwrap(), false)]);
+    driver.queues[5].kick();
+    let mut seen = vec![0; MUCH];
+    peer.read_exact(&mut seen[..1000]).unwrap();
+
+    // As the supervisor replaces a process: the successor is there before the other ends.
+    let mut successor = start(&state);
+    for queue in 0..8 {
+        driver.frontend.get_vring_base(queue).unwrap();
+    }
+    assert!(driver.queues[5].finished(&driver.ram).is_none());
+    process.stop();
+    successor.channel.send(&ToDevice::AttachPort(0), &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    let Driver { ram, queues, .. } = driver;
+    let mut driver = Driver::unstarted(successor.stream.take().unwrap(), 0);
+    (driver.ram, driver.queues) = (ram, queues);
+    driver.set_up(0, u64::MAX);
+    driver.start(None);
+    peer.read_exact(&mut seen[1000..]).unwrap();
+    let wrong = seen.iter().zip(pattern()).position(|(seen, said)| *seen != said);
+    assert_eq!(wrong, None, "a byte is lost or doubled");
+    let ram = driver.ram.clone();
+    assert_eq!(driver.queues[5].wait(&ram).0, head);
+    // The port is still open, and the driver is told nothing that it knows.
+    peer.write_all(b"more").unwrap();
+    assert_eq!(driver.run(4, &[(BUFFERS, 100, true)]), 4);
+    drop(peer);
+    hear(&mut driver, 1, PORT_OPEN, 0);
+    successor.stop();
+}
+
+#[test]
+fn what_a_predecessor_left_that_makes_no_sense_harms_nobody() {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[0xff; 5000]).unwrap();
+    let state = File::into(file);
+    let mut process = start(&state);
+    let mut driver = process.driver(8);
+    begin(&mut driver);
+    process.stop();
+}
+
+#[test]
+fn a_driver_without_ports_is_left_alone() {
+    let state = state();
+    let mut process = start(&state);
+    let mut driver = Driver::unstarted(process.stream.take().unwrap(), 2);
+    driver.set_up(0, 0);
+    driver.start(None);
+    for _ in 0..100 {
+        driver.run(1, &[(BUFFERS, 8, false)]);
+    }
+    assert_eq!(progress(&process), Progress::Fine);
+    process.stop();
+}

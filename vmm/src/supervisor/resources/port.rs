@@ -1,0 +1,48 @@
+//! Named ports: the host's side of each, and what their process leaves to its successor.
+
+use std::fs::File;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::{ResourceError, Stream};
+use crate::supervisor::config::{PORTS, PortSpec};
+
+/// Bytes that the file of [`Ports::state`] may grow to: the facts, and the backlog of each port.
+pub const PORTS_STATE: u64 = 2 << 20;
+
+/// A named port.
+#[derive(Debug)]
+pub struct Port {
+    /// Its name in the guest.
+    pub name: String,
+    /// The host's side.
+    pub stream: Stream,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub struct Ports {
+    /// The ports; the first is port 1.
+    pub ports: Vec<Port>,
+    /// What their process leaves to its successor.
+    pub state: File,
+}
+
+impl Ports {
+    /// Opens the host's side of each; `None`: there are none.
+    pub fn open(specs: &[PortSpec]) -> Result<Option<Self>, ResourceError> {
+        if specs.is_empty() {
+            return Ok(None);
+        }
+        let mut ports = Vec::with_capacity(specs.len());
+        for PortSpec { name, target } in specs {
+            if let Some(stream) = Stream::open("port", target)? {
+                ports.push(Port { name: name.clone(), stream });
+            }
+        }
+        let state = memfd_create(c"ports", MFdFlags::MFD_CLOEXEC);
+        let state =
+            state.map_err(|errno| ResourceError::Host { what: PORTS.to_owned(), reason: errno.into() })?;
+        Ok(Some(Self { ports, state: state.into() }))
+    }
+}
