@@ -142,7 +142,7 @@ fn vsock() -> Outcome {
     let mut guest = Guest::start(&folder, "vsock", &options)?;
     guest.boot()?;
     guest.run("for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
-    guest.run(&format!("guest-vsock {STREAMS} >/tmp/said 2>&1 & true"))?;
+    guest.run(&format!(": >/tmp/said; guest-vsock {STREAMS} >/tmp/said 2>&1 & true"))?;
     let ok = "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done";
     guest.run(ok)?;
     let mut stream = dial(&path, 7000)?;
