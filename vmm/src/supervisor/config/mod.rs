@@ -58,8 +58,6 @@ pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
 
 use bulkhead_ipc::channel::message::RngLimit;
-use bulkhead_ipc::jail::Layer;
-use confinement::{CgroupChoice, LimitSpec, UidChoice};
 
 use super::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 use super::confinement::process_names;
