@@ -293,7 +293,10 @@ pub fn core() {
     jail::set_enforcement(Enforcement::Supervised);
     let mut devices: Vec<File> = Vec::new();
     for link in start.devices.iter().rev() {
-        // The descriptors of devices come last.
+        // The descriptors of devices come last, a socket and perhaps a ROM, which the core reads and closes.
+        if link.rom.is_some() {
+            drop(descriptors.pop());
+        }
         assert_eq!(usize::from(link.socket.0) + 1, descriptors.len());
         devices.push(descriptors.pop().expect("a socket for each device").into());
     }
