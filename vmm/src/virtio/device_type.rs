@@ -20,9 +20,9 @@ impl DeviceType {
     pub const NET: Self = Self { id: 1, class: 0x02_00_00, config_size: 12, queues: 2, multi_queue: true };
     /// Block device, section 5.2; up to `write_zeroes_may_unmap`.
     pub const BLOCK: Self = Self { id: 2, class: 0x01_00_00, config_size: 60, queues: 1, multi_queue: true };
-    /// Console, section 5.3, without further ports.
+    /// Console, section 5.3; with named ports it has more queues.
     pub const CONSOLE: Self =
-        Self { id: 3, class: 0x07_80_00, config_size: 12, queues: 2, multi_queue: false };
+        Self { id: 3, class: 0x07_80_00, config_size: 12, queues: 2, multi_queue: true };
     /// Entropy device, section 5.4.
     pub const ENTROPY: Self =
         Self { id: 4, class: 0x00_FF_00, config_size: 0, queues: 1, multi_queue: false };

@@ -29,7 +29,8 @@ pub fn cases() -> Vec<Case> {
             "two machines at one cable: a file each way, one is killed and comes back",
             120,
             cable,
-        ),
+        )
+        .long_in_lab(),
     ]
 }
 

@@ -21,7 +21,7 @@ fn agent(context: &Context) -> Outcome {
     let machine = Machine::stock(context, Kernel::Elf, "ports")?;
     let options = ["--console", "--port", &agent, "--port", &other];
     let mut running = machine.arguments(&options).start()?;
-    running.wait_for("guest: port other", 1)?;
+    running.wait_for("guest: ports are there", 1)?;
     let failed = |error: std::io::Error| format!("port: {error}");
     let mut stream = UnixStream::connect(&path).map_err(failed)?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(failed)?;

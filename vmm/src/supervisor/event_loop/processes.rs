@@ -10,6 +10,7 @@ use bulkhead_ipc::channel::message::{
     BalloonReport, FromCore, FromDevice, Input, Left, MachineEnd, Progress, ToDevice,
 };
 use bulkhead_ipc::jail::{Exit, JailError, PolicyName, Violation};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
 use crate::supervisor::api::EventKind;
@@ -26,6 +27,8 @@ use crate::supervisor::process::{Process, Role, State};
 const MESSAGES_AT_ONCE: usize = 16;
 /// The longest text of a process that is shown, in characters.
 const MAX_TEXT: usize = 500;
+/// How long a device may take to end after its stream closed, in milliseconds.
+const LAST_BREATH: u8 = 200;
 
 /// What arrived on a control channel, of either kind of process.
 #[derive(Debug)]
@@ -133,6 +136,7 @@ impl EventLoop<'_> {
             Message::Ended(MachineEnd::Failed(reason)) => {
                 self.explained(index);
                 // A device that died is why, not that the core noticed it.
+                self.await_death(index);
                 (0..self.processes.len())
                     .filter(|other| *other != index)
                     .for_each(|other| self.reap(other, false));
@@ -159,6 +163,16 @@ impl EventLoop<'_> {
                 self.condemn(index, EventKind::Failure, &text);
             }
         }
+    }
+
+    /// Waits a moment until a process other than this one can be reaped: its streams close before it has ended.
+    fn await_death(&self, index: usize) {
+        let others = self.processes.iter().enumerate().filter(|(other, _)| *other != index);
+        let alive = others.filter(|(_, process)| process.state != State::Ended);
+        let mut fds: Vec<_> =
+            alive.map(|(_, process)| PollFd::new(process.jailed.as_fd(), PollFlags::POLLIN)).collect();
+        // Without an answer the core's own sentence has to do.
+        let _ = poll(&mut fds, LAST_BREATH);
     }
 
     /// Why this process ends has been said.
