@@ -41,7 +41,7 @@ pub fn cases() -> Vec<Case> {
             multiboot,
         ),
         Case::new("stock", "iPXE from a network card's ROM gets an address from passt", 120, dhcp),
-        Case::new("stock", "SeaBIOS, GRUB and Debian from a partitioned disk", 240, grub).long_in_lab(),
+        Case::new("stock", "SeaBIOS, GRUB and Debian from a partitioned disk", 240, grub),
         Case::new(
             "stock",
             "OVMF and Debian from an EFI system partition, with variables that stay",
