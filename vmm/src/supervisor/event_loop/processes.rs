@@ -136,10 +136,7 @@ impl EventLoop<'_> {
             Message::Ended(MachineEnd::Failed(reason)) => {
                 self.explained(index);
                 // A device that died is why, not that the core noticed it.
-                self.await_death(index);
-                (0..self.processes.len())
-                    .filter(|other| *other != index)
-                    .for_each(|other| self.reap(other, false));
+                self.reap_the_dying(|other| other != index);
                 self.fail(ExitCode::Process, &format!("core: {}", harmless(&reason)));
             }
             Message::Ended(end) => self.ended(&end),
@@ -165,14 +162,17 @@ impl EventLoop<'_> {
         }
     }
 
-    /// Waits a moment until a process other than this one can be reaped: its streams close before it has ended.
-    fn await_death(&self, index: usize) {
-        let others = self.processes.iter().enumerate().filter(|(other, _)| *other != index);
-        let alive = others.filter(|(_, process)| process.state != State::Ended);
+    /// Waits a moment until one of the `suspects` can be reaped, and reaps it: a process's streams close before
+    /// it has ended, so that the core may hear of a death first.
+    pub(super) fn reap_the_dying(&mut self, suspects: impl Fn(usize) -> bool) {
+        let suspects: Vec<_> = (0..self.processes.len()).filter(|index| suspects(*index)).collect();
+        let processes = suspects.iter().filter_map(|index| self.processes.get(*index));
+        let alive = processes.filter(|process| process.state != State::Ended);
         let mut fds: Vec<_> =
-            alive.map(|(_, process)| PollFd::new(process.jailed.as_fd(), PollFlags::POLLIN)).collect();
+            alive.map(|process| PollFd::new(process.jailed.as_fd(), PollFlags::POLLIN)).collect();
         // Without an answer the core's own sentence has to do.
         let _ = poll(&mut fds, LAST_BREATH);
+        suspects.into_iter().for_each(|index| self.reap(index, false));
     }
 
     /// Why this process ends has been said.

@@ -224,6 +224,7 @@ impl EventLoop<'_> {
         let found = self.processes.iter().position(|p| p.id == id && p.role != Role::Core);
         let Some(index) = found.filter(|index| self.replaceable(*index)) else {
             self.note(EventKind::Failure, found, |entry| entry.reason = Some(reason.to_owned()));
+            self.reap_the_dying(|other| Some(other) == found);
             self.fail(ExitCode::Process, &text);
             return;
         };
