@@ -294,6 +294,12 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=1e.1")], "choose function 0")?;
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=02")], "a slot of its own")?;
     succeed(context, &["add", name, "--disk", &format!("{spec},addr=1e")])?;
+    refuse(context, &["add", name, "--rng=addr=1e"], "a slot of its own")?;
+    refuse(context, &["add", name, "--console=pty"], "is for `bulkhead console`")?;
+    succeed(context, &["add", name, "--console=addr=1d"])?;
+    refuse(context, &["add", name, "--rng=addr=1d.0"], "a slot of its own")?;
+    succeed(context, &["remove", name, "console", "--force"])?;
+    succeed(context, &["add", name, "--rng=addr=1d"])?;
     refuse(context, &["add", name, "--disk", &spec], "already belongs")?;
     for (option, device) in [
         ("--net", "socket=wire"),
