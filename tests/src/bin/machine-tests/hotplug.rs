@@ -19,7 +19,7 @@ use crate::serial;
 /// How often a disk is plugged in and out of a bare guest; of a real one, unless `BULKHEAD_ROUNDS` says otherwise, since a round
 /// takes seconds in the lab; and of a guest that does not listen.
 const ROUNDS: usize = 50;
-const STOCK_ROUNDS: usize = 6;
+const STOCK_ROUNDS: usize = 3;
 const BARE_ROUNDS: usize = 10;
 /// The size of these disks, bytes.
 const DISK: usize = 64 << 10;
