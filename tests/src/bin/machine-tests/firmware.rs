@@ -50,9 +50,14 @@ pub fn cases() -> Vec<Case> {
         )
         .with_lock_in_lab()
         .long_in_lab(),
-        Case::new("stock", "OVMF starts iPXE from a network card's ROM, which gets an address from passt", 200, ovmf_ipxe)
-            .with_lock_in_lab()
-            .long_in_lab(),
+        Case::new(
+            "stock",
+            "OVMF starts iPXE from a network card's ROM, which gets an address from passt",
+            200,
+            ovmf_ipxe,
+        )
+        .with_lock_in_lab()
+        .long_in_lab(),
     ]
 }
 
