@@ -450,11 +450,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
-    let console = args.console.take().or(file.console.take());
-    let ConsoleSpec { target: console, addr: console_addr } = console.unwrap_or(StreamTarget::Off.into());
+    let (serial, ConsoleSpec { target: console, addr: console_addr }) = streams(&mut args, &mut file)?;
     let confinement = confine(&mut args, &mut file);
-    check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file);
     let name = name(&mut args, &mut file)?;
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
@@ -509,7 +506,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         rng,
         rng_limit,
         rng_addr,
-        console_addr: console_addr.filter(|_| console != off),
+        console_addr,
         console,
         ports: named.ports,
         serial,
@@ -664,6 +661,16 @@ fn complete(
         cmdline = if cmdline.is_empty() { added.to_owned() } else { format!("{added} {cmdline}") };
     }
     Ok((cmdline, added))
+}
+
+/// The serial port, and the console with its place where there is one.
+fn streams(args: &mut RunArgs, file: &mut RunArgs) -> Result<(StreamTarget, ConsoleSpec), ConfigError> {
+    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
+    let off = ConsoleSpec::from(StreamTarget::Off);
+    let given = args.console.take().or(file.console.take());
+    let console = given.filter(|console| console.target != off.target).unwrap_or(off);
+    check_streams(&serial, &console.target)?;
+    Ok((serial, console))
 }
 
 fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), ConfigError> {
