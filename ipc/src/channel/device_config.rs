@@ -240,6 +240,17 @@ pub struct FlashConfig {
     pub size: u64,
 }
 
+/// A watchdog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchdogConfig {
+    /// A file that keeps its registers and its deadline for a successor.
+    pub state: FdIndex,
+    /// When there is nothing in the file: the last run of the machine ended since the watchdog ran out.
+    pub expired: bool,
+    /// It raises its interrupt when it runs out.
+    pub interrupt: bool,
+}
+
 /// A keyboard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyboardConfig {

@@ -29,6 +29,7 @@ use super::stream::StreamTarget;
 use super::table::{StreamSpec, SwitchSpec};
 use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
+use super::watchdog::WatchdogSpec;
 use super::{CONSOLE, KEYBOARD, SERIAL};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
@@ -87,6 +88,7 @@ struct File {
     keyboard: Option<SwitchSpec>,
     vsock: Option<VsockSpec>,
     balloon: Option<BalloonSpec>,
+    watchdog: Option<WatchdogSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -176,6 +178,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         vsock: file.vsock.map(|vsock| vsock.below(base)),
         balloon: file.balloon,
+        watchdog: file.watchdog,
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),
@@ -241,6 +244,7 @@ mod tests {
             console = { target = "attach", restart = "never" }
             serial = "file=out.log"
             keyboard = true
+            watchdog = { action = "poweroff", addr = "9" }
             name = "web"
             firmware = "ovmf"
             firmware-vars = "vars"
@@ -282,6 +286,7 @@ mod tests {
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
         assert_eq!((run.rng.map(|rng| rng.on), run.keyboard), (Some(true), Some(Switch::On)));
+        assert_eq!(run.watchdog, "action=poweroff,addr=9".parse().ok());
         assert_eq!(run.console, Some(StreamTarget::Attach));
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
