@@ -432,7 +432,8 @@ fn without_queues<'a>(
 fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ChannelError> {
     let mut named = Vec::with_capacity(config.ports.len());
     for port in &config.ports {
-        named.push(NamedPort { name: port.name.clone(), ends: resources.ends(port.input, port.output)? });
+        let ends = resources.ends(port.input, port.output)?;
+        named.push(NamedPort { name: port.name.clone(), console: port.console, ends });
     }
     let state = config.state.map(|index| resources.take(index)).transpose()?;
     Ok(Ports::new(named, state.map(File::from)))

@@ -214,6 +214,8 @@ pub struct PortsConfig {
 pub struct PortConfig {
     /// Its name in the guest.
     pub name: String,
+    /// It is a console there.
+    pub console: bool,
     /// Bytes for the guest; `None`: nobody sends any until `AttachPort`.
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: nobody reads them until `AttachPort`.

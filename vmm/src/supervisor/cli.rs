@@ -302,7 +302,7 @@ pub struct RunArgs {
     #[arg(
         long = "port",
         value_name = "name=NAME,unix=PATH",
-        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; repeat for more ports"
+        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; with console=on a console there, /dev/hvcN; repeat for more ports"
     )]
     pub ports: Vec<PortSpec>,
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]

@@ -446,6 +446,7 @@ fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
     let mut end = |fd: &'a Option<OwnedFd>| fd.as_ref().map(|fd| fds.add(fd));
     let port = |port: &'a Port| PortConfig {
         name: port.name.clone(),
+        console: port.console,
         input: end(&port.stream.input),
         output: end(&port.stream.output),
     };
