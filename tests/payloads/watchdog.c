@@ -47,7 +47,7 @@ void payload(void)
     pci_write(slot, 0, 0x04, 2);
     print(*(volatile u16 *)(u64)(BASE + 12) & 0x200 ? "after it ran out\n" : "after power on\n");
     for (;;) {
-        if (feeding && ++turns % 1000 == 0) feed();
+        if (feeding && ++turns % 100 == 0) feed();
         if (!(in8(0x3fd) & 1)) continue;
         u8 byte = in8(0x3f8);
         if (byte == 'a') arm(), feeding = 1;
