@@ -245,16 +245,26 @@ mod tests {
     fn a_guest_that_was_waiting_gets_its_chance_and_one_that_is_dead_its_end() {
         let file = tempfile::tempfile().unwrap();
         let mut first = begun(&file);
-        first.write(0, 0x160, &[7]).unwrap();
-        first.write(0, 0x268, &[2]).unwrap();
-        // Its 2 s are over while nobody is there.
-        first.state.as_mut().unwrap().chip.tick(u64::MAX / 2);
-        first.store();
-        let mut late = first.state.clone().unwrap();
-        while late.chip.tick(u64::MAX / 2) == Outcome::Nothing {}
+        let accesses: [(u64, &[u8]); 8] = [
+            (0x0C, &[0x80]),
+            (0x0C, &[0x86]),
+            (0x00, &[0; 4]),
+            (0x0C, &[0x80]),
+            (0x0C, &[0x86]),
+            (0x04, &[0; 4]),
+            (0x68, &[2]),
+            (0x08, &[0]),
+        ];
+        for (number, (register, data)) in (1..).zip(accesses) {
+            first.write(0, number << 8 | register, data).unwrap();
+        }
+        // Its 2 ms are over while nobody is there.
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        assert_eq!(first.timeout(), Some(0));
         let mut second = begun(&file);
         assert!(!second.tick());
         assert!(second.timeout() > Some(1500));
+        second.state.as_mut().unwrap().chip.tick(u64::MAX / 2);
         let state = second.state.as_mut().unwrap();
         assert_eq!(state.chip.tick(u64::MAX), Outcome::Expired);
     }
