@@ -17,6 +17,7 @@ pub mod standalone;
 pub mod stream;
 pub mod uart;
 pub mod vsock;
+pub mod watchdog;
 
 /// Copies configuration space from `offset` on; what lies beyond its end reads as zero.
 pub(crate) fn copy_config(space: &[u8], offset: u32, data: &mut [u8]) {

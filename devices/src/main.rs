@@ -60,7 +60,8 @@ fn main() -> ExitCode {
     match standalone::find(&kind) {
         Some(service) => alone(service, rest),
         None => {
-            eprintln!("bulkhead-device: there is no service {kind:?}\n{}", usage());
+            let reason = standalone::why_not(&kind).map(|reason| format!(": {reason}")).unwrap_or_default();
+            eprintln!("bulkhead-device: there is no service {kind:?}{reason}\n{}", usage());
             ExitCode::from(EXIT_USAGE)
         }
     }

@@ -35,6 +35,7 @@ use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
+use crate::watchdog::{self, Watchdog, WatchdogError};
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -60,6 +61,9 @@ pub enum ServeError {
     /// The keyboard ended.
     #[error(transparent)]
     Keyboard(#[from] KeyboardError),
+    /// The watchdog ended.
+    #[error(transparent)]
+    Watchdog(#[from] WatchdogError),
     /// The network card cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -103,6 +107,7 @@ enum Prepared<'a> {
     Uart(Box<uart::EventLoop<'a>>),
     Flash(Box<Flash<'a>>),
     Keyboard(Box<Keyboard<'a>>),
+    Watchdog(Box<Watchdog<'a>>),
     Relay(Box<Relay<'a>>),
 }
 
@@ -198,6 +203,7 @@ fn type_name(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Net(_) => "net",
         DeviceConfig::Relay(_) => "relay",
         DeviceConfig::Fs(_) => "fs",
+        DeviceConfig::Watchdog(_) => "watchdog",
     }
 }
 
@@ -233,6 +239,7 @@ pub fn run(
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
         Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
         Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
+        Ok(Prepared::Watchdog(watchdog)) => Ok(watchdog.run()?),
         Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
@@ -369,6 +376,7 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
         DeviceConfig::Uart(_)
         | DeviceConfig::Flash(_)
         | DeviceConfig::Keyboard(_)
+        | DeviceConfig::Watchdog(_)
         | DeviceConfig::Relay(_) => None,
     })
 }
@@ -402,6 +410,13 @@ fn without_queues<'a>(
             seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
             Ok(Prepared::Keyboard(Box::new(keyboard)))
         }
+        DeviceConfig::Watchdog(config) => {
+            let state = resources.take(config.state)?.into();
+            resources.finish(channel)?;
+            let watchdog = watchdog::open(socket, state, (config.expired, config.interrupt), channel)?;
+            seal(PolicyName::WatchdogMain, &watchdog.descriptors(), channel)?;
+            Ok(Prepared::Watchdog(Box::new(watchdog)))
+        }
         DeviceConfig::Relay(config) => {
             let back_end = resources.take(config.back_end)?;
             resources.finish(channel)?;
@@ -417,7 +432,8 @@ fn without_queues<'a>(
 fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ChannelError> {
     let mut named = Vec::with_capacity(config.ports.len());
     for port in &config.ports {
-        named.push(NamedPort { name: port.name.clone(), ends: resources.ends(port.input, port.output)? });
+        let ends = resources.ends(port.input, port.output)?;
+        named.push(NamedPort { name: port.name.clone(), console: port.console, ends });
     }
     let state = config.state.map(|index| resources.take(index)).transpose()?;
     Ok(Ports::new(named, state.map(File::from)))

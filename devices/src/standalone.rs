@@ -48,6 +48,22 @@ pub const TYPES: &[&ServiceType] = &[
     &crate::fs::SERVICE,
 ];
 
+/// Why a device type that there is cannot be a service.
+#[must_use]
+pub fn why_not(kind: &str) -> Option<&'static str> {
+    match kind {
+        "balloon" => Some("no front end can use one: QEMU has no vhost-user-balloon, and its own needs none"),
+        "pmem" => {
+            Some("the front end has to map the file itself, and there is none for vhost-user that does")
+        }
+        "uart" | "flash" | "keyboard" | "watchdog" => {
+            Some("it is no virtio device, and serves a machine of bulkhead alone")
+        }
+        "relay" => Some("connect the front end to the back end itself"),
+        _ => None,
+    }
+}
+
 /// A device type as a service.
 #[derive(Debug)]
 pub struct ServiceType {

@@ -52,7 +52,7 @@ pub const CORE: Kind = Kind {
 };
 
 /// The devices.
-pub const DEVICES: [Kind; 11] = [
+pub const DEVICES: [Kind; 12] = [
     Kind {
         name: "blk",
         main: PolicyName::BlkMain,
@@ -68,6 +68,7 @@ pub const DEVICES: [Kind; 11] = [
     Kind { name: "net", main: PolicyName::NetMain, others: &[(PolicyName::NetQueue, "queue0")] },
     Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
     Kind { name: "pmem", main: PolicyName::PmemMain, others: &[(PolicyName::PmemQueue, "queue0")] },
+    Kind { name: "watchdog", main: PolicyName::WatchdogMain, others: &[] },
 ];
 
 /// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
@@ -76,7 +77,7 @@ pub const FS: Kind =
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay, pmem] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay, pmem, watchdog] = DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
@@ -90,6 +91,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Relay(_) => relay,
         DeviceConfig::Fs(_) => FS,
         DeviceConfig::Pmem(_) => pmem,
+        DeviceConfig::Watchdog(_) => watchdog,
     }
 }
 

@@ -93,7 +93,7 @@ impl Bench {
         );
         let cid = std::process::id().wrapping_add(0x1000_0000);
         command.arg("--vsock").arg(format!("cid={cid},path=vsock"));
-        let devices = "--disk path=disk,id=disk0 --rng --console --keyboard --balloon --pmem path=memory --net socket=wire,id=net";
+        let devices = "--disk path=disk,id=disk0 --rng --console --keyboard --balloon --watchdog --pmem path=memory --net socket=wire,id=net";
         command.args(devices.split(' '));
         command.arg("--name").arg(format!("{name}-{}", std::process::id()));
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -172,6 +172,7 @@ fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
                 "net",
                 "relay",
                 "pmem0",
+                "watchdog",
             ];
             let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
             for process in processes {

@@ -16,8 +16,9 @@ const ATTEMPTS: [&str; 2] = ["<!-- attempts: begin -->\n", "<!-- attempts: end -
 const SIZES: [&str; 2] = ["<!-- sizes: begin -->\n", "<!-- sizes: end -->\n"];
 
 /// Kinds of process that run without policies in the second pass.
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 13] = [
     "core", "blk", "rng", "console", "uart", "flash", "keyboard", "vsock", "balloon", "net", "relay", "pmem",
+    "watchdog",
 ];
 
 /// Outcomes of all attempts, by policy file or kind of process.

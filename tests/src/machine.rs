@@ -30,6 +30,8 @@ pub mod exit {
     pub const FORCED: i32 = 6;
     /// No such machine.
     pub const NO_MACHINE: i32 = 7;
+    /// The watchdog ran out.
+    pub const WATCHDOG: i32 = 8;
 }
 
 /// Which form of the guest's kernel to boot.

@@ -1,6 +1,6 @@
 //! The controller behind its register protocol, with its state in a file that outlives the process.
 //!
-//! Region 0 has two bytes, the ports, for each number from 0 to 255. The client numbers its accesses and repeats one that was
+//! Region 0 has 256 bytes, of which the first two are the ports, for each number from 0 to 255. The client numbers its accesses and repeats one that was
 //! not answered, under the same number: state, number and answer are stored together before the answer is sent, so that no
 //! access is carried out twice, whatever process it reaches.
 
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::i8042::{I8042, Port};
 
 /// Size of the region with the ports, in bytes.
-pub const REGION_SIZE: u64 = 512;
+pub const REGION_SIZE: u64 = 1 << 16;
 /// Size of the file, in bytes: a page, so that the kernel writes all of the state or nothing of it.
 pub const STATE_SIZE: usize = 4096;
 
@@ -90,9 +90,13 @@ impl KeyboardDevice {
         offset: u64,
         access: impl FnOnce(&mut I8042, Port) -> u8,
     ) -> Result<u8, AccessError> {
-        let number = u8::try_from(offset >> 1).map_err(|_| AccessError::OutOfRange)?;
+        let number = u8::try_from(offset >> 8).map_err(|_| AccessError::OutOfRange)?;
         if number != self.state.number {
-            let port = if offset & 1 == 0 { Port::Data } else { Port::Command };
+            let port = match offset & 0xFF {
+                0 => Port::Data,
+                1 => Port::Command,
+                _ => return Err(AccessError::OutOfRange),
+            };
             self.state.number = number;
             self.state.answer = access(&mut self.state.controller, port);
             self.store();
@@ -191,7 +195,7 @@ mod tests {
         }
 
         fn offset(&self, port: u64) -> u64 {
-            u64::from(self.number) * 2 + (port & 4) / 4
+            u64::from(self.number) * 256 + (port & 4) / 4
         }
 
         fn read(&mut self, port: u64) -> u8 {

@@ -15,6 +15,7 @@ use crate::supervised::{LIMIT, Supervised, progress};
 const DEVICE_READY: u16 = 0;
 const PORT_ADD: u16 = 1;
 const PORT_READY: u16 = 3;
+const CONSOLE_PORT: u16 = 4;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
@@ -27,9 +28,10 @@ fn state() -> OwnedFd {
     tempfile::tempfile().unwrap().into()
 }
 
-/// A device of the ports "a" and "b".
+/// A device of the ports "a" and "b", of which the second is a console.
 fn start(state: &OwnedFd) -> Supervised {
-    let port = |name: &str| PortConfig { name: name.to_owned(), input: None, output: None };
+    let port =
+        |name: &str| PortConfig { name: name.to_owned(), console: name == "b", input: None, output: None };
     let config = PortsConfig { ports: vec![port("a"), port("b")], state: Some(FdIndex(1)) };
     Supervised::start("console", DeviceConfig::Ports(config), &[state], Enforcement::Supervised)
 }
@@ -64,6 +66,9 @@ fn begin(driver: &mut Driver) {
     hear(driver, 2, PORT_ADD, 1);
     for (id, name) in [(1, b"a"), (2, b"b")] {
         say(driver, id, PORT_READY, 1);
+        if id == 2 {
+            hear(driver, id, CONSOLE_PORT, 1);
+        }
         assert_eq!(hear(driver, id, PORT_NAME, 1), name);
     }
 }

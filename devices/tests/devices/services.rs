@@ -342,3 +342,12 @@ fn every_type_has_its_units() {
         assert!(answer.status.success() && answer.stdout.starts_with(b"{\"type\": \""), "{name}");
     }
 }
+
+#[test]
+fn a_type_that_cannot_be_a_service_says_why() {
+    for (kind, word) in [("balloon", "QEMU has no vhost-user-balloon"), ("watchdog", "no virtio device")] {
+        let output = Command::new(PROGRAM).args([kind, "--socket-path", "x"]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && said.contains(word), "{kind}: {said}");
+    }
+}

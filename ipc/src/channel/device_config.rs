@@ -214,6 +214,8 @@ pub struct PortsConfig {
 pub struct PortConfig {
     /// Its name in the guest.
     pub name: String,
+    /// It is a console there.
+    pub console: bool,
     /// Bytes for the guest; `None`: nobody sends any until `AttachPort`.
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: nobody reads them until `AttachPort`.
@@ -238,6 +240,17 @@ pub struct FlashConfig {
     pub memory: FdIndex,
     /// Size of both in bytes, a multiple of 4 KiB.
     pub size: u64,
+}
+
+/// A watchdog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchdogConfig {
+    /// A file that keeps its registers and its deadline for a successor.
+    pub state: FdIndex,
+    /// When there is nothing in the file: the last run of the machine ended since the watchdog ran out.
+    pub expired: bool,
+    /// It raises its interrupt when it runs out.
+    pub interrupt: bool,
 }
 
 /// A keyboard.

@@ -13,6 +13,7 @@ pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
     FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
     PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
+    WatchdogConfig,
 };
 
 use crate::channel::ChannelError;
@@ -63,6 +64,10 @@ pub enum ToCore {
     },
     /// Press the ACPI power button.
     Stop,
+    /// Hold all vCPUs.
+    Pause,
+    /// Let them go on.
+    Resume,
     /// Answer [`FromCore::Alive`]: a core that hangs does not.
     Ping,
 }
@@ -204,6 +209,13 @@ pub enum LinkKind {
     Registers,
     /// vfio-user; the keyboard controller at 60 and 64, IRQ 1.
     Keyboard,
+    /// vfio-user; an Intel 6300ESB watchdog.
+    Watchdog {
+        /// Its place on PCI bus 0, as for a virtio function.
+        slot: u8,
+        /// Its interrupt is an NMI to all CPUs; otherwise it has none.
+        nmi: bool,
+    },
     /// vhost-user; a back end that is not ours, behind a process that is.
     Foreign {
         /// Device type of the virtio specification, section 5.
@@ -398,6 +410,8 @@ pub enum DeviceConfig {
     Fs(FsConfig),
     /// virtio-console with named ports.
     Ports(PortsConfig),
+    /// A watchdog.
+    Watchdog(WatchdogConfig),
 }
 
 /// From a device process to the supervisor.
@@ -416,6 +430,8 @@ pub enum FromDevice {
     Balloon(BalloonReport),
     /// After [`ToDevice::Stop`]: what would be lost with the process, for its successor if there is to be one.
     Left(Left),
+    /// The watchdog has run out.
+    Expired,
 }
 
 /// A balloon and what the guest says of its memory.

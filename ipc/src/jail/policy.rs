@@ -36,6 +36,8 @@ pub enum PolicyName {
     FlashMain,
     /// Keyboard: its only thread.
     KeyboardMain,
+    /// Watchdog: its only thread.
+    WatchdogMain,
     /// virtio-blk: a thread that reads and writes an image in a format.
     BlkImage,
     /// virtio-vsock: control channel and vhost-user messages.
@@ -64,7 +66,7 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All policies.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::CoreSetup,
         Self::CoreMain,
         Self::CoreDevices,
@@ -78,6 +80,7 @@ impl PolicyName {
         Self::UartMain,
         Self::FlashMain,
         Self::KeyboardMain,
+        Self::WatchdogMain,
         Self::BlkImage,
         Self::VsockMain,
         Self::VsockQueue,
@@ -128,6 +131,7 @@ impl PolicyName {
             Self::UartMain => UART_MAIN,
             Self::FlashMain => FLASH_MAIN,
             Self::KeyboardMain => KEYBOARD_MAIN,
+            Self::WatchdogMain => WATCHDOG_MAIN,
             Self::BlkImage => BLK_IMAGE,
             Self::VsockMain => VSOCK_MAIN,
             Self::VsockQueue => VSOCK_QUEUE,

@@ -41,7 +41,6 @@ pub(super) struct Core {
     /// By slot. No vCPU comes here.
     virtio: Mutex<BTreeMap<u8, Arc<VirtioPci>>>,
     pub registers: Vec<Arc<dyn RemoteDevice>>,
-    pub flash: Option<Arc<Flash>>,
     pub reports: Arc<Reports>,
     /// All that the process holds, the control channel aside.
     pub descriptors: Vec<RawFd>,
@@ -70,11 +69,12 @@ impl Core {
         let chips = firmware.clone();
         let (platform, vcpus, greeted) =
             side_by_side(kvm, &ram, &start, (firmware, files), devices, &reports)?;
-        let Attached { virtio, registers, flash: flash_stream } =
+        let Attached { virtio, mut registers, flash: flash_stream } =
             devices::attach(greeted, &platform, &ram, &reports)?;
-        if let Some((flash, stream)) = flash.as_ref().zip(flash_stream) {
-            let failed = |source| CoreError::Register { id: flash.id().to_owned(), source };
-            flash.start(stream.into()).map_err(failed)?;
+        if let Some((flash, stream)) = flash.zip(flash_stream) {
+            let failed = |source| CoreError::Register { id: flash.remote.id().to_owned(), source };
+            flash.remote.start(stream.into()).map_err(failed)?;
+            registers.push(flash.remote.clone());
         }
         match start.boot {
             Boot::Kernel { cmdline, smbios, .. } => {
@@ -96,12 +96,11 @@ impl Core {
         let memories = chips.iter().map(|chip| chip.memory()).chain([&ram]);
         held.extend(memories.flat_map(|memory| memory.regions().map(|region| region.fd.as_raw_fd())));
         held.extend(virtio.values().flat_map(|device| device.descriptors()));
-        held.extend(flash.iter().flat_map(|flash| flash.descriptors()));
         held.extend(registers.iter().flat_map(|device| device.descriptors()));
         held.push(platform.timer.as_fd().as_raw_fd());
         let virtio = Mutex::new(virtio);
         let vcpus = spawn(vcpus, platform.gate.clone(), start.processors.present, &reports)?;
-        Ok(Self { platform, ram, vcpus, virtio, registers, flash, reports, descriptors: held })
+        Ok(Self { platform, ram, vcpus, virtio, registers, reports, descriptors: held })
     }
 }
 
@@ -121,14 +120,9 @@ impl Core {
         self.virtio().values().find(|device| device.id() == id).cloned()
     }
 
-    /// The chip with firmware's variables, if that is its name.
-    pub(super) fn flash(&self, id: &str) -> Option<&Flash> {
-        self.flash.as_deref().filter(|flash| flash.id() == id)
-    }
-
     /// The register device of this name.
     pub(super) fn registers(&self, id: &str) -> Option<&dyn RemoteDevice> {
-        self.registers.iter().find(|device| device.name() == id).map(|device| &**device)
+        self.registers.iter().find(|device| device.id() == id).map(|device| &**device)
     }
 }
 

@@ -76,18 +76,16 @@ fn serve(core: &Core, epoll: &Epoll, jobs: &Receiver<Job>) {
 
 /// Connects a device to the successor of its process. It is READY, so that this takes little time, and deadlines bound it.
 fn replace(core: &Core, id: &str, socket: OwnedFd) {
-    let (virtio, registers, flash) = (core.virtio_named(id), core.registers(id), core.flash(id));
+    let (virtio, registers) = (core.virtio_named(id), core.registers(id));
     // First the predecessor's connection is closed: what fails from here on is the successor's failure.
     virtio.iter().for_each(|device| device.disconnect_backend());
     registers.inspect(|device| device.disconnect());
-    flash.inspect(|flash| flash.disconnect());
     core.reports.tell(FromCore::DeviceReplaced { id: id.to_owned() });
-    let result = match (virtio, registers, flash) {
-        (Some(device), ..) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
-        (_, Some(device), _) => device.replace(socket).map_err(|error| error.to_string()),
-        (_, _, Some(flash)) => flash.replace(socket).map_err(|error| error.to_string()),
+    let result = match (virtio, registers) {
+        (Some(device), _) => device.replace_backend(socket.into()).map_err(|error| error.to_string()),
+        (_, Some(device)) => device.replace(socket).map_err(|error| error.to_string()),
         // It has just been removed, and the supervisor is about to hear of it.
-        (None, None, None) => Ok(()),
+        (None, None) => Ok(()),
     };
     if let Err(reason) = result {
         core.reports.device_failed(id, reason);
@@ -100,7 +98,6 @@ fn give_up(core: &Core, id: &str) {
         device.give_up();
     });
     core.registers(id).inspect(|device| device.give_up());
-    core.flash(id).inspect(|flash| flash.give_up());
 }
 
 fn add(core: &Core, epoll: &Epoll, line: Line) -> Result<(), CoreError> {

@@ -17,11 +17,14 @@ use nix::sys::stat::fstat;
 
 use super::CoreError;
 use super::assembly::Core;
-use super::keyboard::{self, Keyboard};
+use super::keyboard::Keyboard;
 use super::platform::Platform;
 use super::register_device::{RegisterDevice, RegisterDeviceConfig, RemoteDevice};
+use super::remote::Remote;
 use super::reports::Reports;
+use super::watchdog::{self, Watchdog};
 use crate::kvm::FunctionMessages;
+use crate::machine::{BuildError, IsaDevice};
 use crate::virtio::{Backend, DeviceType, Settings, VirtioPci};
 
 /// How long a device process that is ready may take to open its session: others' successors wait meanwhile.
@@ -33,8 +36,10 @@ pub(super) enum Greeted {
     Virtio(u8, Settings, Box<Backend>),
     /// Which is spoken to when it has its place.
     Flash(UnixStream),
-    /// With its ISA interrupt and a duplicate of the eventfd that raises it.
-    Registers(Arc<dyn RemoteDevice>, u8, OwnedFd),
+    /// What answers on the bus, and the way to its process; with a duplicate of the eventfd that raises its interrupt.
+    Registers(Arc<dyn IsaDevice>, Arc<dyn RemoteDevice>, OwnedFd),
+    /// With its slot, the way to its process, and the eventfd that is to be an NMI.
+    Watchdog(u8, Arc<Remote<u8>>, Option<OwnedFd>),
 }
 
 /// What leads to a device process, descriptors in place of their indices.
@@ -81,7 +86,9 @@ fn greet_one(line: Line, limit: Option<Duration>, reports: &Arc<Reports>) -> Res
         LinkKind::Foreign { virtio_id, slot, queues, config_size } => {
             (DeviceType { queues, config_size, multi_queue: true, ..DeviceType::from_id(virtio_id) }, slot)
         }
-        LinkKind::Registers | LinkKind::Keyboard => return greet_registers(&link, stream, reports),
+        LinkKind::Registers | LinkKind::Keyboard | LinkKind::Watchdog { .. } => {
+            return greet_registers(&link, stream, reports);
+        }
         LinkKind::Flash => return Ok(Greeted::Flash(stream)),
     };
     // The supervisor replaces the process, or says that it will not.
@@ -104,17 +111,26 @@ fn greet_registers(
     let interrupt = EventFd::from_flags(flags).map_err(CoreError::system("eventfd2"))?;
     let duplicate = interrupt.as_fd().try_clone_to_owned().map_err(CoreError::system("dup"))?;
     let failed = |source| CoreError::Register { id: id.to_owned(), source };
-    if link.kind == LinkKind::Keyboard {
-        let device = Keyboard::connect(id, stream.into(), interrupt.into(), reports.clone());
-        return Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), keyboard::IRQ, duplicate));
+    if link.kind != LinkKind::Registers {
+        let interrupt = Some(interrupt.into());
+        let remote = Remote::new(id, interrupt, reports.clone(), |_, _| Ok(()));
+        remote.start(stream.into()).map_err(failed)?;
+        let remote = Arc::new(remote);
+        return Ok(match link.kind {
+            LinkKind::Watchdog { slot, nmi } => Greeted::Watchdog(slot, remote, nmi.then_some(duplicate)),
+            _ => {
+                let keyboard = Keyboard::new(remote.clone(), reports.clone());
+                Greeted::Registers(Arc::new(keyboard), remote, duplicate)
+            }
+        });
     }
     let config = RegisterDeviceConfig::com1(id);
-    let irq = config.irq;
     let (reports, device_id) = (reports.clone(), id.to_owned());
     let on_failure =
         Box::new(move |error: &ClientError| reports.device_failed(&device_id, error.to_string()));
     let device = RegisterDevice::connect(config, stream.into(), interrupt.into(), on_failure);
-    Ok(Greeted::Registers(Arc::new(device.map_err(failed)?), irq, duplicate))
+    let device = Arc::new(device.map_err(failed)?);
+    Ok(Greeted::Registers(device.clone(), device, duplicate))
 }
 
 /// The devices in their places.
@@ -140,11 +156,20 @@ pub(super) fn attach(
                 let device = attach_virtio(slot, settings, *backend, platform, ram, reports)?;
                 attached.virtio.insert(slot, device);
             }
-            Greeted::Registers(device, irq, interrupt) => {
+            Greeted::Registers(device, link, interrupt) => {
                 // What the device signalled before is in the eventfd, and KVM looks at it now.
+                let irq = device.irq().unwrap_or_default();
                 platform.interrupts.connect_line(interrupt.as_fd(), irq)?;
-                platform.machine.attach_isa(device.clone())?;
-                attached.registers.push(device);
+                platform.machine.attach_isa(device)?;
+                attached.registers.push(link);
+            }
+            Greeted::Watchdog(slot, link, nmi) => {
+                if let Some(nmi) = nmi {
+                    platform.interrupts.connect_forever(nmi.as_fd(), watchdog::NMI)?;
+                }
+                let function = Watchdog::new(link.clone()).map_err(BuildError::from)?;
+                platform.machine.attach_pci(slot, Arc::new(function))?;
+                attached.registers.push(link);
             }
             Greeted::Flash(stream) => attached.flash = Some(stream),
         }
@@ -190,7 +215,9 @@ impl Core {
                 self.platform.machine.announce_pci(slot);
                 Ok((slot, device))
             }
-            Greeted::Registers(..) | Greeted::Flash(_) => Err(CoreError::NotPluggable(id)),
+            Greeted::Registers(..) | Greeted::Watchdog(..) | Greeted::Flash(_) => {
+                Err(CoreError::NotPluggable(id))
+            }
         }
     }
 

@@ -98,6 +98,8 @@ impl EventLoop {
     fn control(&self, channel: &Channel, core: &Core) -> Result<(), CoreError> {
         match channel.recv(Some(Duration::ZERO)) {
             Ok((ToCore::Stop, _)) => core.platform.machine.press_power_button(),
+            Ok((ToCore::Pause, _)) => core.vcpus.pause(),
+            Ok((ToCore::Resume, _)) => core.vcpus.resume(),
             Ok((ToCore::DeviceReplaced { id, socket }, descriptors)) => {
                 self.leave(Job::Replace(id, Descriptors::from(descriptors).take(socket)?));
             }

@@ -1,6 +1,8 @@
 use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use bulkhead_ipc::channel::message::FromCore;
 use bulkhead_ipc::vfio_user::{
@@ -9,6 +11,7 @@ use bulkhead_ipc::vfio_user::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::super::remote::DEADLINE;
 use super::*;
 
 /// A controller that notes the accesses; after so many it is gone without an answer.
@@ -24,7 +27,7 @@ impl RegisterDevice for Model {
 
     fn region(&self, index: u32) -> Option<Region<'_>> {
         let flags = RegionInfo::READ | RegionInfo::WRITE;
-        (index == 0).then_some(Region { size: 512, flags, file: None })
+        (index == 0).then_some(Region { size: 1 << 16, flags, file: None })
     }
 
     fn irq_count(&self, _index: u32) -> u32 {
@@ -76,8 +79,9 @@ fn keyboard(left: usize) -> (Arc<Keyboard>, Arc<Reports>, Process) {
     let (socket, process) = process(left);
     let reports = Arc::new(Reports::new().unwrap());
     let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    let keyboard = Keyboard::connect("keyboard", socket, event.into(), reports.clone()).unwrap();
-    (Arc::new(keyboard), reports, process)
+    let remote = Remote::new("keyboard", Some(event.into()), reports.clone(), |_, _| Ok(()));
+    remote.start(socket).unwrap();
+    (Arc::new(Keyboard::new(Arc::new(remote), reports.clone())), reports, process)
 }
 
 fn ended(reports: &Reports) -> bool {
@@ -98,8 +102,8 @@ fn accesses_are_numbered_and_what_resets_the_machine_stays_here() {
     keyboard.write(COMMAND, &[0xFE]);
     assert!(ended(&reports));
     drop(keyboard);
-    let written = [(5, Some(0xD1)), (6, Some(0x03)), (8, Some(0xF2)), (11, Some(0xFF))];
-    assert!(process.join().unwrap().into_iter().eq([(3, None)].into_iter().chain(written)));
+    let written = [(0x201, Some(0xD1)), (0x300, Some(0x03)), (0x400, Some(0xF2)), (0x501, Some(0xFF))];
+    assert!(process.join().unwrap().into_iter().eq([(0x101, None)].into_iter().chain(written)));
 }
 
 #[test]
@@ -129,17 +133,17 @@ fn an_access_that_was_not_answered_is_repeated_under_its_number() {
         }
     });
     first.join().unwrap();
-    keyboard.replace(socket).unwrap();
+    keyboard.remote.replace(socket).unwrap();
     assert_eq!(guest.join().unwrap(), [0x1D]);
     drop(keyboard);
-    assert_eq!(second.join().unwrap(), [(4, None)]);
+    assert_eq!(second.join().unwrap(), [(0x200, None)]);
 }
 
 #[test]
 fn without_a_process_the_ports_are_empty_and_the_reset_still_works() {
     let (keyboard, reports, _process) = keyboard(usize::MAX);
-    keyboard.disconnect();
-    keyboard.give_up();
+    keyboard.remote.disconnect();
+    keyboard.remote.give_up();
     let start = Instant::now();
     let mut byte = [0];
     keyboard.read(COMMAND, &mut byte);

@@ -4,7 +4,7 @@
 //! - `platform`: KVM's part, chipset and vCPUs; `devices`: the device processes and their places on the buses;
 //! - `host`: what the tree asks of KVM and of the clocks;
 //! - `register_device`: a device on the ISA bus whose registers live in another process;
-//! - `keyboard`: the keyboard controller, whose registers live in another process;
+//! - `remote`: the way to a process that holds registers, for `keyboard`, `watchdog` and `flash`;
 //! - `flash`: the chip with firmware's variables, whose commands another process carries out;
 //! - `event_loop`: the main thread while the machine runs; `device_thread`: the one that waits for device processes.
 
@@ -17,7 +17,9 @@ mod host;
 mod keyboard;
 mod platform;
 pub mod register_device;
+mod remote;
 mod reports;
+mod watchdog;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;

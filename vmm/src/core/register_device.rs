@@ -251,54 +251,11 @@ impl RegisterDevice {
         Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
     }
 
-    /// Takes a new process in place of one that failed (or still runs), and writes the guest's settings to it. Accesses
-    /// wait until the device has carried these out, not while the connection is made.
-    ///
-    /// # Errors
-    /// As for [`Self::connect`]; the port stays as it was.
-    pub fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
-        let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
-        let mut state = self.lock();
-        let [line, settings] = state.journal.replay();
-        line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
-        // A process that takes them one by one, each just in time, does not get them all; and others wait meanwhile.
-        let end = end_of(self.config.deadline);
-        let in_time = |_: &&u8| !left(end).is_zero();
-        let mut characters = state.undelivered.iter().take_while(in_time);
-        characters.try_for_each(|character| link.post(THR, *character, true))?;
-        link.client.set_deadline(left(end))?;
-        settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
-        link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
-        link.client.set_deadline(self.config.deadline)?;
-        state.link = Some(link);
-        self.settled.notify_all();
-        Ok(())
-    }
-
-    /// Lets the process go, as after a failure but without a word about it; accesses wait for [`Self::replace`].
-    pub fn disconnect(&self) {
-        self.forget(&mut self.lock());
-    }
-
-    /// No successor will come: from here on the port is an empty slot.
-    pub fn give_up(&self) {
-        let mut state = self.lock();
-        (state.link, state.patience) = (None, None);
-        self.settled.notify_all();
-    }
-
     fn forget(&self, state: &mut State) {
         if let Some(link) = state.link.take() {
             state.undelivered = link.undelivered();
             state.patience = Instant::now().checked_add(self.config.deadline);
         }
-    }
-
-    /// Numbers of the descriptors that the device holds now, for the check before the process is sealed.
-    pub fn descriptors(&self) -> Vec<RawFd> {
-        let state = self.lock();
-        let socket = state.link.as_ref().map(|link| link.client.as_fd().as_raw_fd());
-        socket.into_iter().chain([self.interrupt.as_raw_fd()]).collect()
     }
 
     /// Whether the device answers.
@@ -337,8 +294,11 @@ impl RegisterDevice {
     }
 }
 
-/// A device on the ISA bus whose process may be replaced.
-pub trait RemoteDevice: IsaDevice {
+/// The way to a device's process, which may be replaced.
+pub trait RemoteDevice: Send + Sync {
+    /// The device's name.
+    fn id(&self) -> &str;
+
     /// Takes a new process in place of one that failed.
     ///
     /// # Errors
@@ -356,20 +316,44 @@ pub trait RemoteDevice: IsaDevice {
 }
 
 impl RemoteDevice for RegisterDevice {
+    fn id(&self) -> &str {
+        &self.config.name
+    }
+
+    /// Accesses wait until it has carried out what the guest's settings are, not while the connection is made.
     fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
-        self.replace(socket)
+        let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
+        let mut state = self.lock();
+        let [line, settings] = state.journal.replay();
+        line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
+        // A process that takes them one by one, each just in time, does not get them all; and others wait meanwhile.
+        let end = end_of(self.config.deadline);
+        let in_time = |_: &&u8| !left(end).is_zero();
+        let mut characters = state.undelivered.iter().take_while(in_time);
+        characters.try_for_each(|character| link.post(THR, *character, true))?;
+        link.client.set_deadline(left(end))?;
+        settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
+        link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
+        link.client.set_deadline(self.config.deadline)?;
+        state.link = Some(link);
+        self.settled.notify_all();
+        Ok(())
     }
 
     fn disconnect(&self) {
-        self.disconnect();
+        self.forget(&mut self.lock());
     }
 
     fn give_up(&self) {
-        self.give_up();
+        let mut state = self.lock();
+        (state.link, state.patience) = (None, None);
+        self.settled.notify_all();
     }
 
     fn descriptors(&self) -> Vec<RawFd> {
-        self.descriptors()
+        let state = self.lock();
+        let socket = state.link.as_ref().map(|link| link.client.as_fd().as_raw_fd());
+        socket.into_iter().chain([self.interrupt.as_raw_fd()]).collect()
     }
 }
 

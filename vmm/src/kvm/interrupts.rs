@@ -56,11 +56,15 @@ impl Interrupts {
     /// # Errors
     /// KVM refused it, or no descriptor is left.
     pub fn connect_line(&self, event: BorrowedFd<'_>, gsi: u8) -> Result<(), KvmError> {
-        let failed = |error: io::Error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO));
-        let duplicate = event.try_clone_to_owned().map_err(failed).map_err(call("KVM_IRQFD"))?;
-        // SAFETY: the duplicate is owned and an eventfd by the caller's word; KVM refuses anything else.
-        let duplicate = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };
-        self.vm.register_irqfd(&duplicate, u32::from(gsi)).map_err(call("KVM_IRQFD"))
+        self.vm.register_irqfd(&duplicate(event)?, u32::from(gsi)).map_err(call("KVM_IRQFD"))
+    }
+
+    /// Lets writes to `event` send `message` for as long as the machine lives; otherwise as [`Self::connect_message`].
+    ///
+    /// # Errors
+    /// As there, or no descriptor is left.
+    pub fn connect_forever(&self, event: BorrowedFd<'_>, message: MsiMessage) -> Result<(), KvmError> {
+        self.connect_message(&duplicate(event)?, message).map(drop)
     }
 
     /// Lets writes to `event` send `message` to the guest's LAPICs. A write that came before is delivered now.
@@ -108,6 +112,13 @@ impl Interrupts {
             KvmIrqRouting::from_entries(&entries).map_err(|_| KvmError::TableTooLong("interrupt routing"))?;
         self.vm.set_gsi_routing(&table).map_err(call("KVM_SET_GSI_ROUTING"))
     }
+}
+
+fn duplicate(event: BorrowedFd<'_>) -> Result<EventFd, KvmError> {
+    let failed = |error: io::Error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO));
+    let duplicate = event.try_clone_to_owned().map_err(failed).map_err(call("KVM_IRQFD"))?;
+    // SAFETY: the duplicate is owned and an eventfd by the caller's word; KVM refuses anything else.
+    Ok(unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) })
 }
 
 fn line_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {

@@ -16,7 +16,7 @@ use bulkhead_ipc::jail::Layer;
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
     BalloonSpec, BootOrder, ConsoleSpec, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule,
-    RngSpec, RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    RngSpec, RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec, WatchdogSpec,
 };
 use super::exit_code;
 
@@ -209,6 +209,8 @@ pub enum Command {
     Resize(ResizeArgs),
     /// Show what the balloon of a machine holds and how the guest uses its memory, or give the balloon another size
     Balloon(BalloonArgs),
+    /// Let a machine go on that its watchdog has paused
+    Resume(ResumeArgs),
     /// Print what happened to the processes of a machine, one JSON object on each line
     Events(EventsArgs),
     /// Strike keys of a machine that has a --keyboard
@@ -300,7 +302,7 @@ pub struct RunArgs {
     #[arg(
         long = "port",
         value_name = "name=NAME,unix=PATH",
-        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; repeat for more ports"
+        help = "Named port for a guest agent, /dev/virtio-ports/NAME there: name=NAME, and unix=PATH, file=PATH or pty; with console=on a console there, /dev/hvcN; repeat for more ports"
     )]
     pub ports: Vec<PortSpec>,
     /// Serial port: stdio, file=PATH, pty, unix=PATH, attach (for `bulkhead console`) or off [default: stdio]
@@ -326,6 +328,16 @@ pub struct RunArgs {
         help = "Balloon, by which the guest gives memory back (virtio-balloon): [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     pub balloon: Option<BalloonSpec>,
+    /// A watchdog.
+    #[arg(
+        long,
+        value_name = "action=ACTION,…",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "action=reset",
+        help = "Watchdog (Intel 6300ESB): [action=reset|shutdown|poweroff|pause|inject-nmi|debug|none][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; reset and poweroff end with exit code 8 unless the machine starts anew"
+    )]
+    pub watchdog: Option<WatchdogSpec>,
     /// Read options from a TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -490,6 +502,13 @@ pub struct ResizeArgs {
     /// Seconds for the guest to let go of CPUs
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub timeout: u32,
+}
+
+/// Options of `bulkhead resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// The machine
+    pub name: String,
 }
 
 /// Options of `bulkhead sendkey`.

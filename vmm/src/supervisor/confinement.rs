@@ -112,6 +112,7 @@ pub fn process_names(config: &MachineConfig) -> Vec<&str> {
     names.extend(config.keyboard.then_some(KEYBOARD));
     names.extend(config.vsock.as_ref().map(|vsock| vsock.id.as_str()));
     names.extend(config.balloon.as_ref().map(|balloon| balloon.id.as_str()));
+    names.extend(config.watchdog.as_ref().map(|watchdog| watchdog.id.as_str()));
     names.extend(config.nics.iter().map(|nic| nic.id.as_str()));
     names.extend(config.vhost_user.iter().map(|device| device.id.as_str()));
     names.extend(config.pmems.iter().map(|pmem| pmem.id.as_str()));
@@ -306,9 +307,9 @@ impl Confinement {
         });
         // Every page of guest RAM is charged to the process that touches it first, and that may be any that maps it. A limit
         // without room for all of it would let the guest have a device killed. The UART, the flash
-        // chip and the keyboard map none.
+        // chip, the keyboard and the watchdog map none.
         let ram = match role {
-            Role::Uart | Role::Flash | Role::Keyboard | Role::Relay => 0,
+            Role::Uart | Role::Flash | Role::Keyboard | Role::Watchdog | Role::Relay => 0,
             _ => config.memory.saturating_add(config.memory / TABLES * 2),
         };
         let rate = |size: Option<Size>| size.map(|size| size.0);

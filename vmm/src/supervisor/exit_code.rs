@@ -21,6 +21,8 @@ pub enum ExitCode {
     Forced,
     /// No machine of that name runs, or it did not do what it was asked for in time.
     NoMachine,
+    /// The guest's watchdog ran out and the machine ended of it.
+    Watchdog,
     /// What the guest wrote to the debug exit port: twice the value, and 1.
     Guest(u8),
     /// Ended by this signal: 128 + its number, as shells count.
@@ -39,6 +41,7 @@ impl ExitCode {
             Self::GuestPanic => 5,
             Self::Forced => 6,
             Self::NoMachine => 7,
+            Self::Watchdog => 8,
             Self::Guest(code) => code,
             Self::Signal(signal) => 128 | (signal & 0x7f),
         }
@@ -62,6 +65,7 @@ Exit codes:
     5  the guest panicked
     6  the machine was ended by `bulkhead stop --force` or by Ctrl-A X
     7  no machine of that name runs, or it did not end in time
+    8  the guest's --watchdog ran out, with action=poweroff, or action=reset and --on-reboot exit
   odd  with --debug-exit: the guest wrote V to port F4, and the code is 2·V+1
   129, 130, 143  ended by SIGHUP, SIGINT, SIGTERM (128 + number of the signal)";
 
@@ -86,6 +90,7 @@ mod tests {
             ExitCode::GuestPanic,
             ExitCode::Forced,
             ExitCode::NoMachine,
+            ExitCode::Watchdog,
         ] {
             assert!(HELP.contains(&format!("    {}  ", code.number())), "{code:?}");
         }

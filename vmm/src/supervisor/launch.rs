@@ -14,6 +14,7 @@ use bulkhead_ipc::channel::message::{
     DeviceConfig, DeviceLink, DeviceStart, FdIndex, FirmwareFile, FlashConfig, FsCache, FsConfig, FsOwners,
     ImageFormat, KeyboardConfig, LinkKind, MappedRegion, NetBackend, NetConfig, NetLimits, PmemConfig,
     PortConfig, PortsConfig, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
+    WatchdogConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -30,6 +31,7 @@ use thiserror::Error;
 use super::cli::LogLevel;
 use super::config::fs::Cache;
 use super::config::net::RateSpec;
+use super::config::watchdog::WatchdogAction;
 use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, PORTS, RNG, SERIAL, VhostUserConfig};
 use super::firmware;
 use super::logs::LogPipe;
@@ -38,7 +40,7 @@ use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
     Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Pmem, Port, Ports, Resources, Share,
-    Stream, Variables, Vsock,
+    Stream, Variables, Vsock, WATCHDOG_STATE, Watchdog,
 };
 use super::smbios::Tables;
 use super::terminal;
@@ -139,6 +141,7 @@ enum Plan<'a> {
     Fs(&'a Share),
     Pmem(&'a Pmem),
     Ports(&'a Ports),
+    Watchdog(&'a Watchdog),
 }
 
 impl<'a> Plan<'a> {
@@ -157,6 +160,7 @@ impl<'a> Plan<'a> {
         plans.extend(resources.shares.iter().map(Self::Fs));
         plans.extend(resources.pmems.iter().map(Self::Pmem));
         plans.extend(resources.ports.as_ref().map(Self::Ports));
+        plans.extend(resources.watchdog.as_ref().map(Self::Watchdog));
         plans
     }
 
@@ -175,6 +179,7 @@ impl<'a> Plan<'a> {
             Self::Fs(share) => &share.config.id,
             Self::Pmem(pmem) => &pmem.config.id,
             Self::Ports(_) => PORTS,
+            Self::Watchdog(watchdog) => &watchdog.id,
         }
     }
 
@@ -192,6 +197,7 @@ impl<'a> Plan<'a> {
             Self::Foreign(_) => Role::Relay,
             Self::Fs(_) => Role::Fs,
             Self::Pmem(_) => Role::Pmem,
+            Self::Watchdog(_) => Role::Watchdog,
         }
     }
 
@@ -206,6 +212,9 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => LinkKind::Registers,
             Self::Flash(_) => LinkKind::Flash,
             Self::Keyboard(_) => LinkKind::Keyboard,
+            Self::Watchdog(watchdog) => {
+                LinkKind::Watchdog { slot, nmi: watchdog.action == WatchdogAction::InjectNmi }
+            }
             Self::Vsock(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_VSOCK, slot },
             Self::Balloon(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_BALLOON, slot },
             Self::Net(_) => LinkKind::VirtioVhostUser { virtio_id: VIRTIO_NET, slot },
@@ -240,6 +249,7 @@ impl<'a> Plan<'a> {
             Self::Uart(_) => Some(SHADOW_SIZE as u64),
             Self::Flash(variables) => Some(variables.size),
             Self::Keyboard(_) => Some(KEYBOARD_STATE),
+            Self::Watchdog(_) => Some(WATCHDOG_STATE),
             Self::Foreign(_) => Some(0),
             Self::Fs(_) => None,
         };
@@ -324,6 +334,11 @@ impl<'a> Plan<'a> {
                 size: variables.size,
             }),
             Self::Keyboard(state) => DeviceConfig::Keyboard(KeyboardConfig { state: fds.add(*state) }),
+            Self::Watchdog(watchdog) => DeviceConfig::Watchdog(WatchdogConfig {
+                state: fds.add(&watchdog.state),
+                expired: watchdog.expired,
+                interrupt: watchdog.action == WatchdogAction::InjectNmi,
+            }),
             Self::Balloon(balloon) => DeviceConfig::Balloon(BalloonConfig {
                 target: balloon.target,
                 actual: balloon.actual,
@@ -431,6 +446,7 @@ fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
     let mut end = |fd: &'a Option<OwnedFd>| fd.as_ref().map(|fd| fds.add(fd));
     let port = |port: &'a Port| PortConfig {
         name: port.name.clone(),
+        console: port.console,
         input: end(&port.stream.input),
         output: end(&port.stream.output),
     };

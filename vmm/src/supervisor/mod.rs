@@ -80,6 +80,10 @@ pub fn main() -> ExitCode {
             Ok(text) => print(&text),
             Err(error) => fail(&error, error.exit_code()),
         },
+        Command::Resume(args) => match stop::resume(&args) {
+            Ok(()) => ExitCode::Success,
+            Err(error) => fail(&error, client_code(&error)),
+        },
         Command::Sendkey(args) => match keys::send(&args) {
             Ok(text) => print(&text),
             Err(error) => fail(&error, client_code(&error)),

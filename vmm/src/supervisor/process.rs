@@ -33,6 +33,8 @@ pub enum Role {
     Vsock,
     /// The balloon.
     Balloon,
+    /// The watchdog.
+    Watchdog,
     /// Persistent memory.
     Pmem,
     /// A network card.
@@ -58,6 +60,7 @@ impl Role {
             Self::Keyboard => "keyboard",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Watchdog => "watchdog",
             Self::Pmem => "pmem",
             Self::Net => "net",
             Self::Fs => "fs",
@@ -84,6 +87,7 @@ impl Role {
             (Self::Uart, _) => PolicyName::UartMain,
             (Self::Flash, _) => PolicyName::FlashMain,
             (Self::Keyboard, _) => PolicyName::KeyboardMain,
+            (Self::Watchdog, _) => PolicyName::WatchdogMain,
             (Self::Vsock, None) => PolicyName::VsockMain,
             (Self::Vsock, Some(_)) => PolicyName::VsockQueue,
             (Self::Balloon, None) => PolicyName::BalloonMain,

@@ -14,6 +14,7 @@ mod slots;
 mod stream;
 mod variables;
 mod vsock;
+mod watchdog;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -41,6 +42,7 @@ pub use stream::{Keyboard, Listener, Stream};
 use thiserror::Error;
 pub use variables::Variables;
 pub use vsock::Vsock;
+pub use watchdog::{WATCHDOG_STATE, Watchdog};
 
 use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RomSpec, SERIAL, Size, VhostUserConfig};
 use super::confinement::{AddError, Confinement, Required};
@@ -319,6 +321,8 @@ pub struct Resources {
     pub vsock: Option<Vsock>,
     /// The balloon.
     pub balloon: Option<Balloon>,
+    /// The watchdog.
+    pub watchdog: Option<Watchdog>,
     /// The program of the core.
     pub core_program: OwnedFd,
     /// The program of the devices.
@@ -384,6 +388,7 @@ impl Resources {
             entropy: config.rng.then(|| Entropy::open(config.rng_limit)).transpose()?,
             keyboard: config.keyboard.then(keyboard_state).transpose()?,
             balloon: config.balloon.as_ref().map(Balloon::new),
+            watchdog: config.watchdog.as_ref().map(Watchdog::new).transpose()?,
             core_program: open_program("bulkhead-vmm")?,
             device_program: open_program("bulkhead-device")?,
             null: open_device("/dev/null", true)?,
@@ -415,6 +420,7 @@ impl Resources {
     /// # Errors
     /// The kernel refuses.
     pub fn reset(&self) -> io::Result<()> {
+        self.watchdog.as_ref().map_or(Ok(()), Watchdog::reset)?;
         self.ports.as_ref().map_or(Ok(()), |ports| ports.state.set_len(0))?;
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }

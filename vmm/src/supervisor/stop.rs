@@ -1,10 +1,10 @@
-//! `bulkhead stop`.
+//! `bulkhead stop` and `bulkhead resume`.
 
 use std::time::Duration;
 
-use super::api::Request;
 use super::api::client::{ClientError, Connection};
-use super::cli::StopArgs;
+use super::api::{Request, Response};
+use super::cli::{ResumeArgs, StopArgs};
 
 /// How long a machine may take to end when all its processes were killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -23,4 +23,12 @@ pub fn stop(args: &StopArgs) -> Result<bool, ClientError> {
         Err(error) => return Err(error),
     }
     if timeout.is_zero() { Ok(true) } else { connection.wait_for_end(timeout) }
+}
+
+/// Lets a machine go on that its watchdog has paused.
+pub fn resume(args: &ResumeArgs) -> Result<(), ClientError> {
+    match Connection::to_name(&args.name)?.ask(&Request::Resume, None)? {
+        Response::Done => Ok(()),
+        other => Err(ClientError::Answer(format!("{other:?}"))),
+    }
 }

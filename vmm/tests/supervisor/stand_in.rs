@@ -198,6 +198,10 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.extend([flash.file, flash.memory].map(|fd| fds.take(fd).unwrap()));
             PolicyName::FlashMain
         }
+        DeviceConfig::Watchdog(watchdog) => {
+            kept.push(fds.take(watchdog.state).unwrap());
+            PolicyName::WatchdogMain
+        }
         DeviceConfig::Keyboard(keyboard) => {
             kept.push(fds.take(keyboard.state).unwrap());
             PolicyName::KeyboardMain

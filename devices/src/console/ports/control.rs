@@ -14,6 +14,8 @@ const DEVICE_READY: u16 = 0;
 const PORT_ADD: u16 = 1;
 /// VIRTIO_CONSOLE_PORT_READY: the driver has added the port; value 0: it cannot.
 const PORT_READY: u16 = 3;
+/// VIRTIO_CONSOLE_CONSOLE_PORT: the port is a console.
+const CONSOLE_PORT: u16 = 4;
 /// VIRTIO_CONSOLE_PORT_OPEN: an end of the port is open (1) or closed (0).
 const PORT_OPEN: u16 = 6;
 /// VIRTIO_CONSOLE_PORT_NAME: the name follows, without a terminator.
@@ -26,6 +28,8 @@ pub struct PortState {
     added: bool,
     /// The driver has it.
     acknowledged: bool,
+    /// CONSOLE_PORT was said, of a port that is one.
+    told_console: bool,
     /// PORT_NAME was said.
     named: bool,
     /// The driver was told last that the host's end is open.
@@ -52,6 +56,8 @@ pub struct State {
 pub enum Event {
     /// There is a port.
     Add(usize),
+    /// It is a console.
+    Console(usize),
     /// This is its name.
     Name(usize),
     /// The host's end is open, or closed.
@@ -63,6 +69,7 @@ impl Event {
     pub fn encode(self) -> [u8; MESSAGE] {
         let (index, event, value) = match self {
             Self::Add(index) => (index, PORT_ADD, 1),
+            Self::Console(index) => (index, CONSOLE_PORT, 1),
             Self::Name(index) => (index, PORT_NAME, 1),
             Self::Open(index, open) => (index, PORT_OPEN, u16::from(open)),
         };
@@ -101,8 +108,8 @@ impl State {
         }
     }
 
-    /// What is to be said next. `present`: somebody is at the host's end of this port.
-    pub fn next(&self, present: impl Fn(usize) -> bool) -> Option<Event> {
+    /// What is to be said next. `present`: somebody is at the host's end of this port; `console`: it is a console.
+    pub fn next(&self, present: impl Fn(usize) -> bool, console: impl Fn(usize) -> bool) -> Option<Event> {
         if !self.ready {
             return None;
         }
@@ -113,7 +120,9 @@ impl State {
         let mut ports = self.ports.iter().enumerate().filter(|(_, port)| port.acknowledged);
         ports.find_map(|(index, port)| {
             let open = present(index);
-            if !port.named {
+            if !port.told_console && console(index) {
+                Some(Event::Console(index))
+            } else if !port.named {
                 Some(Event::Name(index))
             } else if port.told_open != open {
                 Some(Event::Open(index, open))
@@ -125,10 +134,11 @@ impl State {
 
     /// It was said.
     pub fn said(&mut self, event: Event) {
-        let (Event::Add(index) | Event::Name(index) | Event::Open(index, _)) = event;
+        let (Event::Add(index) | Event::Console(index) | Event::Name(index) | Event::Open(index, _)) = event;
         let Some(port) = self.ports.get_mut(index) else { return };
         match event {
             Event::Add(_) => port.added = true,
+            Event::Console(_) => port.told_console = true,
             Event::Name(_) => port.named = true,
             Event::Open(_, open) => port.told_open = open,
         }
@@ -149,7 +159,7 @@ mod tests {
 
     fn all(state: &mut State, present: [bool; 2]) -> Vec<Event> {
         let mut said = Vec::new();
-        while let Some(event) = state.next(|index| present[index]) {
+        while let Some(event) = state.next(|index| present[index], |_| false) {
             state.said(event);
             said.push(event);
         }
@@ -181,6 +191,24 @@ mod tests {
         state.hear(message(0, DEVICE_READY, 1));
         assert!(!state.ports[0].guest_open);
         assert_eq!(all(&mut state, [true; 2]), [Event::Add(0)]);
+    }
+
+    #[test]
+    fn a_driver_hears_that_a_port_is_a_console_before_its_name() {
+        let mut state = State::new(2);
+        state.hear(message(0, DEVICE_READY, 1));
+        let mut next = || {
+            let event = state.next(|_| false, |index| index == 1)?;
+            state.said(event);
+            // As a driver does.
+            if let Event::Add(index) = event {
+                state.hear(message(u32::try_from(index).unwrap() + 1, PORT_READY, 1));
+            }
+            Some(event)
+        };
+        let said: Vec<_> = std::iter::from_fn(&mut next).collect();
+        assert_eq!(said, [Event::Add(0), Event::Add(1), Event::Name(0), Event::Console(1), Event::Name(1)]);
+        assert_eq!(Event::Console(1).encode(), message(2, CONSOLE_PORT, 1));
     }
 
     #[test]

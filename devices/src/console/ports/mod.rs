@@ -53,6 +53,8 @@ const FACTS: usize = 4096;
 pub struct NamedPort {
     /// Its name in the guest.
     pub name: String,
+    /// It is a console there.
+    pub console: bool,
     /// Who is there.
     pub ends: Ends,
 }
@@ -86,10 +88,11 @@ impl Ports {
     pub fn new(ports: Vec<NamedPort>, file: Option<File>) -> Self {
         let (sender, arrivals) = channel();
         let (multiport, reset) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
-        let mut names = Vec::new();
+        let (mut names, mut consoles) = (Vec::new(), Vec::new());
         let mut ends = Vec::new();
         for port in ports.into_iter().take(MOST_PORTS) {
             names.push(port.name);
+            consoles.push(port.console);
             ends.push(Port::new(Peer::patient(port.ends)));
         }
         let count = names.len();
@@ -97,6 +100,7 @@ impl Ports {
             state: State::new(count),
             present: vec![false; count],
             names,
+            consoles,
             ports: ends,
             file,
             loaded: false,
@@ -167,6 +171,8 @@ impl VirtioDevice for Ports {
 #[derive(Debug)]
 struct Worker {
     names: Vec<String>,
+    /// Which of them are consoles.
+    consoles: Vec<bool>,
     ports: Vec<Port>,
     /// Whether somebody was at the host's end of each port when it was looked at last.
     present: Vec<bool>,
@@ -294,8 +300,9 @@ impl Worker {
         let mut changed = false;
         let mut more = false;
         for _ in 0..BATCH {
-            let Some(event) = self.state.next(|index| self.present.get(index).copied().unwrap_or(false))
-            else {
+            let is = |list: &[bool], index: usize| list.get(index).copied().unwrap_or(false);
+            let next = self.state.next(|index| is(&self.present, index), |index| is(&self.consoles, index));
+            let Some(event) = next else {
                 more = false;
                 break;
             };

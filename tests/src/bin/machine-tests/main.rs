@@ -26,6 +26,7 @@ mod restart;
 mod serial;
 mod shared;
 mod vsock;
+mod watchdog;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         network::cases(),
         pmem::cases(),
         shared::cases(),
+        watchdog::cases(),
     ];
     let cases: Vec<_> = groups.into_iter().flatten().collect();
     if harness::run(&cases, std::env::args().skip(1)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -16,7 +16,7 @@ fn agent(context: &Context) -> Outcome {
     let path = context.folder.join("a");
     let [agent, other] = [
         format!("name=agent,unix={}", path.display()),
-        format!("name=other,file={}", context.folder.join("other").display()),
+        format!("name=other,console=on,file={}", context.folder.join("other").display()),
     ];
     let machine = Machine::stock(context, Kernel::Elf, "ports")?;
     let options = ["--console", "--port", &agent, "--port", &other];
@@ -39,7 +39,10 @@ fn agent(context: &Context) -> Outcome {
     drop((stream, answers));
     running.wait_for("guest: port hung up", 1)?;
     running.wait_for("guest: console is hvc0", 1)?;
+    running.wait_for("guest: port other is hvc1", 1)?;
     running.expect_exit(exit::SUCCESS)?;
+    let other = std::fs::read_to_string(context.folder.join("other")).map_err(failed)?;
+    ensure!(other.contains("to the other"), "the console's file has {other:?}");
     ensure!(!path.exists(), "the socket is still there");
     Ok(())
 }

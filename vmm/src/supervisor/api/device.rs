@@ -188,6 +188,8 @@ pub enum EventKind {
     Added,
     /// A device was removed.
     Removed,
+    /// The guest's watchdog ran out; `reason` is the action.
+    Watchdog,
     /// The machine ends.
     End,
 }

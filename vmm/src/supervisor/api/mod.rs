@@ -82,6 +82,8 @@ pub enum Request {
         /// What the program says of itself.
         program: ProgramInfo,
     },
+    /// Let the CPUs go on that the watchdog has stopped.
+    Resume,
     /// Strike keys on the machine's keyboard.
     Sendkey {
         /// One after the other; those joined by `-` are held together.

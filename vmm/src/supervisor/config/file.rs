@@ -29,6 +29,7 @@ use super::stream::StreamTarget;
 use super::table::{StreamSpec, SwitchSpec};
 use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
+use super::watchdog::WatchdogSpec;
 use super::{CONSOLE, ConsoleSpec, KEYBOARD, SERIAL, table};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
@@ -88,6 +89,7 @@ struct File {
     keyboard: Option<SwitchSpec>,
     vsock: Option<VsockSpec>,
     balloon: Option<BalloonSpec>,
+    watchdog: Option<WatchdogSpec>,
     name: Option<String>,
     restart: Option<RestartPolicy>,
     hang_deadline: Option<u32>,
@@ -179,6 +181,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         vsock: file.vsock.map(|vsock| vsock.below(base)),
         balloon: file.balloon,
+        watchdog: file.watchdog,
         config: None,
         name: file.name,
         restart: rules.into_iter().flatten().collect(),
@@ -244,6 +247,7 @@ mod tests {
             console = { target = "attach", restart = "never", addr = "5" }
             serial = "file=out.log"
             keyboard = true
+            watchdog = { action = "poweroff", addr = "9" }
             name = "web"
             firmware = "ovmf"
             firmware-vars = "vars"
@@ -285,6 +289,7 @@ mod tests {
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
         assert_eq!((run.rng.map(|rng| rng.on), run.keyboard), (Some(true), Some(Switch::On)));
+        assert_eq!(run.watchdog, "action=poweroff,addr=9".parse().ok());
         assert_eq!(run.console, "attach,addr=05.0".parse().ok());
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();

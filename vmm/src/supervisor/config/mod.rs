@@ -27,6 +27,7 @@ pub mod stream;
 pub mod table;
 pub mod vhost_user;
 pub mod vsock;
+pub mod watchdog;
 
 use std::mem::take;
 use std::path::PathBuf;
@@ -58,6 +59,7 @@ pub use stream::StreamTarget;
 use thiserror::Error;
 pub use vhost_user::{VhostUserConfig, VhostUserSpec};
 pub use vsock::{VsockConfig, VsockSpec};
+pub use watchdog::{WatchdogConfig, WatchdogSpec};
 
 use bulkhead_ipc::channel::message::RngLimit;
 
@@ -91,6 +93,8 @@ pub const KEYBOARD: &str = "keyboard";
 pub const VSOCK: &str = "vsock";
 /// Name of the balloon among the devices, unless it is given another.
 pub const BALLOON: &str = "balloon";
+/// Name of the watchdog among the devices, unless it is given another.
+pub const WATCHDOG: &str = "watchdog";
 /// Name of the core process among the processes.
 pub const CORE: &str = "core";
 /// Name of the supervisor among the processes.
@@ -155,6 +159,8 @@ pub struct MachineConfig {
     pub vsock: Option<VsockConfig>,
     /// The balloon.
     pub balloon: Option<BalloonConfig>,
+    /// The watchdog.
+    pub watchdog: Option<WatchdogConfig>,
     /// What follows the death of a device process, unless the device says otherwise.
     pub restart: RestartPolicy,
     /// The devices, other than disks, that say otherwise.
@@ -359,6 +365,9 @@ pub enum ConfigError {
     /// A port.
     #[error(transparent)]
     Port(#[from] port::PortSpecError),
+    /// A watchdog that cannot be.
+    #[error(transparent)]
+    Watchdog(#[from] watchdog::WatchdogSpecError),
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::BalloonSpecError),
@@ -405,6 +414,7 @@ impl MachineConfig {
         let disk =
             disk.or_else(|| self.vsock.as_ref().filter(|vsock| vsock.id == id).map(|vsock| vsock.restart));
         let disk = disk.or_else(|| self.balloon.as_ref().filter(|it| it.id == id).map(|it| it.restart));
+        let disk = disk.or_else(|| self.watchdog.as_ref().filter(|it| it.id == id).map(|it| it.restart));
         let other = || self.restarts.iter().find(|(device, _)| device == id).map(|(_, policy)| *policy);
         let foreign = || self.vhost_user.iter().find(|device| device.id == id).map(|device| device.restart);
         disk.or_else(other).or_else(foreign).unwrap_or(self.restart)
@@ -419,6 +429,7 @@ impl MachineConfig {
             .chain([(RNG, self.rng_addr), (CONSOLE, self.console_addr)])
             .chain(self.vsock.iter().map(|vsock| (&*vsock.id, vsock.addr)))
             .chain(self.balloon.iter().map(|balloon| (&*balloon.id, balloon.addr)))
+            .chain(self.watchdog.iter().map(|watchdog| (&*watchdog.id, watchdog.addr)))
             .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
             .chain(self.vhost_user.iter().map(|device| (&*device.id, device.addr)))
             .chain(self.shares.iter().map(|share| (&*share.id, share.addr)))
@@ -440,6 +451,7 @@ impl MachineConfig {
             .chain(self.shares.iter().map(|share| &*share.id))
             .chain(self.pmems.iter().map(|pmem| &*pmem.id))
             .chain((!self.ports.is_empty()).then_some(PORTS))
+            .chain(self.watchdog.iter().map(|watchdog| &*watchdog.id))
             .collect()
     }
 }
@@ -513,6 +525,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         keyboard,
         vsock: named.vsock,
         balloon: named.balloon,
+        watchdog: named.watchdog,
         restart,
         restarts,
         liveness: liveness(&args, &file),

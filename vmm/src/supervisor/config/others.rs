@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{
     BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig, PORTS,
     PmemConfig, PmemSpec, PortSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig,
-    VhostUserSpec, VsockConfig, VsockSpec, balloon_pages, fs, port,
+    VhostUserSpec, VsockConfig, VsockSpec, WATCHDOG, WatchdogConfig, WatchdogSpec, balloon_pages, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -16,6 +16,7 @@ use crate::supervisor::cli::RunArgs;
 pub(super) struct Others {
     pub vsock: Option<VsockConfig>,
     pub balloon: Option<BalloonConfig>,
+    pub watchdog: Option<WatchdogConfig>,
     pub nics: Vec<NicConfig>,
     pub vhost_user: Vec<VhostUserConfig>,
     pub shares: Vec<ShareConfig>,
@@ -39,6 +40,8 @@ impl Others {
         let balloon = args.balloon.take().or(file.balloon.take());
         let named = balloon.map(|balloon| name_balloon(balloon, &mut ids, memory, restart));
         this.balloon = named.transpose()?;
+        let watchdog = args.watchdog.take().or(file.watchdog.take());
+        this.watchdog = watchdog.map(|it| name_watchdog(it, &mut ids, restart)).transpose()?;
         let mut nets = take(if args.nets.is_empty() { &mut file.nets } else { &mut args.nets });
         if matches!(nets.as_slice(), [only] if only.none) {
             nets.clear();
@@ -64,6 +67,7 @@ impl Others {
             .chain(self.shares.iter().map(|share| share.id.as_str()))
             .chain(self.pmems.iter().map(|pmem| pmem.id.as_str()))
             .chain((!self.ports.is_empty()).then_some(PORTS))
+            .chain(self.watchdog.iter().map(|watchdog| watchdog.id.as_str()))
     }
 
     /// The ids of what firmware can boot from: the disks and network cards, of all back ends.
@@ -82,6 +86,9 @@ impl Others {
         }
         if let Some(balloon) = &mut self.balloon {
             balloon.restart = policy_of(&balloon.id).unwrap_or(balloon.restart);
+        }
+        if let Some(watchdog) = &mut self.watchdog {
+            watchdog.restart = policy_of(&watchdog.id).unwrap_or(watchdog.restart);
         }
     }
 }
@@ -113,6 +120,16 @@ pub fn name_balloon(
         restart: spec.restart.unwrap_or(restart),
         addr: spec.addr,
     })
+}
+
+/// Gives a watchdog its id.
+fn name_watchdog(
+    spec: WatchdogSpec,
+    ids: &mut Ids,
+    restart: RestartPolicy,
+) -> Result<WatchdogConfig, ConfigError> {
+    let id = ids.take("watchdog", spec.id.unwrap_or_else(|| WATCHDOG.to_owned()))?;
+    Ok(WatchdogConfig { action: spec.action, id, restart: spec.restart.unwrap_or(restart), addr: spec.addr })
 }
 
 /// Gives network cards their ids, and checks them.

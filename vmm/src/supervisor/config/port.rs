@@ -22,6 +22,9 @@ pub struct PortSpec {
     pub name: String,
     /// The host side: `unix=PATH`, `file=PATH` or `pty`.
     pub target: StreamTarget,
+    /// It is a console, `/dev/hvcN`, there.
+    #[serde(default)]
+    pub console: bool,
 }
 
 /// Why a port is refused.
@@ -41,6 +44,9 @@ pub enum PortSpecError {
     /// A key twice.
     #[error("port: '{0}' is given twice")]
     Twice(String),
+    /// `console` with something else than on or off.
+    #[error("port: console={0}: say on or off")]
+    Switch(String),
     /// A target that is none.
     #[error("port: {0}")]
     Target(#[from] StreamError),
@@ -62,15 +68,16 @@ impl FromStr for PortSpec {
     type Err = PortSpecError;
 
     fn from_str(text: &str) -> Result<Self, PortSpecError> {
-        let (mut name, mut target) = (None, None);
+        let (mut name, mut target, mut console) = (None, None, None);
         for piece in text.split(',') {
             let (key, value) = piece.split_once('=').unwrap_or((piece, ""));
             let twice = match key {
                 "name" => name.replace(value.to_owned()).is_some(),
+                "console" => console.replace(switch(value)?).is_some(),
                 "target" => target.replace(value.parse()?).is_some(),
                 "unix" | "file" | "pty" => target.replace(piece.parse()?).is_some(),
                 _ => {
-                    let hint = hint(key, &["name", "unix", "file", "pty", "target"]);
+                    let hint = hint(key, &["name", "unix", "file", "pty", "target", "console"]);
                     return Err(PortSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -79,7 +86,16 @@ impl FromStr for PortSpec {
             }
         }
         let name = name.ok_or(PortSpecError::Missing("a name"))?;
-        Ok(Self { name, target: target.ok_or(PortSpecError::Missing("a target"))? })
+        let target = target.ok_or(PortSpecError::Missing("a target"))?;
+        Ok(Self { name, target, console: console.unwrap_or(false) })
+    }
+}
+
+fn switch(word: &str) -> Result<bool, PortSpecError> {
+    match word {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err(PortSpecError::Switch(word.escape_debug().to_string())),
     }
 }
 
@@ -104,7 +120,7 @@ pub fn check(ports: &[PortSpec]) -> Result<(), PortSpecError> {
     if ports.len() > MOST {
         return Err(PortSpecError::TooMany(ports.len()));
     }
-    for (index, PortSpec { name, target }) in ports.iter().enumerate() {
+    for (index, PortSpec { name, target, .. }) in ports.iter().enumerate() {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
         // udev makes a path of it.
         let dots = name.bytes().all(|byte| byte == b'.');
@@ -133,12 +149,13 @@ mod tests {
     #[test]
     fn reads_a_name_and_a_target() {
         let name = "org.qemu.guest_agent.0".to_owned();
-        let port = PortSpec { name, target: StreamTarget::Unix("/run/a".into()) };
+        let port = PortSpec { name, target: StreamTarget::Unix("/run/a".into()), console: false };
         assert_eq!("name=org.qemu.guest_agent.0,unix=/run/a".parse(), Ok(port.clone()));
         assert_eq!("target=unix=/run/a,name=org.qemu.guest_agent.0".parse(), Ok(port.clone()));
         assert_eq!(check(&[port]), Ok(()));
         let pty: PortSpec = "name=p,pty".parse().unwrap();
         assert_eq!(pty.target, StreamTarget::Pty);
+        assert!("console=on,name=p,pty".parse::<PortSpec>().unwrap().console);
     }
 
     #[test]
@@ -148,6 +165,7 @@ mod tests {
             (&["name=a"], "needs a target"),
             (&["name=a,unx=b"], "did you mean 'unix'?"),
             (&["name=a,unix=b,file=c"], "given twice"),
+            (&["name=a,unix=b,console=yes"], "on or off"),
             (&["name=a,unix="], "needs a path"),
             (&["name=a,target=stdio"], "leads to unix=PATH"),
             (&["name=a/b,unix=c"], "cannot be a name"),

@@ -18,6 +18,7 @@ mod processes;
 mod recovery;
 mod requests;
 mod vsock;
+mod watchdog;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -69,6 +70,11 @@ pub enum End {
     Reset,
     /// The guest panicked.
     Panicked,
+    /// The guest's watchdog ran out.
+    Watchdog {
+        /// The action is a reset.
+        restart: bool,
+    },
     /// The guest wrote this to the debug exit port.
     DebugExit(u8),
     /// Something failed, and was reported; with the exit code for it.
@@ -85,6 +91,7 @@ impl End {
         match self {
             Self::PowerOff | Self::Reset => ExitCode::Success,
             Self::Panicked => ExitCode::GuestPanic,
+            Self::Watchdog { .. } => ExitCode::Watchdog,
             Self::DebugExit(value) => ExitCode::Guest(value << 1 | 1),
             Self::Failed(code) => code,
             Self::Signal(number) => ExitCode::Signal(number),
@@ -95,9 +102,14 @@ impl End {
     /// Whether the configuration says to start the machine anew after this.
     pub fn restarts(self, config: &MachineConfig) -> bool {
         match self {
-            Self::Reset => config.on_reboot == EndAction::Restart,
+            Self::Reset | Self::Watchdog { restart: true } => config.on_reboot == EndAction::Restart,
             Self::Panicked => config.on_panic == EndAction::Restart,
-            Self::PowerOff | Self::DebugExit(_) | Self::Failed(_) | Self::Signal(_) | Self::Forced => false,
+            Self::PowerOff
+            | Self::Watchdog { restart: false }
+            | Self::DebugExit(_)
+            | Self::Failed(_)
+            | Self::Signal(_)
+            | Self::Forced => false,
         }
     }
 }
@@ -232,6 +244,8 @@ pub struct EventLoop<'a> {
     /// What was said about the end.
     why: Option<String>,
     escapes: Escapes,
+    /// The CPUs stand still.
+    paused: bool,
 }
 
 impl<'a> EventLoop<'a> {
@@ -252,6 +266,9 @@ impl<'a> EventLoop<'a> {
             }
         }
         let processes = launch(config, resources, &environment.programs)?;
+        if let Some(watchdog) = &mut resources.watchdog {
+            watchdog.expired = false;
+        }
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
         let cpus = Cpus::new(&resources.processors);
@@ -275,6 +292,7 @@ impl<'a> EventLoop<'a> {
             end: None,
             why: None,
             escapes: Escapes::new(false),
+            paused: false,
         })
     }
 

@@ -45,6 +45,7 @@ pub(super) enum Message {
     Failed(String),
     Left(Left),
     Balloon(BalloonReport),
+    Expired,
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -67,6 +68,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Alive(progress), _) => Message::Alive(progress),
             (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Balloon(report), _) => Message::Balloon(report),
+            (FromDevice::Expired, _) => Message::Expired,
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -149,6 +151,7 @@ impl EventLoop<'_> {
             Message::DeviceRemoved { id } => self.device_removed(&id),
             Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Balloon(report) => self.balloon_report(&id, &report),
+            Message::Expired => self.watchdog_expired(index),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
@@ -243,12 +246,16 @@ impl EventLoop<'_> {
             // Reported by the caller.
             MachineEnd::BadInput { .. } | MachineEnd::Failed(_) => return,
         };
-        if self.end.is_some() {
-            return;
+        if self.end.is_none() {
+            self.say(level, &text);
+            self.ends_in_order(end, &text);
         }
+    }
+
+    /// The machine ends, which `text` says why; its devices finish what is in flight.
+    pub(super) fn ends_in_order(&mut self, end: End, text: &str) {
         self.end = Some(end);
-        self.say(level, &text);
-        self.ends_because(&text);
+        self.ends_because(text);
         self.stop_devices();
     }
 

@@ -55,6 +55,7 @@ impl EventLoop<'_> {
                 self.resize_cpus(client, count, Duration::from_secs(timeout.into()))
             }
             Request::Balloon { size } => self.ask_balloon(client, size).map(|()| None),
+            Request::Resume => self.resume().map(Some),
             Request::Sendkey { keys } => self.strike(&keys).map(Some),
             Request::DeviceAdd { device, limits } => {
                 self.add_device(client, &device, limits.as_deref()).map(|()| None)

@@ -15,6 +15,8 @@ pub const PORTS_STATE: u64 = 2 << 20;
 pub struct Port {
     /// Its name in the guest.
     pub name: String,
+    /// It is a console there.
+    pub console: bool,
     /// The host's side.
     pub stream: Stream,
 }
@@ -35,9 +37,9 @@ impl Ports {
             return Ok(None);
         }
         let mut ports = Vec::with_capacity(specs.len());
-        for PortSpec { name, target } in specs {
+        for PortSpec { name, target, console } in specs {
             if let Some(stream) = Stream::open("port", target)? {
-                ports.push(Port { name: name.clone(), stream });
+                ports.push(Port { name: name.clone(), console: *console, stream });
             }
         }
         let state = memfd_create(c"ports", MFdFlags::MFD_CLOEXEC);

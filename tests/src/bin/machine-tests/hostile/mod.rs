@@ -101,7 +101,9 @@ const HOSTILE: [(&str, LinkKind); 3] = [
 
 fn play(kind: LinkKind, stream: UnixStream, random: &mut Random) -> Outcome<u64> {
     match kind {
-        LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::play(stream, random),
+        LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard | LinkKind::Watchdog { .. } => {
+            vfio_user::play(stream, random)
+        }
         LinkKind::VirtioVhostUser { .. } | LinkKind::Foreign { .. } => vhost_user::play(stream, random),
     }
 }
@@ -424,7 +426,9 @@ fn good(streams: Vec<UnixStream>) -> Outcome<Vec<UnixStream>> {
     let serve = |kind, stream: &UnixStream| {
         let copy = stream.try_clone().map_err(text)?;
         match kind {
-            LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard => vfio_user::serve(copy),
+            LinkKind::Registers | LinkKind::Flash | LinkKind::Keyboard | LinkKind::Watchdog { .. } => {
+                vfio_user::serve(copy)
+            }
             LinkKind::VirtioVhostUser { .. } | LinkKind::Foreign { .. } => vhost_user::serve(copy),
         }
     };
