@@ -27,7 +27,7 @@ const MOST: u64 = 16;
 const DEPTH: u64 = 32;
 const KILLS: u32 = 200;
 /// Of each other device.
-const OTHER_KILLS: u32 = 50;
+pub const OTHER_KILLS: u32 = 50;
 /// The journal's data blocks, and the block of its commit record, behind the others.
 const JOURNAL: u64 = 8;
 const RECORD: u64 = BLOCKS + JOURNAL;
@@ -36,7 +36,7 @@ const JOURNAL_SLOT: u64 = DEPTH;
 const HEADERS: u64 = 0xf0_0000;
 const STATUS: u64 = 0xe0_0000;
 
-fn check_pause(longest: Duration) {
+pub fn check_pause(longest: Duration) {
     if let Ok(limit) = std::env::var("BULKHEAD_PAUSE_MS") {
         let limit = Duration::from_millis(limit.parse().unwrap());
         assert!(longest <= limit, "a pause of {longest:.1?}, not at most {limit:?}");
@@ -299,32 +299,46 @@ fn a_storm_of_kills_loses_and_corrupts_nothing() {
     }
 }
 
-/// A device that returns its buffers in order, and is killed and started anew with the same resources.
-struct Victim<'a> {
+/// A device that is killed and started anew with the same resources.
+pub struct Victim<'a> {
     kind: &'static str,
     config: DeviceConfig,
     resources: &'a [&'a OwnedFd],
-    process: Supervised,
-    driver: Driver,
+    /// The directory that it shares.
+    directory: Option<&'a OwnedFd>,
+    pub process: Supervised,
+    pub driver: Driver,
 }
 
 impl<'a> Victim<'a> {
-    fn new(kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd], queues: u16) -> Self {
-        let mut process = Supervised::start(kind, config.clone(), resources, Enforcement::Supervised);
-        let driver = process.driver(queues);
-        Self { kind, config, resources, process, driver }
+    pub fn new(kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd], queues: u16) -> Self {
+        Self::sharing(None, kind, config, resources, queues)
     }
 
-    /// Kills the process; `take` gets what it had finished. Returns the pause until the successor's rings run.
-    fn kill(&mut self, queue: usize, mut take: impl FnMut(&Driver, (u16, u32))) -> Duration {
+    pub fn sharing(
+        directory: Option<&'a OwnedFd>,
+        kind: &'static str,
+        config: DeviceConfig,
+        resources: &'a [&'a OwnedFd],
+        queues: u16,
+    ) -> Self {
+        let mut process = Supervised::start_sharing(directory, kind, config.clone(), resources);
+        let driver = process.driver(queues);
+        Self { kind, config, resources, directory, process, driver }
+    }
+
+    /// Kills the process; `take` gets what it had finished, with the queue. Returns the pause until the successor's rings run.
+    pub fn kill(&mut self, mut take: impl FnMut(&Driver, usize, (u16, u32))) -> Duration {
         let start = Instant::now();
         self.process.kill();
         let ram = self.driver.ram.clone();
-        while let Some(finished) = self.driver.queues[queue].finished(&ram) {
-            take(&self.driver, finished);
+        for queue in 0..self.driver.queues.len() {
+            while let Some(finished) = self.driver.queues[queue].finished(&ram) {
+                take(&self.driver, queue, finished);
+            }
         }
-        self.process =
-            Supervised::start(self.kind, self.config.clone(), self.resources, Enforcement::Supervised);
+        let (directory, config) = (self.directory, self.config.clone());
+        self.process = Supervised::start_sharing(directory, self.kind, config, self.resources);
         let stream = self.process.stream.take().unwrap();
         self.driver.frontend = Frontend::new("storm", stream, Limits::default());
         self.driver.set_up(EVENT_IDX, u64::MAX);
@@ -365,7 +379,7 @@ fn a_storm_of_kills_leaves_no_entropy_request_without_its_bytes() {
                 finished += 1;
             }
         }
-        let pause = victim.kill(0, |driver, done| {
+        let pause = victim.kill(|driver, _, done| {
             filled(driver, &mut flying, done);
             finished += 1;
         });
@@ -421,7 +435,7 @@ fn a_storm_of_kills_takes_nothing_from_what_a_console_prints() {
                 back += 1;
             }
         }
-        longest = longest.max(victim.kill(1, |_, _| back += 1));
+        longest = longest.max(victim.kill(|_, _, _| back += 1));
     }
     let ram = victim.driver.ram.clone();
     while back < said {
