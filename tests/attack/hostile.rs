@@ -6,7 +6,8 @@
 //! - `sealed-…`: every thread tries everything under its policy;
 //! - `open-…`: the process tries everything without a policy, so that the other walls show;
 //! - `violate-WORD-…`: one thread breaks its policy, `WORD` says which and when;
-//! - `mishap-WORD-…`: see [`crate::mishaps`].
+//! - `mishap-WORD-…`: see [`crate::mishaps`];
+//! - `die-KIND-…`: the process of that kind ends before it is READY.
 //!
 //! Contains unsafe code: fork, so that what one attempt changes is gone for the next.
 
@@ -33,6 +34,8 @@ use crate::watch::Watch;
 
 /// What a forbidden call returns here (EHWPOISON): no other wall answers so.
 pub const STOPPED: i32 = 133;
+/// Exit code of a process that ends before it is READY.
+pub const DIES: i32 = 9;
 /// Outcomes in one line of the log.
 const IN_A_LINE: usize = 24;
 
@@ -149,6 +152,13 @@ impl Process {
 
     fn mode(&self) -> &str {
         self.held.machine.split('-').next().unwrap_or_default()
+    }
+
+    /// Ends here when it is to die before it is READY.
+    fn die_early(&self) {
+        if self.mode() == "die" && self.word() == self.kind.name {
+            exit(DIES);
+        }
     }
 
     fn word(&self) -> &str {
@@ -370,6 +380,7 @@ pub fn core() {
     mishaps::virtual_machine(kvm[usize::from(start.kvm.0)]);
     let ram = bulkhead_ipc::memory::GuestRam::create(start.memory_bytes).expect("guest RAM");
     let process = Process::new(channel, CORE, start.machine);
+    process.die_early();
     let ready = |policies| Report::Core(FromCore::Ready { policies });
     if matches!(process.mode(), "violate" | "mishap") && process.word().contains("core") {
         process.misbehave(ready, || gather(&mut devices));
@@ -426,6 +437,7 @@ pub fn device() {
     let numbers: Vec<RawFd> = descriptors.into_iter().map(IntoRawFd::into_raw_fd).collect();
     let socket = numbers[usize::from(start.socket.0)];
     let process = Process::new(channel, kind(&start.config), start.machine);
+    process.die_early();
     let ready = |policies| Report::Device(FromDevice::Ready { policies });
     // SAFETY: the descriptor came with the start message and nobody else has it.
     let mut core = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(socket) };

@@ -83,6 +83,7 @@ fn main() -> ExitCode {
     good &= step("every attempt fails", &|bench| every_attempt_fails(bench, has("--write")));
     good &= step("a forbidden call ends the process and is reported", &violations);
     good &= step("a forbidden call before READY is reported", &early_violations);
+    good &= step("a death before READY ends the machine, which says whose", &early_deaths);
     good &= step(MISHAPS, &mishaps_end_well);
     if geteuid().is_root() && !has("--write") {
         good &= as_ordinary_user(&bench);
@@ -169,6 +170,28 @@ fn early_violations(bench: &Bench) -> Result<(), String> {
         if !found || run.code != 4 || start.elapsed().as_secs() > 10 {
             return Err(format!(
                 "{word}: exit code {} after {:?}\n{}",
+                run.code,
+                start.elapsed(),
+                run.messages
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Of each kind: the machine ends at once with a message that names the process and says how it ended.
+fn early_deaths(bench: &Bench) -> Result<(), String> {
+    for kind in DEVICES.iter().chain([&CORE]) {
+        let start = Instant::now();
+        let run = bench.run(&format!("die-{}", kind.name));
+        let end = format!("exit code {}", hostile::DIES);
+        let named = run.messages.lines().any(|line| {
+            line.contains("error: ") && line.contains(&format!("{} ", kind.id)) && line.contains(&end)
+        });
+        if !named || run.code != 4 || start.elapsed().as_secs() > 5 {
+            return Err(format!(
+                "{}: exit code {} after {:?}\n{}",
+                kind.name,
                 run.code,
                 start.elapsed(),
                 run.messages
