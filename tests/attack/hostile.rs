@@ -6,7 +6,8 @@
 //! - `sealed-…`: every thread tries everything under its policy;
 //! - `open-…`: the process tries everything without a policy, so that the other walls show;
 //! - `violate-WORD-…`: one thread breaks its policy, `WORD` says which and when;
-//! - `mishap-WORD-…`: see [`crate::mishaps`].
+//! - `mishap-WORD-…`: see [`crate::mishaps`];
+//! - `die-KIND-…`: the process of that kind ends before it is READY.
 //!
 //! Contains unsafe code: fork, so that what one attempt changes is gone for the next.
 
@@ -33,55 +34,82 @@ use crate::watch::Watch;
 
 /// What a forbidden call returns here (EHWPOISON): no other wall answers so.
 pub const STOPPED: i32 = 133;
+/// Exit code of a process that ends before it is READY.
+pub const DIES: i32 = 9;
 /// Outcomes in one line of the log.
 const IN_A_LINE: usize = 24;
 
-/// Policies of a kind of process: its main thread's, and those of its other threads with their names.
+/// A kind of process: its policies, and what it is called in the machine that is attacked.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {
     pub name: &'static str,
+    /// Its name in messages.
+    pub id: &'static str,
+    /// The main thread's policy.
     pub main: PolicyName,
+    /// Policies of the other threads, with the threads' names.
     pub others: &'static [(PolicyName, &'static str)],
 }
 
+impl Kind {
+    const fn new(
+        [name, id]: [&'static str; 2],
+        main: PolicyName,
+        others: &'static [(PolicyName, &'static str)],
+    ) -> Self {
+        Self { name, id, main, others }
+    }
+
+    /// What the outcomes under one of its policies are called: the policy, and the kind where the policy is another's too.
+    pub fn column(&self, policy: PolicyName) -> String {
+        let file = policy.file().trim_start_matches("seccomp-policies/").trim_end_matches(".json");
+        if file.split('-').next() == Some(self.name) {
+            file.to_owned()
+        } else {
+            format!("{}/{file}", self.name)
+        }
+    }
+}
+
 /// The core.
-pub const CORE: Kind = Kind {
-    name: "core",
-    main: PolicyName::CoreMain,
-    others: &[(PolicyName::CoreDevices, "devices"), (PolicyName::CoreVcpu, "vcpu0")],
-};
+pub const CORE: Kind = Kind::new(
+    ["core", "core"],
+    PolicyName::CoreMain,
+    &[(PolicyName::CoreDevices, "devices"), (PolicyName::CoreVcpu, "vcpu0")],
+);
 
 /// The devices.
-pub const DEVICES: [Kind; 12] = [
-    Kind {
-        name: "blk",
-        main: PolicyName::BlkMain,
-        others: &[(PolicyName::BlkQueue, "queue0"), (PolicyName::BlkImage, "image-0")],
-    },
-    Kind { name: "rng", main: PolicyName::RngMain, others: &[(PolicyName::RngQueue, "queue0")] },
-    Kind { name: "console", main: PolicyName::ConsoleMain, others: &[(PolicyName::ConsoleQueue, "queue0")] },
-    Kind { name: "uart", main: PolicyName::UartMain, others: &[] },
-    Kind { name: "flash", main: PolicyName::FlashMain, others: &[] },
-    Kind { name: "keyboard", main: PolicyName::KeyboardMain, others: &[] },
-    Kind { name: "vsock", main: PolicyName::VsockMain, others: &[(PolicyName::VsockQueue, "queue0")] },
-    Kind { name: "balloon", main: PolicyName::BalloonMain, others: &[(PolicyName::BalloonQueue, "queue0")] },
-    Kind { name: "net", main: PolicyName::NetMain, others: &[(PolicyName::NetQueue, "queue0")] },
-    Kind { name: "relay", main: PolicyName::RelayMain, others: &[] },
-    Kind { name: "pmem", main: PolicyName::PmemMain, others: &[(PolicyName::PmemQueue, "queue0")] },
-    Kind { name: "watchdog", main: PolicyName::WatchdogMain, others: &[] },
+pub const DEVICES: [Kind; 14] = [
+    Kind::new(
+        ["blk", "disk0"],
+        PolicyName::BlkMain,
+        &[(PolicyName::BlkQueue, "queue0"), (PolicyName::BlkImage, "image-0")],
+    ),
+    Kind::new(["rng", "rng"], PolicyName::RngMain, &[(PolicyName::RngQueue, "queue0")]),
+    Kind::new(["console", "console"], PolicyName::ConsoleMain, &[(PolicyName::ConsoleQueue, "queue0")]),
+    Kind::new(["uart", "serial"], PolicyName::UartMain, &[]),
+    Kind::new(["flash", "firmware-vars"], PolicyName::FlashMain, &[]),
+    Kind::new(["keyboard", "keyboard"], PolicyName::KeyboardMain, &[]),
+    Kind::new(["vsock", "vsock"], PolicyName::VsockMain, &[(PolicyName::VsockQueue, "queue0")]),
+    Kind::new(["balloon", "balloon"], PolicyName::BalloonMain, &[(PolicyName::BalloonQueue, "queue0")]),
+    Kind::new(["net", "net"], PolicyName::NetMain, &[(PolicyName::NetQueue, "queue0")]),
+    Kind::new(["relay", "relay"], PolicyName::RelayMain, &[]),
+    Kind::new(["pmem", "pmem0"], PolicyName::PmemMain, &[(PolicyName::PmemQueue, "queue0")]),
+    // What a console of named ports holds is not what another console holds.
+    Kind::new(["ports", "ports"], PolicyName::ConsoleMain, &[(PolicyName::ConsoleQueue, "queue0")]),
+    Kind::new(["fs", "fs0"], PolicyName::FsMain, &[(PolicyName::FsQueue, "queue0")]),
+    Kind::new(["watchdog", "watchdog"], PolicyName::WatchdogMain, &[]),
 ];
-
-/// A shared directory: what it may do with names of files is its own affair, and tests of its own say what it may not.
-pub const FS: Kind =
-    Kind { name: "fs", main: PolicyName::FsMain, others: &[(PolicyName::FsQueue, "queue0")] };
 
 /// A new type of device does not compile here before it is attacked too.
 fn kind(config: &DeviceConfig) -> Kind {
-    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay, pmem, watchdog] = DEVICES;
+    let [blk, rng, console, uart, flash, keyboard, vsock, balloon, net, relay, pmem, ports, fs, watchdog] =
+        DEVICES;
     match config {
         DeviceConfig::Blk(_) => blk,
         DeviceConfig::Rng(_) => rng,
-        DeviceConfig::Console(_) | DeviceConfig::Ports(_) => console,
+        DeviceConfig::Console(_) => console,
+        DeviceConfig::Ports(_) => ports,
         DeviceConfig::Uart(_) => uart,
         DeviceConfig::Flash(_) => flash,
         DeviceConfig::Keyboard(_) => keyboard,
@@ -89,7 +117,7 @@ fn kind(config: &DeviceConfig) -> Kind {
         DeviceConfig::Balloon(_) => balloon,
         DeviceConfig::Net(_) => net,
         DeviceConfig::Relay(_) => relay,
-        DeviceConfig::Fs(_) => FS,
+        DeviceConfig::Fs(_) => fs,
         DeviceConfig::Pmem(_) => pmem,
         DeviceConfig::Watchdog(_) => watchdog,
     }
@@ -120,12 +148,20 @@ impl Process {
         mishaps::prepare();
         let host_pid = machine.rsplit('-').next().and_then(|word| word.parse().ok()).unwrap_or(2);
         let descriptors = jail::open_descriptors().expect("descriptors");
+        let shared = jail::shared_directory().map(|(root, names)| (root.into_raw_fd(), names.into_raw_fd()));
         let users = [0, nix::unistd::getuid().as_raw()];
-        Self { channel, kind, held: Held { descriptors, machine, users, host_pid } }
+        Self { channel, kind, held: Held { descriptors, machine, users, host_pid, shared } }
     }
 
     fn mode(&self) -> &str {
         self.held.machine.split('-').next().unwrap_or_default()
+    }
+
+    /// Ends here when it is to die before it is READY.
+    fn die_early(&self) {
+        if self.mode() == "die" && self.word() == self.kind.name {
+            exit(DIES);
+        }
     }
 
     fn word(&self) -> &str {
@@ -149,6 +185,11 @@ impl Process {
 
     /// Every thread tries everything under its policy.
     fn attack_sealed(&self) {
+        if self.kind.name == CORE.name {
+            let outcomes: Vec<String> =
+                attempts::all().map(|attempt| during_set_up(attempt, &self.held)).collect();
+            say(&self.kind.column(PolicyName::CoreSetup), &outcomes);
+        }
         let watch = Watch::default();
         let (listeners, served) = mpsc::channel();
         watch.serve(served);
@@ -158,9 +199,9 @@ impl Process {
             let (done, is_done) = mpsc::channel();
             let (held, watch) = (self.held.clone(), watch.clone());
             other.send(Box::new(move || drop(done.send(try_all(&held, &watch))))).expect("other");
-            say(policy.file(), &is_done.recv().expect("done"));
+            say(&self.kind.column(*policy), &is_done.recv().expect("done"));
         }
-        say(self.kind.main.file(), &try_all(&self.held, &watch));
+        say(&self.kind.column(self.kind.main), &try_all(&self.held, &watch));
     }
 
     /// The process tries everything without a policy, each attempt in a child.
@@ -255,18 +296,46 @@ fn try_all(held: &Held, watch: &Watch) -> Vec<String> {
     attempts::all().map(attempt).collect()
 }
 
+/// Without a policy.
 fn in_child(attempt: &Attempt, held: &Held) -> String {
-    const WORKS: i32 = 255;
     if attempt.goal.starts_with("KVM_") {
         // KVM refuses every process but the one that made the virtual machine.
-        return (attempt.run)(held).map_or_else(|errno| errno.to_string(), |()| "works".to_owned());
+        return outcome((attempt.run)(held));
     }
+    forked(|| (attempt.run)(held))
+}
+
+/// Under the first policy of the core alone, which has no listener: what it forbids fails with ENOSYS.
+fn during_set_up(attempt: &'static Attempt, held: &Held) -> String {
+    let held = held.clone();
+    let run = move || {
+        jail::enter_setup(PolicyName::CoreSetup).expect("enter_setup");
+        (attempt.run)(&held)
+    };
+    let text = if attempt.goal.starts_with("KVM_") {
+        outcome(thread::spawn(run).join().expect("thread"))
+    } else {
+        forked(run)
+    };
+    match (text.parse() == Ok(libc::ENOSYS), attempt.calls) {
+        (true, [call, ..]) => format!("seccomp:{call}"),
+        _ => text,
+    }
+}
+
+fn outcome(result: attempts::Result) -> String {
+    result.map_or_else(|errno| errno.to_string(), |()| "works".to_owned())
+}
+
+/// In a child, which ends with what it changed.
+fn forked(run: impl FnOnce() -> attempts::Result) -> String {
+    const WORKS: i32 = 255;
     // SAFETY: this process has one thread.
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: EFBIG alone is easier to tell.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        let outcome = (attempt.run)(held).map_or_else(|errno| errno, |()| WORKS);
+        let outcome = run().map_or_else(|errno| errno, |()| WORKS);
         // SAFETY: ends the child at once.
         unsafe { libc::_exit(outcome) };
     }
@@ -314,6 +383,7 @@ pub fn core() {
     mishaps::virtual_machine(kvm[usize::from(start.kvm.0)]);
     let ram = bulkhead_ipc::memory::GuestRam::create(start.memory_bytes).expect("guest RAM");
     let process = Process::new(channel, CORE, start.machine);
+    process.die_early();
     let ready = |policies| Report::Core(FromCore::Ready { policies });
     if matches!(process.mode(), "violate" | "mishap") && process.word().contains("core") {
         process.misbehave(ready, || gather(&mut devices));
@@ -370,6 +440,7 @@ pub fn device() {
     let numbers: Vec<RawFd> = descriptors.into_iter().map(IntoRawFd::into_raw_fd).collect();
     let socket = numbers[usize::from(start.socket.0)];
     let process = Process::new(channel, kind(&start.config), start.machine);
+    process.die_early();
     let ready = |policies| Report::Device(FromDevice::Ready { policies });
     // SAFETY: the descriptor came with the start message and nobody else has it.
     let mut core = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(socket) };

@@ -15,8 +15,8 @@
 //! - a forbidden call ends the process and is reported by process, thread, call, arguments and file, before READY too; panics,
 //!   faults and the allocator's every path do not end in one.
 //!
-//! The policies are those of `PolicyName::ALL` but the first filter of the core's set-up and those of a shared directory: one that nobody attacked fails the suite. The outcomes are compared with the table
-//! in docs/security.md; `--write` writes it instead. `--mishaps` tries no attack: it is part of the workload of `unused-rules`.
+//! The policies are those of `PolicyName::ALL`, and the kinds of process all that a supervisor starts or that can be a service: one
+//! that nobody attacked fails the suite. The outcomes are compared with the table in docs/security.md; `--write` writes it instead. `--mishaps` tries no attack: it is part of the workload of `unused-rules`.
 //!
 //! Contains unsafe code: this is the attacker, and it becomes another user.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -77,9 +77,13 @@ fn main() -> ExitCode {
     if has("--mishaps") {
         return if step(MISHAPS, &mishaps_end_well) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    let mut good = step("every attempt fails", &|bench| every_attempt_fails(bench, has("--write")));
+    // The other user has copies, of this program for the most.
+    let mut good =
+        has("--ordinary-user") || step("every service is a kind of process here", &every_service_is_a_kind);
+    good &= step("every attempt fails", &|bench| every_attempt_fails(bench, has("--write")));
     good &= step("a forbidden call ends the process and is reported", &violations);
     good &= step("a forbidden call before READY is reported", &early_violations);
+    good &= step("a death before READY ends the machine, which says whose", &early_deaths);
     good &= step(MISHAPS, &mishaps_end_well);
     if geteuid().is_root() && !has("--write") {
         good &= as_ordinary_user(&bench);
@@ -95,18 +99,40 @@ fn every_attempt_fails(bench: &Bench, write: bool) -> Result<(), String> {
         outcomes.read(&run.messages)?;
     }
     outcomes.check()?;
+    bench.beside_is_untouched()?;
     if geteuid().is_root() { outcomes.compare_with_docs(bench, write) } else { Ok(()) }
 }
 
-/// Each thread of the hostile program: its policy, its name, and the word for it in a machine's name. The same number on
-/// several devices is one word: they all do it in one machine.
-fn threads() -> Vec<(PolicyName, &'static str, String)> {
+/// A type that can be a service has the policies of the device of the same name, in the same code.
+fn every_service_is_a_kind(_: &Bench) -> Result<(), String> {
+    let program = machine::real_program("bulkhead-device");
+    let output = Command::new(program).arg("--help").output().map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let types = text.lines().find_map(|line| line.strip_prefix("types that can be services: "));
+    let types: Vec<&str> = types.ok_or(format!("no types in {text:?}"))?.split(", ").collect();
+    match types.iter().find(|name| DEVICES.iter().all(|kind| kind.name != **name)) {
+        None => Ok(()),
+        Some(name) => Err(format!("nobody attacked: the service {name}")),
+    }
+}
+
+/// A thread of the hostile program.
+struct Sealed {
+    policy: PolicyName,
+    thread: &'static str,
+    /// Of its process.
+    id: &'static str,
+    /// The word for it in a machine's name. The same number on several devices is one word: they all do it in one machine.
+    word: String,
+}
+
+fn threads() -> Vec<Sealed> {
     let mut threads = Vec::new();
     for kind in DEVICES.iter().chain([&CORE]) {
         let group = if kind.name == CORE.name { "core" } else { "devices" };
-        threads.push((kind.main, "bulkhead", format!("{group}_0")));
-        for ((policy, name), number) in kind.others.iter().zip(1..) {
-            threads.push((*policy, name, format!("{group}_{number}")));
+        let all = [(kind.main, "bulkhead")].into_iter().chain(kind.others.iter().copied());
+        for ((policy, thread), number) in all.zip(0..) {
+            threads.push(Sealed { policy, thread, id: kind.id, word: format!("{group}_{number}") });
         }
     }
     threads
@@ -114,23 +140,22 @@ fn threads() -> Vec<(PolicyName, &'static str, String)> {
 
 /// All words once.
 fn words() -> BTreeSet<String> {
-    threads().into_iter().map(|(_, _, word)| word).collect()
+    threads().into_iter().map(|thread| thread.word).collect()
 }
 
 fn violations(bench: &Bench) -> Result<(), String> {
     for word in words() {
         let run = bench.run(&format!("violate-{word}"));
-        for (policy, thread, _) in threads().into_iter().filter(|(_, _, of)| *of == word) {
-            expect_report(&run, policy, thread)?;
+        for thread in threads().into_iter().filter(|thread| thread.word == word) {
+            expect_report(&run, &thread)?;
         }
     }
     Ok(())
 }
 
 /// One line with process, thread, call, arguments and file.
-fn expect_report(run: &Run, policy: PolicyName, thread: &str) -> Result<(), String> {
-    let process = if policy.file().contains("core") { "core" } else { "was killed" };
-    let wanted = ["sethostname (system call 170)", "0x1234 0x7", policy.file(), process, thread];
+fn expect_report(run: &Run, of: &Sealed) -> Result<(), String> {
+    let wanted = ["sethostname (system call 170)", "0x1234 0x7", of.policy.file(), of.id, of.thread];
     let found = run.messages.lines().any(|line| wanted.iter().all(|word| line.contains(word)));
     if found { Ok(()) } else { Err(format!("no line with {wanted:?} in\n{}", run.messages)) }
 }
@@ -140,12 +165,33 @@ fn early_violations(bench: &Bench) -> Result<(), String> {
     for word in words() {
         let start = Instant::now();
         let run = bench.run(&format!("violate-early_{word}"));
-        let of_word = threads().into_iter().filter(|(_, _, of)| *of == word);
-        let found =
-            of_word.map(|(policy, thread, _)| expect_report(&run, policy, thread)).any(|it| it.is_ok());
+        let mut of_word = threads().into_iter().filter(|thread| thread.word == word);
+        let found = of_word.any(|thread| expect_report(&run, &thread).is_ok());
         if !found || run.code != 4 || start.elapsed().as_secs() > 10 {
             return Err(format!(
                 "{word}: exit code {} after {:?}\n{}",
+                run.code,
+                start.elapsed(),
+                run.messages
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Of each kind: the machine ends at once with a message that names the process and says how it ended.
+fn early_deaths(bench: &Bench) -> Result<(), String> {
+    for kind in DEVICES.iter().chain([&CORE]) {
+        let start = Instant::now();
+        let run = bench.run(&format!("die-{}", kind.name));
+        let end = format!("exit code {}", hostile::DIES);
+        let named = run.messages.lines().any(|line| {
+            line.contains("error: ") && line.contains(&format!("{} ", kind.id)) && line.contains(&end)
+        });
+        if !named || run.code != 4 || start.elapsed().as_secs() > 5 {
+            return Err(format!(
+                "{}: exit code {} after {:?}\n{}",
+                kind.name,
                 run.code,
                 start.elapsed(),
                 run.messages
@@ -160,21 +206,8 @@ fn mishaps_end_well(bench: &Bench) -> Result<(), String> {
         for word in words() {
             let run = bench.run(&format!("mishap-{mishap}_{word}"));
             let failed = |what: &str| Err(format!("{mishap} on {word}: {what} in\n{}", run.messages));
-            let devices = [
-                "disk0",
-                "rng",
-                "console",
-                "serial",
-                "firmware-vars",
-                "keyboard",
-                "vsock",
-                "balloon",
-                "net",
-                "relay",
-                "pmem0",
-                "watchdog",
-            ];
-            let processes = if word.starts_with("core") { &["core"][..] } else { &devices };
+            let devices = DEVICES.map(|kind| kind.id);
+            let processes = if word.starts_with("core") { &[CORE.id][..] } else { &devices };
             for process in processes {
                 let ended = |line: &str| line.contains(&format!("{process} (process ")) && line.contains(end);
                 if !run.messages.lines().any(ended) {

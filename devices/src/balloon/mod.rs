@@ -83,10 +83,6 @@ impl VirtioDevice for Balloon {
         QUEUES
     }
 
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn serves_at_once(&self, queue: u16) -> bool {
         // The buffer for statistics stays here until they are wanted.
         Some(queue) != self.shared.statistics_queue()

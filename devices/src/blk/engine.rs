@@ -85,6 +85,8 @@ pub struct Engine {
     images: Option<Images>,
     slots: Vec<Slot>,
     busy: usize,
+    /// Nobody hears of what wakes the epoll instance, until there is room in the ring to listen again.
+    deaf: bool,
     zeroes: Vec<u8>,
 }
 
@@ -131,7 +133,8 @@ impl Engine {
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
         let done = images.as_ref().map(|images| Arc::clone(&images.done));
-        let mut engine = Self { uring, epoll, images, slots: Vec::new(), busy: 0, zeroes: Vec::new() };
+        let mut engine =
+            Self { uring, epoll, images, slots: Vec::new(), busy: 0, deaf: false, zeroes: Vec::new() };
         done.map_or(Ok(()), |done| engine.watch(done.wake.as_fd()))?;
         engine.listen()?;
         engine.enter(false)?;
@@ -278,6 +281,14 @@ impl Engine {
         self.push(opcode::PollAdd::new(WATCHED, events).multi(true).build().user_data(WOKEN))
     }
 
+    /// Listens again where that ended, before anybody waits: while the ring has no room for it there are completions to come,
+    /// which end a wait, and the next one tries again.
+    fn hear(&mut self) {
+        if self.deaf {
+            self.deaf = self.listen().is_err();
+        }
+    }
+
     fn start(&mut self, slot: usize, entry: squeue::Entry) -> io::Result<()> {
         if self.slots.get(slot).is_none_or(|slot| slot.busy) {
             return Err(busy());
@@ -305,11 +316,13 @@ impl Engine {
 
     /// Submits what was started; waits for an event if `wait`.
     pub fn enter(&mut self, wait: bool) -> io::Result<()> {
+        self.hear();
         self.submit(usize::from(wait))
     }
 
     /// As [`Self::enter`] with waiting, for `longest` at most.
     pub fn enter_for(&mut self, longest: Duration) -> io::Result<()> {
+        self.hear();
         let longest = types::Timespec::from(longest);
         let arguments = types::SubmitArgs::new().timespec(&longest);
         Self::entered(self.uring.submitter().submit_with_args(1, &arguments))
@@ -367,9 +380,10 @@ impl Engine {
             let entry = self.uring.completion().next()?;
             let token = entry.user_data();
             if token == WOKEN {
-                // Ended for want of room for its events. If that fails, the next turn of the queue finds what there is.
+                // Ended for want of room for its events.
                 if !io_uring::cqueue::more(entry.flags()) && entry.result() >= 0 {
-                    let _ = self.listen();
+                    self.deaf = true;
+                    self.hear();
                 }
                 return Some(Event::Woken);
             }
@@ -450,6 +464,24 @@ mod tests {
         assert_eq!(refused(&mut engine, opcode::Fsync::new(DISK).build()), 0);
         let more = engine.uring.submitter().register_files_update(0, &[0]).unwrap_err();
         assert_eq!(more.raw_os_error(), Some(libc::EACCES));
+    }
+
+    #[test]
+    fn a_ring_that_had_no_room_to_listen_listens_before_it_waits() {
+        let disk = tempfile::tempfile().unwrap();
+        let mut engine = Engine::new(Disk::Raw(&disk, None)).unwrap();
+        // As after a poll that ended when there was no room for another. The first one is still there: whatever wakes
+        // the epoll instance is heard twice then.
+        engine.deaf = true;
+        engine.enter(false).unwrap();
+        assert!(!engine.deaf);
+        let event = nix::sys::eventfd::EventFd::new().unwrap();
+        engine.watch(event.as_fd()).unwrap();
+        event.write(1).unwrap();
+        engine.enter(true).unwrap();
+        let heard =
+            std::iter::from_fn(|| engine.next_event()).filter(|it| matches!(it, Event::Woken)).count();
+        assert_eq!(heard, 2);
     }
 
     fn nothing() -> libc::msghdr {

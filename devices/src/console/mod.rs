@@ -115,10 +115,6 @@ impl VirtioDevice for Console {
         2
     }
 
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn serves_at_once(&self, queue: u16) -> bool {
         usize::from(queue) != RECEIVE
     }

@@ -109,16 +109,8 @@ impl VirtioDevice for Fs {
         "fs"
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queues(&self) -> u16 {
         QUEUES
-    }
-
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
     }
 
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {

@@ -45,18 +45,6 @@ impl VirtioDevice for Pmem {
         "pmem"
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queues(&self) -> u16 {
-        1
-    }
-
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let (file, chain, call) = (Arc::clone(&self.file), Chain::new(), HostCall::default());
         vec![Box::new(PollWorker::new(PmemQueue { file, chain, call, failed: false }, 1))]

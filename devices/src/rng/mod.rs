@@ -75,27 +75,11 @@ impl VirtioDevice for Rng {
         "rng"
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queues(&self) -> u16 {
-        1
-    }
-
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let limit = self.limit.and_then(|limit| Limit::new(limit, Instant::now()));
         let source = self.source.clone();
         let handler = RngQueue { source, chain: Chain::new(), failed: false, limit, until: None };
         vec![Box::new(PollWorker::new(handler, 1))]
-    }
-
-    fn read_config(&self, _offset: u32, data: &mut [u8]) {
-        data.fill(0);
     }
 }
 

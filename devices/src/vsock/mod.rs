@@ -84,16 +84,8 @@ impl VirtioDevice for Vsock {
         "vsock"
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queues(&self) -> u16 {
         QUEUES
-    }
-
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
     }
 
     fn serves_at_once(&self, queue: u16) -> bool {

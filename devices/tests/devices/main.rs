@@ -29,5 +29,8 @@ mod relay;
 mod rng;
 mod services;
 mod storm;
+mod storm_fs;
+mod storm_queues;
+mod storm_registers;
 mod supervised;
 mod vsock;

@@ -11,7 +11,7 @@ use bulkhead_ipc::channel::message::{
     BlkConfig, BlkOptions, ConsoleConfig, DeviceConfig, DeviceStart, FdIndex, FromDevice, Left, Progress,
     RngConfig, ToDevice,
 };
-use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits};
+use bulkhead_ipc::jail::{self, Enforcement, Identity, JailSpec, JailedProcess, Limits, SharedDirectory};
 use bulkhead_ipc::log::LogLevel;
 use bulkhead_ipc::vhost_user::frontend::{BackendRequest, InflightMemory};
 
@@ -31,8 +31,25 @@ pub struct Supervised {
 
 impl Supervised {
     pub fn start(kind: &str, config: DeviceConfig, resources: &[&OwnedFd], enforcement: Enforcement) -> Self {
-        let mut this = Self::spawn(kind);
+        let mut this = Self::spawn(kind, None);
         this.tell(config, resources, enforcement);
+        this.ready()
+    }
+
+    /// One that may have a directory (`O_PATH`) to share.
+    pub fn start_sharing(
+        directory: Option<&OwnedFd>,
+        kind: &str,
+        config: DeviceConfig,
+        resources: &[&OwnedFd],
+    ) -> Self {
+        let mut this = Self::spawn(kind, directory);
+        this.tell(config, resources, Enforcement::Supervised);
+        this.ready()
+    }
+
+    fn ready(self) -> Self {
+        let mut this = self;
         match this.channel.recv::<FromDevice>(Some(LIMIT)) {
             Ok((FromDevice::Ready { .. }, listeners)) => this.listeners = listeners,
             other => panic!("{other:?}\n{}", this.ending()),
@@ -41,7 +58,7 @@ impl Supervised {
     }
 
     /// A process that waits for its start message.
-    fn spawn(kind: &str) -> Self {
+    fn spawn(kind: &str, directory: Option<&OwnedFd>) -> Self {
         let (ours, theirs) = Channel::pair().unwrap();
         let (log, log_end) = pipe().unwrap();
         let null = File::open("/dev/null").unwrap();
@@ -57,7 +74,11 @@ impl Supervised {
             identity: Identity::default(),
             subordinate: None,
             cgroup: None,
-            shared: None,
+            shared: directory.map(|directory| SharedDirectory {
+                directory: directory.as_fd(),
+                read_only: false,
+                all_owners: false,
+            }),
         };
         let mut process = jail::spawn(spec).unwrap();
         drop(log_end);
@@ -99,6 +120,11 @@ impl Supervised {
         let mut log = String::new();
         self.log.read_to_string(&mut log).unwrap();
         format!("{exit:?}: {log}")
+    }
+
+    /// Its number on the host.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
     }
 
     /// Kills the process and waits for its end.
@@ -398,7 +424,7 @@ fn a_device_ends_with_its_front_end_and_with_its_supervisor() {
 #[test]
 fn a_start_that_cannot_be_served_says_why() {
     let image = disk(1 << 20);
-    let mut process = Supervised::spawn("rng");
+    let mut process = Supervised::spawn("rng", None);
     process.tell(blk(1), &[&image], Enforcement::Supervised);
     let (answer, _) = process.channel.recv::<FromDevice>(Some(LIMIT)).unwrap();
     assert!(matches!(answer, FromDevice::Failed(reason) if reason.contains("started as rng")));

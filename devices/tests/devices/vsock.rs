@@ -153,7 +153,7 @@ struct Rig {
     _connector: JoinHandle<()>,
 }
 
-fn start(door: &OwnedFd) -> Supervised {
+fn start_device(door: &OwnedFd) -> Supervised {
     let config = DeviceConfig::Vsock(VsockConfig { guest_cid: CID as u32, connector: FdIndex(1) });
     Supervised::start("vsock", config, &[door], Enforcement::Standalone)
 }
@@ -166,7 +166,7 @@ impl Rig {
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
         let connector = thread::spawn(move || connector.run(&listener).unwrap());
-        let mut device = start(&door);
+        let mut device = start_device(&door);
         let guest = Guest::new(device.driver(3));
         Self { device, guest, folder, door, _connector: connector }
     }
@@ -403,31 +403,93 @@ fn hundreds_of_connections_share_the_device() {
     rig.device.stop();
 }
 
+impl Rig {
+    /// Kills the device in the midst of what it does and starts another; returns the pause until its rings run. The guest is told by
+    /// the event, in a buffer that waits for it.
+    fn replace(&mut self, event: u64) -> Duration {
+        let start = Instant::now();
+        self.device.kill();
+        let mut device = start_device(&self.door);
+        let mut driver = Driver::unstarted(device.stream.take().unwrap(), 0);
+        std::mem::swap(&mut driver.ram, &mut self.guest.driver.ram);
+        std::mem::swap(&mut driver.queues, &mut self.guest.driver.queues);
+        // What it had placed in the guest before its death is seen before the successor's event.
+        while let Some((head, _)) = driver.queues[0].finished(&driver.ram) {
+            let address = self.guest.buffers.remove(&head).unwrap();
+            let again = driver.queues[0]
+                .submit(&driver.ram, &[(address, 44, true), (address + 44, IN_SIZE as u32 - 44, true)]);
+            self.guest.buffers.insert(again, address);
+        }
+        while driver.queues[1].finished(&driver.ram).is_some() {}
+        driver.set_up(crate::driver::EVENT_IDX | crate::driver::INDIRECT_DESC, u64::MAX);
+        self.guest.driver = driver;
+        self.guest.driver.put(event, &[0xFF; 4]);
+        let Driver { ram, queues, .. } = &mut self.guest.driver;
+        queues[2].submit(ram, &[(event, 4, true)]);
+        self.guest.driver.start(None);
+        let pause = start.elapsed();
+        let (_, len) = self.guest.driver.queues[2].wait(&self.guest.driver.ram);
+        assert_eq!((len, self.guest.driver.get(event, 4)), (4, vec![0; 4]), "transport reset");
+        self.device = device;
+        self.guest.received.clear();
+        self.guest.early.clear();
+        pause
+    }
+}
+
+#[test]
+fn a_storm_of_kills_ends_streams_on_both_sides_and_the_next_begin() {
+    let mut rig = Rig::new();
+    let listener = rig.listen(52);
+    let mut random = Random(0x3c6e_f372_fe94_f82b);
+    let (mut longest, mut bytes) = (Duration::ZERO, 0);
+    for round in 0..crate::storm::OTHER_KILLS {
+        let ports = [(1000 + round * 2, 52), (1001 + round * 2, 52)];
+        let mut peers = ports.map(|ports| rig.connect(&listener, ports));
+        let (mut caller, host_port) = rig.call(7);
+        // What arrives is whole, both ways.
+        let piece = pattern(1 + random.below(3000) as usize, u64::from(round) + 1);
+        bytes += piece.len() * 4;
+        caller.write_all(&piece).unwrap();
+        rig.guest.expect_data((7, host_port), &piece);
+        for (peer, ports) in peers.iter_mut().zip(ports) {
+            rig.guest.send(DATA, ports, 0, &piece);
+            assert!(exactly(peer, piece.len()) == piece, "from the guest");
+        }
+        // It dies with streams in both directions.
+        peers[0].write_all(&piece).unwrap();
+        sleep(Duration::from_micros(random.below(1000)));
+        let event = BUFFERS + (8 << 20);
+        longest = longest.max(rig.replace(event));
+        for peer in peers.iter_mut().chain([&mut caller]) {
+            let mut rest = Vec::new();
+            let end = peer.read_to_end(&mut rest);
+            assert!(end.is_ok() || end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset));
+            assert!(rest.is_empty(), "bytes that nobody sent");
+        }
+        rig.guest.send(DATA, ports[0], 0, b"?");
+        rig.guest.expect(RESET, ports[0]);
+    }
+    println!(
+        "vsock: {} kills with three streams each, {bytes} bytes before them: pause at most {longest:.1?}",
+        crate::storm::OTHER_KILLS
+    );
+    crate::storm::check_pause(longest);
+    let mut peer = rig.connect(&listener, (2, 52));
+    rig.guest.send(DATA, (2, 52), 0, b"again");
+    assert_eq!(exactly(&mut peer, 5), b"again");
+    rig.device.stop();
+}
+
 #[test]
 fn a_successor_tells_the_guest_that_its_connections_are_gone() {
     let mut rig = Rig::new();
     let listener = rig.listen(52);
     let mut peer = rig.connect(&listener, (1, 52));
-    rig.device.kill();
+    rig.replace(BUFFERS + (8 << 20));
     assert!(matches!(peer.read(&mut [0]), Ok(0) | Err(_)), "the host sees the end");
-
-    let mut device = start(&rig.door);
-    let mut driver = Driver::unstarted(device.stream.take().unwrap(), 0);
-    std::mem::swap(&mut driver.ram, &mut rig.guest.driver.ram);
-    std::mem::swap(&mut driver.queues, &mut rig.guest.driver.queues);
-    driver.set_up(crate::driver::EVENT_IDX | crate::driver::INDIRECT_DESC, u64::MAX);
-    rig.guest.driver = driver;
-    let event = BUFFERS + (8 << 20);
-    rig.guest.driver.put(event, &[0xFF; 4]);
-    let Driver { ram, queues, .. } = &mut rig.guest.driver;
-    queues[2].submit(ram, &[(event, 4, true)]);
-    rig.guest.driver.start(None);
-    let (_, len) = rig.guest.driver.queues[2].wait(&rig.guest.driver.ram);
-    assert_eq!((len, rig.guest.driver.get(event, 4)), (4, vec![0; 4]));
     rig.guest.send(DATA, (1, 52), 0, b"?");
     rig.guest.expect(RESET, (1, 52));
-    rig.device = device;
-    rig.guest.received.clear();
     let mut peer = rig.connect(&listener, (2, 52));
     rig.guest.send(DATA, (2, 52), 0, b"again");
     assert_eq!(exactly(&mut peer, 5), b"again");

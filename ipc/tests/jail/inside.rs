@@ -25,6 +25,8 @@ pub enum Ask {
     LandlockedCalls,
     /// Try the shared directory, and what lies around it; `file` in another folder, whose descriptor comes along.
     SharedCalls,
+    /// Try what lies beside a directory that was held then.
+    BesideInner,
     /// Fork until it fails; how often that worked.
     Forks,
     /// Touch so many bytes of shared memory, and answer if that was survived.
@@ -133,12 +135,28 @@ fn landlocked_calls(folder: &OwnedFd) -> Vec<i32> {
     vec![open("file", OFlag::O_RDONLY), open("file", OFlag::O_WRONLY), open(".", OFlag::O_DIRECTORY), tcp]
 }
 
+/// A directory below the shared one.
+static INNER: std::sync::Mutex<Option<OwnedFd>> = std::sync::Mutex::new(None);
+
+/// What lies beside the directory that is held, wherever that is now.
+fn beside_inner() -> Vec<i32> {
+    let inner = INNER.lock().expect("lock");
+    let inner = inner.as_ref().expect("held before");
+    let errno = |name: &str| {
+        let opened = openat(inner, name, OFlag::O_RDONLY, Mode::empty());
+        opened.err().map_or(0, |errno| errno as i32)
+    };
+    vec![errno("../file"), errno("../secret"), errno("../../secret")]
+}
+
 /// Everything with `O_NONBLOCK` and the like left out: what is asked is where names lead.
 fn shared_calls(other: &OwnedFd) -> Vec<i32> {
     let (directory, descriptors) = jail::shared_directory().expect("a shared directory");
     let open = |folder: &OwnedFd, name: &str, flags| openat(folder, name, flags, Mode::empty());
     let errno = |result: nix::Result<OwnedFd>| result.err().map_or(0, |errno| errno as i32);
     let held = open(&directory, "file", OFlag::O_PATH).expect("hold the file");
+    let inner = open(&directory, "inner", OFlag::O_PATH).expect("hold a directory");
+    *INNER.lock().expect("lock") = Some(inner);
     let again = std::os::fd::AsRawFd::as_raw_fd(&held).to_string();
     // 1: what is above is another directory.
     let above = |folder: &OwnedFd| {
@@ -207,6 +225,7 @@ fn serve(channel: &Channel) {
                 let answer = Answer::Errors(shared_calls(&descriptors[0]));
                 channel.send(&answer, &[]).unwrap();
             }
+            Ask::BesideInner => channel.send(&Answer::Errors(beside_inner()), &[]).unwrap(),
             Ask::Forks => channel.send(&Answer::Returned(forks()), &[]).unwrap(),
             Ask::Memory(bytes) => {
                 touch(bytes);

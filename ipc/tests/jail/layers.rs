@@ -50,7 +50,7 @@ fn shared_directory() {
     use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
     let outside = tempfile::tempdir().unwrap();
     let folder = outside.path().join("shared");
-    fs::create_dir(&folder).unwrap();
+    fs::create_dir_all(folder.join("inner")).unwrap();
     fs::write(folder.join("file"), "text").unwrap();
     fs::write(outside.path().join("secret"), "secret").unwrap();
     symlink(outside.path().join("secret"), folder.join("link")).unwrap();
@@ -87,6 +87,19 @@ fn shared_directory() {
             assert_eq!(*found, expected, "{what}, read-only {read_only}, all owners {all_owners}");
         }
         assert_ne!(errors[expected.len()], 0, "a device was made");
+        // Somebody on the host moves a directory that is held out of the shared one: nothing lies above it then.
+        for (name, file) in [(folder.join("inner"), 0), (outside.path().join("moved"), libc::ENOENT)] {
+            if file != 0 {
+                fs::rename(folder.join("inner"), &name).unwrap();
+            }
+            let (answer, _) = {
+                jailed.channel.send(&Ask::BesideInner, &[]).unwrap();
+                jailed.channel.recv(Some(DEADLINE)).unwrap()
+            };
+            let Answer::Errors(errors) = answer else { panic!("{answer:?}") };
+            assert_eq!(errors, [file, libc::ENOENT, libc::ENOENT], "beside {}", name.display());
+        }
+        fs::rename(outside.path().join("moved"), folder.join("inner")).unwrap();
         let status = fs::read_to_string(format!("/proc/{}/status", jailed.process.pid())).unwrap();
         // CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID: in the process's own user namespace.
         let kept = if all_owners && root { "CapEff:\t00000000000000cb" } else { "CapEff:\t0000000000000000" };

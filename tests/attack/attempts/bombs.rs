@@ -7,7 +7,7 @@ const MEMORY: u64 = 64 << 30;
 /// At once.
 const PIECE: u64 = 64 << 20;
 /// More processes or descriptors than any limit allows.
-const MANY: usize = 5000;
+const MANY: usize = 2500;
 
 fn children(number: i64, arguments: [u64; 6]) -> Result {
     let mut outcome = Ok(());

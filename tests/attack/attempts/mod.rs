@@ -9,6 +9,7 @@ mod kernel;
 mod machine;
 mod network;
 mod processes;
+mod sharing;
 
 use std::os::fd::RawFd;
 
@@ -20,6 +21,8 @@ pub type Result<T = ()> = std::result::Result<T, i32>;
 pub struct Held {
     /// All its descriptors.
     pub descriptors: Vec<RawFd>,
+    /// The directory that it shares, and its own `/proc/self/fd`.
+    pub shared: Option<(RawFd, RawFd)>,
     /// Name of its machine.
     pub machine: String,
     /// Users that the supervisor may be.
@@ -49,12 +52,52 @@ pub type Theme = (&'static str, &'static [Attempt]);
 /// All attempts.
 pub const THEMES: &[Theme] = &[
     ("Files and programs", files::ATTEMPTS),
+    ("Out of a shared directory", sharing::ATTEMPTS),
     ("Network", network::ATTEMPTS),
     ("Other processes", processes::ATTEMPTS),
     ("Descriptors of others, KVM", machine::ATTEMPTS),
     ("Namespaces, rights, the kernel", kernel::ATTEMPTS),
     ("Code of its own", execution::ATTEMPTS),
     ("Bombs", bombs::ATTEMPTS),
+];
+
+/// What some may do and others may not: columns, goals, and why.
+pub const MAY: &[(&[&str], &[&str], &str)] = &[
+    (
+        &["core-setup"],
+        &[
+            "KVM_CREATE_VM on every descriptor",
+            "KVM_CREATE_VCPU on every descriptor",
+            "KVM_SET_MSRS on every descriptor",
+            "KVM_SET_REGS on every descriptor",
+        ],
+        "the core makes its machine, before a byte of the guest runs",
+    ),
+    (
+        &["fs-main", "fs-queue", "fs"],
+        &["all descriptors, by duplicates", "all descriptors, by eventfds"],
+        "one for each file that the guest knows, 524,288 at most",
+    ),
+    (
+        &["fs-queue", "fs"],
+        &[
+            "make its files 1 TiB long",
+            "allocate disk space for them",
+            "write far behind their end",
+            "a memfd of 1 TiB",
+        ],
+        "as large as the shared directory's file system and its quota allow; what is memory, the cgroup counts",
+    ),
+    (
+        &["fs"],
+        &["become root", "become another user"],
+        "where root shares the files of all owners; it counts in the directory alone",
+    ),
+    (
+        &["fs"],
+        &["fork without end", "the same by clone", "the same by clone3", "threads without end"],
+        "where root shares the files of all owners: pids of the cgroup, where the host has one",
+    ),
 ];
 
 /// All attempts in one list; an attempt's place in it is its number.

@@ -114,10 +114,6 @@ impl VirtioDevice for Cleaner {
         true
     }
 
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         vec![Box::new(PollWorker::new(Queues(Chain::new()), 2))]
     }

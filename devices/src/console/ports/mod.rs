@@ -131,10 +131,6 @@ impl VirtioDevice for Ports {
         u16::try_from(self.count).unwrap_or_default().saturating_add(2).saturating_mul(2)
     }
 
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn serves_at_once(&self, queue: u16) -> bool {
         // The even ones are buffers for what may never come.
         queue % 2 == 1

@@ -13,10 +13,14 @@ pub trait VirtioDevice: Send {
     fn name(&self) -> &'static str;
 
     /// Feature bits of the device type. The daemon adds VERSION_1, RING_EVENT_IDX, RING_INDIRECT_DESC and vhost-user's own.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// Number of virtqueues.
-    fn queues(&self) -> u16;
+    fn queues(&self) -> u16 {
+        1
+    }
 
     /// Largest ring accepted, entries; a power of two.
     fn queue_max_size(&self) -> u16 {
@@ -30,7 +34,9 @@ pub trait VirtioDevice: Send {
     }
 
     /// Index, in what [`Self::workers`] returns, of the worker that serves `queue`.
-    fn worker_of(&self, queue: u16) -> usize;
+    fn worker_of(&self, _queue: u16) -> usize {
+        0
+    }
 
     /// Whether requests of `queue` can be begun whenever there are some. Buffers for input that may never come cannot.
     fn serves_at_once(&self, _queue: u16) -> bool {
@@ -49,7 +55,9 @@ pub trait VirtioDevice: Send {
     }
 
     /// Copies configuration space from `offset` to `data`; what lies beyond its end reads as zero.
-    fn read_config(&self, offset: u32, data: &mut [u8]);
+    fn read_config(&self, _offset: u32, data: &mut [u8]) {
+        data.fill(0);
+    }
 
     /// The driver writes configuration space. False: these bytes cannot be written.
     fn write_config(&mut self, _offset: u32, _data: &[u8]) -> bool {

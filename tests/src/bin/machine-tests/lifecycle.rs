@@ -1,6 +1,6 @@
 //! Every way in which a machine ends: the exit code, and that nothing stays behind.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -23,6 +23,7 @@ pub fn cases() -> Vec<Case> {
             |context| bare_killed(context, "core"),
         ),
         Case::new("bare", "so does a killed supervisor", 30, |context| bare_killed(context, "supervisor")),
+        Case::new("bare", "so does one that the host's OOM killer ends", 30, out_of_memory),
         Case::new("bare", "stopped core is found and ends the machine, by name", 60, stopped_core),
         Case::new("stock", "power button lets the guest shut down", 120, power_button),
         Case::new("stock", "stop --force ends at once", 120, stop_forced),
@@ -219,6 +220,70 @@ fn bare_killed(context: &Context, victim: &str) -> Outcome {
         std::thread::sleep(Duration::from_millis(5));
     }
     context.log(&format!("all gone after {:.1?}", begin.elapsed()));
+    Ok(())
+}
+
+/// A group of the host's, of cgroup version 2 or 1, that leaves its processes no memory; it is removed in the end.
+struct NoMemory(PathBuf);
+
+impl NoMemory {
+    fn create(context: &Context) -> std::io::Result<Self> {
+        let name = format!("bulkhead-oom-{}", std::process::id());
+        let root = Path::new("/sys/fs/cgroup");
+        let two = root.join("cgroup.controllers").exists();
+        if two {
+            fs::write(root.join("cgroup.subtree_control"), "+memory")?;
+        }
+        let folder = if two { root.join(name) } else { root.join("memory").join(name) };
+        context.log(&folder.display().to_string());
+        fs::create_dir(&folder)?;
+        let group = Self(folder);
+        let limit = if two { "memory.max" } else { "memory.limit_in_bytes" };
+        fs::write(group.0.join(limit), "0")?;
+        Ok(group)
+    }
+
+    /// How many processes the kernel has ended in it for want of memory.
+    fn ended(&self) -> u32 {
+        let counts = ["memory.events", "memory.oom_control"];
+        let texts = counts.iter().filter_map(|name| fs::read_to_string(self.0.join(name)).ok());
+        let count = |text: String| text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
+        texts.filter_map(count).next().unwrap_or(0)
+    }
+}
+
+impl Drop for NoMemory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The supervisor alone is put where it gets no memory any more, and asked for something.
+fn out_of_memory(context: &Context) -> Outcome {
+    let (mut running, disk) = waiting(context, &[])?;
+    let processes = running.processes();
+    let group = match NoMemory::create(context) {
+        Ok(group) => group,
+        Err(error) => {
+            ensure!(std::env::var_os("BULKHEAD_IN_LAB").is_none(), "no cgroup in the lab: {error}");
+            println!("    not tried here: {error}");
+            running.signal(Signal::SIGTERM)?;
+            return running.expect_exit(143);
+        }
+    };
+    fs::write(group.0.join("cgroup.procs"), running.pid().to_string()).map_err(|error| error.to_string())?;
+    while group.ended() == 0 {
+        ensure!(!context.left().is_zero(), "the supervisor lives without memory");
+        let _any = bulkhead(context).args(["ps", &running.name]).output();
+    }
+    let begin = Instant::now();
+    running.expect_exit(137)?;
+    expect_gone(&processes, GONE.saturating_sub(begin.elapsed()))?;
+    while !can_lock(&disk)? {
+        ensure!(begin.elapsed() < GONE, "the image is still locked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    context.log(&format!("all gone {:.1?} after the supervisor", begin.elapsed()));
     Ok(())
 }
 

@@ -55,6 +55,18 @@ pub fn up(interface: &str) -> io::Result<()> {
     ask(&socket()?, libc::SIOCSIFFLAGS, &wanted)
 }
 
+/// The mask of a prefix of 0 to 32 bits.
+fn mask(prefix: &str) -> io::Result<u32> {
+    let bits = prefix.parse().ok().and_then(|prefix| 32_u32.checked_sub(prefix));
+    let bits = bits.ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a prefix of {prefix} bits: an IPv4 address has 0 to 32"),
+        )
+    })?;
+    Ok(u32::MAX.checked_shl(bits).unwrap_or(0))
+}
+
 /// Gives an interface its address, switches it on, and sends through it what is for elsewhere. `entry` is a record of the plan:
 /// `INTERFACE ADDRESS/PREFIX [ROUTER]`.
 ///
@@ -66,8 +78,7 @@ pub fn configure(entry: &str) -> io::Result<()> {
     let (interface, own) = (words.next().ok_or_else(bad)?, words.next().ok_or_else(bad)?);
     let (own, prefix) = own.split_once('/').ok_or_else(bad)?;
     let own: Ipv4Addr = own.parse().map_err(|_| bad())?;
-    let prefix: u32 = prefix.parse().map_err(|_| bad())?;
-    let mask = u32::MAX.checked_shl(32_u32.saturating_sub(prefix)).unwrap_or(0);
+    let mask = mask(prefix)?;
     let socket = socket()?;
     let mut wanted = request(interface);
     wanted.ifr_ifru.ifru_addr = address(own);
@@ -83,4 +94,22 @@ pub fn configure(entry: &str) -> io::Result<()> {
     route.rt_gateway = address(router.parse().map_err(|_| bad())?);
     route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
     ask(&socket, libc::SIOCADDRT, &route)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_prefix_has_0_to_32_bits() {
+        let masks = ["0", "8", "24", "32"].map(|prefix| mask(prefix).unwrap());
+        assert_eq!(masks, [0, 0xFF00_0000, 0xFFFF_FF00, 0xFFFF_FFFF]);
+        for prefix in ["33", "-1", "", "4294967295", "x"] {
+            let error = configure(&format!("eth0 10.0.2.15/{prefix}")).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert!(error.to_string().contains("0 to 32"), "{error}");
+        }
+    }
 }

@@ -28,14 +28,6 @@ impl VirtioDevice for Filler {
         1
     }
 
-    fn queues(&self) -> u16 {
-        1
-    }
-
-    fn worker_of(&self, _queue: u16) -> usize {
-        0
-    }
-
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         vec![Box::new(PollWorker::new(FillerQueue { byte: self.0, chain: Chain::new() }, 1))]
     }
