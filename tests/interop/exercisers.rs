@@ -1,0 +1,72 @@
+//! Programs that others wrote to find faults of file systems, on our shared directory in a stock guest.
+
+use std::path::Path;
+
+use crate::guest::{Guest, Service};
+use crate::ours::device;
+use crate::traffic::{modules, run, text};
+use crate::{Case, Outcome, Peer, QEMU, root};
+
+pub const CASES: &[Case] = &[
+    Case {
+        ours: "fs",
+        peer: QEMU,
+        what: "fsx: reads, writes, truncates and maps a file at random",
+        run: fsx,
+    },
+    Case {
+        ours: "fs",
+        peer: QEMU,
+        what: "pjdfstest: what POSIX says of files and directories",
+        run: pjdfstest,
+    },
+];
+
+/// Operations of each of the two runs of fsx.
+const OPERATIONS: u32 = 4000;
+
+/// Boots a guest that has the program on a disk and our directory at /mnt. Its /etc names users.
+fn boot(qemu: Peer, folder: &tempfile::TempDir, program: &str) -> Result<(Service, Guest), String> {
+    let file = root().join("build/peers/bin").join(program);
+    if !file.exists() {
+        return Err(format!("not run: no {} (tools/make-peers)", file.display()));
+    }
+    let shared = folder.path().join("shared");
+    std::fs::create_dir_all(&shared).map_err(text)?;
+    let service = Service::start(folder.path(), "fs", "fs.sock", &["--shared-dir", shared.to_str().unwrap()]);
+    let disk = modules(folder.path())?;
+    let bin = file.parent().unwrap_or(Path::new("/")).display().to_string();
+    run("tar", &format!("-rf {} -C {bin} {program}", disk.display()))?;
+    let mut options: Vec<String> = device("c", &service, "vhost-user-fs-pci,tag=home");
+    options.iter_mut().for_each(|option| *option = option.replace(crate::ours::RECONNECT, ""));
+    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", disk.display())]);
+    let mut guest = Guest::start(qemu, folder, program, &options)?;
+    guest.boot()?;
+    guest.run(
+        "cd /tmp && tar -xf /dev/vda && insmod fuse.ko; insmod virtiofs.ko && mount -t virtiofs home /mnt",
+    )?;
+    guest.run("mkdir -p /etc; printf 'root:x:0:0::/:/bin/sh\\nnobody:x:65534:65534::/:/bin/sh\\ntests:x:1001:1001::/:/bin/sh\\n' >/etc/passwd; \
+        printf 'root:x:0:\\nnobody:x:65534:\\ntests:x:1001:\\n' >/etc/group")?;
+    Ok((service, guest))
+}
+
+fn fsx(qemu: Peer) -> Outcome {
+    let folder = tempfile::tempdir().map_err(text)?;
+    let (_service, mut guest) = boot(qemu, &folder, "fsx")?;
+    for seed in [1, 2] {
+        guest.run(&format!(
+            "cd /mnt && /tmp/fsx -N {OPERATIONS} -S {seed} file >/tmp/said 2>&1 || {{ tail -n 30 /tmp/said; false; }}"
+        ))?;
+    }
+    Ok(format!("two runs of {OPERATIONS} operations, nothing amiss"))
+}
+
+fn pjdfstest(qemu: Peer) -> Outcome {
+    let folder = tempfile::tempdir().map_err(text)?;
+    let (_service, mut guest) = boot(qemu, &folder, "pjdfstest")?;
+    guest.run("printf '[features]\\n[dummy_auth]\\nentries = [[\"nobody\", \"nobody\"], [\"tests\", \"tests\"]]\\n' >/tmp/config; mkdir /mnt/work")?;
+    guest.run("/tmp/pjdfstest -c /tmp/config -p /mnt/work >/tmp/said 2>&1; true")?;
+    let summary = guest.run("grep 'Tests: ' /tmp/said")?;
+    let failed = guest.run("grep -i 'FAILED' /tmp/said | sort | head -n 60; true")?;
+    if failed.is_empty() { Ok(summary) } else { Err(format!("{summary}: {failed}")) }
+}
