@@ -37,6 +37,15 @@ pub struct Service {
 }
 
 impl Service {
+    /// A program of somebody else, once it listens at this path.
+    pub fn other(mut command: Command, socket: PathBuf) -> Result<Self, String> {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+        let service = Self { child, socket };
+        wait("a back end", || Ok(service.socket.exists()))?;
+        Ok(service)
+    }
+
     /// Starts it, and waits until it listens.
     pub fn start(folder: &Path, kind: &str, name: &str, options: &[&str]) -> Self {
         let socket = folder.join(name);

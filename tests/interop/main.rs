@@ -2,9 +2,10 @@
 //!
 //! `interop [--write] [WORD]…` runs the cases whose name contains one of the words; `lab` stands for the stock guest under our core,
 //! which needs hardware virtualization or the lab. With `--write` the whole run goes into `docs/interop.md`, with the versions of
-//! the peers. A peer that is not installed is a case that was not run, by name.
+//! the peers. `interop --compare [ROUNDS]` measures throughput beside that of others instead, for `tools/bench devices`. A peer that is not installed is a case that was not run, by name.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod compare;
 mod dpdk;
 mod exercisers;
 mod foreign;
@@ -123,6 +124,18 @@ fn main() -> ExitCode {
     if has("--in-lab") {
         foreign_guest::run(&words).iter().for_each(Row::hand_over);
         return ExitCode::SUCCESS;
+    }
+    if has("--compare") {
+        return match compare::run(words.first().and_then(|word| word.parse().ok()).unwrap_or(5)) {
+            Ok(table) => {
+                println!("{table}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("interop: {error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     let wanted = |ours: &str, peer: &str, version: Option<&str>, what: &str| {
         let name = format!("{ours} / {peer} {}: {what}", version.unwrap_or_default());

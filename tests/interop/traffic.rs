@@ -111,7 +111,7 @@ fn echo(mut stream: UnixStream) {
 }
 
 /// Connects to a port of the guest (Firecracker's convention).
-fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
+pub fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
     let mut stream = UnixStream::connect(path).map_err(text)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(text)?;
     let (mut line, mut byte) = (Vec::new(), [0]);
