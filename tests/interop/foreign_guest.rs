@@ -229,8 +229,13 @@ fn show() -> Result<Vec<Row>, String> {
     peers.all()?;
     let guest = Guest::spawn(machine(folder, &modules), folder.join("monitor"))?;
     let mut shown = Shown { guest, folder, rows: Vec::new() };
-    let log =
-        |error| format!("{error}; the log: {}", fs::read_to_string(folder.join("log")).unwrap_or_default());
+    let log = |error| {
+        let top = Command::new("top").args(["-b", "-n", "1"]).output();
+        let top = top.map(|output| output.stdout).unwrap_or_default();
+        let top: Vec<_> = String::from_utf8_lossy(&top).lines().skip(6).take(8).map(str::to_owned).collect();
+        let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
+        format!("{error}; the log: {log}; at work: {}", top.join(" / "))
+    };
     shown.guest.boot().map_err(log)?;
     shown.guest.run("for it in /sys/block/vd*; do name=${it##*/}; if [ \"$(cat $it/serial)\" = modules ]; then tar -xf /dev/$name -C /tmp; else foreign=$name; fi; done; \
         for it in /sys/class/net/eth*; do case $(cat $it/address) in *01) card=${it##*/} ;; *02) other=${it##*/} ;; esac; done; insmod /tmp/fuse.ko; insmod /tmp/virtiofs.ko")?;

@@ -24,11 +24,11 @@ const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tm
      stty -echo 2>/dev/null; true";
 
 /// The rest of the kernel's command line: a shell is its first process.
-pub const SHELL: &str = "quiet panic=-1 rdinit=/bin/busybox -- sh";
+pub const SHELL: &str = "quiet nosoftlockup panic=-1 rdinit=/bin/busybox -- sh";
 /// Begins the error of a guest whose kernel has died.
 pub const DIED: &str = "the guest's kernel has died: ";
 /// What a kernel says then.
-const LAST_WORDS: [&str; 4] = ["kernel BUG at", "Oops: ", "Kernel panic", "BUG: soft lockup"];
+const LAST_WORDS: [&str; 3] = ["kernel BUG at", "Oops: ", "Kernel panic"];
 
 /// A service of ours, ended when dropped.
 pub struct Service {
