@@ -13,8 +13,20 @@ use super::vhost_user::VhostUserSpec;
 
 /// The longest tag, bytes (virtio 1.2, 5.11.4).
 const TAG: usize = 36;
-const KEYS: &[&str] =
-    &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "others", "id", "restart", "addr", "vhost-user"];
+const KEYS: &[&str] = &[
+    "tag",
+    "path",
+    "readonly",
+    "cache",
+    "submounts",
+    "xattr",
+    "owner",
+    "others",
+    "id",
+    "restart",
+    "addr",
+    "vhost-user",
+];
 
 /// What the guest may keep of a shared directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]

@@ -565,10 +565,7 @@ fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError>
 }
 
 /// The disks, and the devices of other back ends: disks, network cards and shared directories among them.
-fn disks(
-    args: &mut RunArgs,
-    file: &mut RunArgs,
-) -> Result<(Vec<DiskSpec>, Vec<VhostUserSpec>), ConfigError> {
+fn disks(args: &mut RunArgs, file: &mut RunArgs) -> Result<(Vec<DiskSpec>, Vec<VhostUserSpec>), ConfigError> {
     let mut disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
     let mut foreign = take(foreign);

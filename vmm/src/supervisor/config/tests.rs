@@ -187,7 +187,8 @@ fn disks_cards_and_directories_can_be_those_of_other_back_ends() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("machine.toml");
     std::fs::write(&path, "[[net]]\nuser = true\n[[fs]]\ntag = \"t\"\npath = \"p\"\n").unwrap();
-    let given = "--disk vhost-user=d --net vhost-user=n,mac=52:54:00:00:00:01,id=card --fs tag=home,vhost-user=f";
+    let given =
+        "--disk vhost-user=d --net vhost-user=n,mac=52:54:00:00:00:01,id=card --fs tag=home,vhost-user=f";
     let config = run(&format!("--kernel k --config {} {given}", path.display())).unwrap();
     let foreign: Vec<(&str, &str)> =
         config.vhost_user.iter().map(|device| (&*device.kind, &*device.id)).collect();
