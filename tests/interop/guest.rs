@@ -181,9 +181,10 @@ impl Guest {
     pub fn run(&mut self, line: &str) -> Result<String, String> {
         // What is typed does not contain what is waited for.
         writeln!(self.keyboard, "{line}; echo \"@@\"$?\"@@\"").map_err(|error| error.to_string())?;
-        let mut text = self.until("@@")?;
+        let within = |error| format!("`{line}`: {error}");
+        let mut text = self.until("@@").map_err(within)?;
         loop {
-            let status = self.until("@@")?;
+            let status = self.until("@@").map_err(within)?;
             match status.trim_end_matches('@').parse::<i32>() {
                 Ok(0) => break,
                 Ok(status) => return Err(format!("`{line}` has status {status}: {}", text.escape_debug())),

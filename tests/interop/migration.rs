@@ -24,7 +24,7 @@ fn migrate(qemu: Peer) -> Outcome {
     let mut died = 0;
     loop {
         match migrate_once(qemu) {
-            Err(text) if text.starts_with(DIED) && died + 1 < TRIES => died += 1,
+            Err(text) if text.contains(DIED) && died + 1 < TRIES => died += 1,
             Ok(text) if died > 0 => {
                 return Ok(format!("{text}; {died} tries before were lost by QEMU's emulator, see below"));
             }
