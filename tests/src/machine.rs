@@ -33,7 +33,7 @@ pub mod exit {
 }
 
 /// Which form of the guest's kernel to boot.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
     /// `bzImage`, entered by the Linux boot protocol.
     BzImage,
@@ -323,6 +323,15 @@ impl Running {
     #[must_use]
     pub fn processes(&self) -> Vec<Process> {
         descendants(self.pid())
+    }
+
+    /// The process that owns KVM.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn core(&self) -> Outcome<Process> {
+        let core = self.processes().into_iter().find(|process| process.title().contains("bulkhead-vmm["));
+        core.ok_or_else(|| "no core".to_owned())
     }
 
     /// Sends a signal to the supervisor.

@@ -68,7 +68,11 @@ fn linux_finds_a_translated_keyboard_and_no_mouse() {
     controller.write(Data, 0x5A);
     assert_ne!(said(&mut controller), [0x5A]);
     assert!((1..=3).contains(&ask(&mut controller, 0xA9)));
+    controller.write(Command, 0xA7);
     controller.write(Command, 0xA8);
+    // What is for a device there is lost without an answer.
+    controller.write(Command, 0xD4);
+    assert!(tell(&mut controller, &[0xFF]).is_empty());
     assert_ne!(ask(&mut controller, 0x20) & CONTROL_AUX_OFF, 0);
     control(&mut controller, 0x47);
     assert_eq!(tell(&mut controller, &[0xF2]), [0xFA, 0xAB, 0x41]);
@@ -77,6 +81,11 @@ fn linux_finds_a_translated_keyboard_and_no_mouse() {
     assert_eq!(tell(&mut controller, &[0xF4]), [0xFA]);
     controller.press(&[key(0xE071, true), key(0xE071, false)]);
     assert_eq!(said(&mut controller), [0xE0, 0x53, 0xE0, 0xD3]);
+    // The number of a set is translated like a code.
+    for (set, translated) in [(3, 0x3F), (1, 0x43), (2, 0x41)] {
+        assert_eq!(tell(&mut controller, &[0xF0, set]), [0xFA, 0xFA]);
+        assert_eq!(tell(&mut controller, &[0xF0, 0]), [0xFA, 0xFA, translated]);
+    }
     // Raw set 2.
     control(&mut controller, 0x07);
     controller.press(&[key(0x1C, true), key(0x1C, false)]);

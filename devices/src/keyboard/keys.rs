@@ -1,5 +1,6 @@
 //! A PS/2 keyboard: the commands of "IBM Personal System/2 Hardware Interface Technical Reference", keyboard and auxiliary
-//! device controller, section 4. Scan code sets 1 and 2; set 3 is refused.
+//! device controller, section 4. Scan code sets 1, 2 and 3. What set 3 does with single keys (commands FB–FD) is
+//! acknowledged without effect.
 
 use std::collections::VecDeque;
 
@@ -36,6 +37,17 @@ const SET1: [u8; 128] = [
     0x52, 0x53, 0x50, 0x4C, 0x4D, 0x48, 0x01, 0x45, 0x57, 0x4E, 0x51, 0x4A, 0x37, 0x49, 0x46, 0x54,
 ];
 
+/// Codes of set 3 where they differ from those of set 2, which stand first. Other keys with a prefix have none.
+#[rustfmt::skip]
+const SET3: [(u16, u8); 47] = [
+    (0x01, 0x47), (0x03, 0x27), (0x04, 0x17), (0x05, 0x07), (0x06, 0x0F), (0x07, 0x5E), (0x09, 0x4F), (0x0A, 0x3F), (0x0B, 0x2F),
+    (0x0C, 0x1F), (0x11, 0x19), (0x13, 0x87), (0x14, 0x11), (0x58, 0x14), (0x5D, 0x5C), (0x61, 0x13), (0x64, 0x86), (0x67, 0x85),
+    (0x6A, 0x5D), (0x76, 0x08), (0x77, 0x76), (0x78, 0x56), (0x79, 0x7C), (0x7B, 0x84), (0x7C, 0x7E), (0x7E, 0x5F), (0x83, 0x37),
+    (0x84, 0x57), (0xE011, 0x39), (0xE014, 0x58), (0xE01F, 0x8B), (0xE027, 0x8C), (0xE02F, 0x8D), (0xE04A, 0x77), (0xE05A, 0x79),
+    (0xE069, 0x65), (0xE06B, 0x61), (0xE06C, 0x6E), (0xE070, 0x67), (0xE071, 0x64), (0xE072, 0x60), (0xE074, 0x6A), (0xE075, 0x63),
+    (0xE07A, 0x6D), (0xE07D, 0x6F), (PRINT, 0x57), (PAUSE, 0x62),
+];
+
 /// Turns set 2 into set 1, byte by byte: the prefix of a release becomes bit 7 of what follows.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Translation {
@@ -67,8 +79,10 @@ pub struct Keyboard {
     codes: VecDeque<u8>,
     /// Keys that have not become codes.
     keys: VecDeque<Key>,
-    /// Scan code set, 1 or 2.
+    /// Scan code set, 1 to 3.
     set: u8,
+    /// Set 3 tells of releases.
+    releases: bool,
     scanning: bool,
     /// The command that takes the next byte.
     pending: Option<u8>,
@@ -80,7 +94,7 @@ impl Default for Keyboard {
     /// After its power-on test.
     fn default() -> Self {
         let (answers, codes, keys) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
-        Self { answers, codes, keys, set: 2, scanning: true, pending: None, last: 0 }
+        Self { answers, codes, keys, set: 2, releases: true, scanning: true, pending: None, last: 0 }
     }
 }
 
@@ -109,9 +123,14 @@ impl Keyboard {
         match self.pending.take().filter(|_| byte < 0xED) {
             // Indicators and typematic rate: there is nobody to see them, and the host repeats keys itself.
             Some(0xED | 0xF3) => self.answer(&[ACK]),
+            // Any number of keys.
+            Some(kind @ 0xFB..=0xFD) => {
+                self.pending = Some(kind);
+                self.answer(&[ACK]);
+            }
             Some(_) => match byte {
                 0 => self.answer(&[ACK, self.set]),
-                1 | 2 => {
+                1..=3 => {
                     self.set = byte;
                     self.answer(&[ACK]);
                 }
@@ -123,7 +142,7 @@ impl Keyboard {
 
     fn command(&mut self, command: u8) {
         match command {
-            0xED | 0xF0 | 0xF3 => {
+            0xED | 0xF0 | 0xF3 | 0xFB..=0xFD => {
                 self.pending = Some(command);
                 self.answer(&[ACK]);
             }
@@ -139,8 +158,11 @@ impl Keyboard {
                 self.set = 2;
                 self.forget(self.scanning);
             }
-            // What set 3 does with keys.
-            0xF7..=0xFA => self.answer(&[ACK]),
+            // All keys of set 3: typematic, make and break, make, all three.
+            0xF7..=0xFA => {
+                self.releases = matches!(command, 0xF8 | 0xFA);
+                self.answer(&[ACK]);
+            }
             0xFE => self.answers.push_front(self.last),
             0xFF => {
                 *self = Self::default();
@@ -164,6 +186,9 @@ impl Keyboard {
     }
 
     fn encode(&mut self, Key { code, pressed }: Key) {
+        if self.set == 3 {
+            return self.encode_set3(code, pressed);
+        }
         let [prefix, low] = code.to_be_bytes();
         let bytes: &[u8] = match (code, pressed) {
             (PAUSE, true) => &[0xE1, 0x14, 0x77, 0xE1, RELEASE, 0x14, RELEASE, 0x77],
@@ -180,6 +205,17 @@ impl Keyboard {
         let set1 = self.set == 1;
         let convert = |byte: &u8| if set1 { translation.translate(*byte) } else { Some(*byte) };
         self.codes.extend(bytes.iter().filter_map(convert));
+    }
+
+    /// One byte for each key, none of which is special.
+    fn encode_set3(&mut self, code: u16, pressed: bool) {
+        let other = SET3.iter().find(|(set2, _)| *set2 == code).map(|(_, set3)| *set3);
+        let Some(byte) = other.or_else(|| u8::try_from(code).ok()) else { return };
+        match (pressed, self.releases) {
+            (true, _) => self.codes.push_back(byte),
+            (false, true) => self.codes.extend([RELEASE, byte]),
+            (false, false) => {}
+        }
     }
 }
 
@@ -215,8 +251,36 @@ mod tests {
         assert_eq!(strike(&mut keyboard, 0x83), [0x41, 0xC1]);
         assert_eq!(strike(&mut keyboard, PAUSE), [0xE1, 0x1D, 0x45, 0xE1, 0x9D, 0xC5]);
         assert_eq!(strike(&mut keyboard, PRINT), [0xE0, 0x2A, 0xE0, 0x37, 0xE0, 0xB7, 0xE0, 0xAA]);
-        assert_eq!(command(&mut keyboard, &[0xF0, 3]), [RESEND]);
+        assert_eq!(command(&mut keyboard, &[0xF0, 4]), [RESEND]);
         assert_eq!(command(&mut keyboard, &[0xF0, 0]), [ACK, 1]);
+    }
+
+    /// What Linux's atkbd does with `set=3`.
+    #[test]
+    fn set_3_has_one_byte_for_each_key() {
+        let mut keyboard = Keyboard::default();
+        assert_eq!(command(&mut keyboard, &[0xEC]), [RESEND], "an extension that it lacks");
+        assert_eq!(command(&mut keyboard, &[0xF0, 3]), [ACK]);
+        assert_eq!(command(&mut keyboard, &[0xF0, 0]), [ACK, 3]);
+        assert_eq!(command(&mut keyboard, &[0xFA]), [ACK]);
+        for (code, byte) in
+            [(0x1C, 0x1C), (0x76, 0x08), (0x14, 0x11), (0x58, 0x14), (0xE075, 0x63), (PAUSE, 0x62)]
+        {
+            assert_eq!(strike(&mut keyboard, code), [byte, RELEASE, byte], "{code:x}");
+        }
+        assert!(strike(&mut keyboard, 0xE037).is_empty(), "the power key has no code");
+        // Make only, of all keys and of some.
+        assert_eq!(command(&mut keyboard, &[0xF9]), [ACK]);
+        assert_eq!(strike(&mut keyboard, 0x1C), [0x1C]);
+        assert_eq!(command(&mut keyboard, &[0xFC]), [ACK]);
+        assert_eq!(command(&mut keyboard, &[0x1C]), [ACK]);
+        assert_eq!(command(&mut keyboard, &[0x32]), [ACK]);
+        assert_eq!(command(&mut keyboard, &[0xF0, 2]), [ACK]);
+        assert_eq!(strike(&mut keyboard, 0x1C), [0x1C, RELEASE, 0x1C]);
+        let mut codes: Vec<u8> = SET3.iter().map(|(_, code)| *code).collect();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), SET3.len() - 1, "only Print Screen and SysRq share a code");
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! bzImage: the Linux boot protocol with its 64-bit entry (Documentation/arch/x86/boot.rst).
 
-use bulkhead_ipc::memory::{Direction, GuestRam};
+use bulkhead_ipc::memory::{Direction, GuestRam, HUGE_PAGE_SIZE};
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
-use super::entry::{Entry, Segment};
+use super::entry::{Entry, Segment, Unpacking};
 use super::image::Image;
 use super::initrd::{self, Initrd};
 use super::map::{MapEntry, memory_map};
@@ -51,6 +51,9 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
     let limit = low_ram_end(ram).min(u64::from(initrd_addr_max).saturating_add(1));
     let initrd = initrd::load(ram, source, end, limit)?;
     image.load(ram, offset, length, load_address)?;
+    // Before it unpacks, the kernel moves to the end of what it needs.
+    let start = end.saturating_sub(length);
+    ram.back_with_huge_pages(start - start % HUGE_PAGE_SIZE, length.saturating_add(2 * HUGE_PAGE_SIZE));
 
     header.type_of_loader = LOADER_UNDEFINED;
     header.code32_start = narrow("load address", load_address)?;
@@ -71,6 +74,7 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
         code: Segment::CODE_64,
         data: Segment::DATA,
         task: Segment::TASK,
+        unpacking: Some(Unpacking { above: end, size: end.saturating_sub(load_address) }),
     })
 }
 

@@ -122,6 +122,17 @@ pub struct Entry {
     pub data: Segment,
     /// TR.
     pub task: Segment,
+    /// The kernel unpacks itself first.
+    pub unpacking: Option<Unpacking>,
+}
+
+/// A compressed kernel, which chooses by itself where it unpacks (kernel address-space layout randomization).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unpacking {
+    /// Until it does, it writes to no RAM from this address on: neither itself nor what the loader gave it lies there.
+    pub above: u64,
+    /// Bytes from the place of its choice on that it fills at most.
+    pub size: u64,
 }
 
 impl Entry {

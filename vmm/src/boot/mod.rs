@@ -40,7 +40,7 @@ use std::fs::File;
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 
-pub use entry::{ControlRegisters, Entry, Gdt, Mode, Segment};
+pub use entry::{ControlRegisters, Entry, Gdt, Mode, Segment, Unpacking};
 pub use error::BootError;
 pub use firmware::load_firmware;
 pub use map::{MapEntry, MapKind, memory_map};

@@ -83,6 +83,7 @@ pub(super) fn boot(
         code: Segment::CODE_32,
         data: Segment::DATA,
         task: Segment::TASK,
+        unpacking: None,
     })
 }
 

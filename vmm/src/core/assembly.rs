@@ -21,7 +21,7 @@ use super::flash::Flash;
 use super::platform::Platform;
 use super::register_device::RemoteDevice;
 use super::reports::Reports;
-use crate::boot::{BootSource, load_firmware, load_kernel};
+use crate::boot::{BootSource, Entry, load_firmware, load_kernel};
 use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
 use crate::machine::{Machine, MemoryChip};
 use crate::virtio::VirtioPci;
@@ -79,7 +79,11 @@ impl Core {
         match start.boot {
             Boot::Kernel { cmdline, smbios, .. } => {
                 place(&ram, SMBIOS, &smbios)?;
-                boot(&platform.machine, &ram, &vcpus, &cmdline, &image, initrd.as_ref())?;
+                let entry = load(&platform.machine, &ram, &cmdline, &image, initrd.as_ref())?;
+                vcpus.first().map_or(Ok(()), |boot_processor| boot_processor.enter_at(&entry))?;
+                let unpacking =
+                    entry.unpacking.filter(|_| start.huge_pages && ram.can_back_with_huge_pages());
+                unpacking.map_or(Ok(()), |unpacking| platform.memory.await_unpacking(unpacking))?;
             }
             Boot::Firmware { files, menu, .. } => {
                 let files = files.into_iter().chain(roms).map(|file| (file.name, file.contents)).collect();
@@ -214,22 +218,19 @@ impl Resources {
     }
 }
 
-/// Places tables and kernel in RAM and the boot processor at the kernel's entry.
-fn boot(
+/// Places tables and kernel in RAM; answers how the kernel is entered.
+fn load(
     machine: &Machine,
     ram: &GuestRam,
-    vcpus: &[Vcpu],
     command_line: &str,
     kernel: &File,
     initrd: Option<&File>,
-) -> Result<(), CoreError> {
+) -> Result<Entry, CoreError> {
     machine.assign_resources();
     let tables = machine.acpi_tables();
     place(ram, tables.address, &tables.blob)?;
     let source = BootSource { kernel, initrd, command_line, rsdp: Some(tables.rsdp), reserved: &[] };
-    let entry = load_kernel(ram, &source)?;
-    vcpus.first().map_or(Ok(()), |boot_processor| boot_processor.enter_at(&entry))?;
-    Ok(())
+    Ok(load_kernel(ram, &source)?)
 }
 
 fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {

@@ -7,14 +7,14 @@ use bulkhead_ipc::channel::message::MachineEnd;
 use nix::sys::timerfd::{Expiration, TimerFd, TimerSetTimeFlags};
 
 use super::reports::{Ejected, Reports};
-use crate::kvm::{Doorbells, Interrupts, MemorySlots};
+use crate::kvm::{Doorbells, Interrupts, KvmError, MemorySlots};
 use crate::machine::{Host, MappedDoorbell, MemorySlot, PowerEvent};
 
 /// The machine's host.
 pub(super) struct CoreHost {
     interrupts: Arc<Interrupts>,
     doorbells: Arc<Doorbells>,
-    memory: MemorySlots,
+    memory: Arc<MemorySlots>,
     reports: Arc<Reports>,
     timer: Arc<TimerFd>,
     started: Instant,
@@ -24,11 +24,20 @@ impl CoreHost {
     pub(super) fn new(
         interrupts: Arc<Interrupts>,
         doorbells: Arc<Doorbells>,
-        memory: MemorySlots,
+        memory: Arc<MemorySlots>,
         reports: Arc<Reports>,
         timer: Arc<TimerFd>,
     ) -> Self {
         Self { interrupts, doorbells, memory, reports, timer, started: Instant::now() }
+    }
+}
+
+impl CoreHost {
+    fn followed(&self, update: Result<(), KvmError>) {
+        if let Err(error) = update {
+            self.reports
+                .end(MachineEnd::Failed(format!("the memory map does not follow the chipset: {error}")));
+        }
     }
 }
 
@@ -66,10 +75,11 @@ impl Host for CoreHost {
     }
 
     fn memory_changed(&self, slots: &[MemorySlot]) {
-        if let Err(error) = self.memory.update(slots) {
-            self.reports
-                .end(MachineEnd::Failed(format!("the memory map does not follow the chipset: {error}")));
-        }
+        self.followed(self.memory.update(slots));
+    }
+
+    fn ram_written(&self, address: u64) {
+        self.followed(self.memory.ram_written(address));
     }
 
     fn set_timer(&self, deadline: Option<Duration>) {

@@ -19,6 +19,7 @@ pub(super) struct Platform {
     pub interrupts: Arc<Interrupts>,
     pub doorbells: Arc<Doorbells>,
     pub machine: Arc<Machine>,
+    pub memory: Arc<MemorySlots>,
     /// Where the vCPUs are to stand.
     pub gate: Arc<Gate>,
     /// The machine's next deadline.
@@ -49,12 +50,17 @@ impl Platform {
             files,
         };
         let gate = Arc::new(Gate::default());
-        let memory = MemorySlots::new(&vm, gate.clone());
+        let memory = Arc::new(MemorySlots::new(&vm, gate.clone()));
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags);
         let timer = Arc::new(timer.map_err(CoreError::system("timerfd_create"))?);
-        let host =
-            CoreHost::new(interrupts.clone(), doorbells.clone(), memory, reports.clone(), timer.clone());
+        let host = CoreHost::new(
+            interrupts.clone(),
+            doorbells.clone(),
+            memory.clone(),
+            reports.clone(),
+            timer.clone(),
+        );
         let machine = Machine::new(config, ram.clone(), Arc::new(host))?;
         // A kernel that is started directly finds RAM as firmware leaves it; see `create_chips` why this comes first.
         if matches!(start.boot, Boot::Kernel { .. }) {
@@ -67,6 +73,6 @@ impl Platform {
             .iter()
             .map(|id| Vcpu::create(&vm, processors, *id, machine.clone()))
             .collect::<Result<_, _>>()?;
-        Ok((Self { vm, interrupts, doorbells, machine, gate, timer }, vcpus))
+        Ok((Self { vm, interrupts, doorbells, machine, memory, gate, timer }, vcpus))
     }
 }

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use bulkhead_ipc::memory::{Direction, GuestRam};
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuExit};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuExit, VcpuFd};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::boot::Unpacking;
 use crate::machine::pci::{
     BarKind, ConfigSpace, ConfigSpaceBuilder, Doorbell, DoorbellId, Identity, PciFunction,
 };
@@ -45,6 +46,9 @@ impl Host for KvmHost {
     fn memory_changed(&self, slots: &[MemorySlot]) {
         self.told.lock().unwrap().0 = slots.to_vec();
         self.memory.update(slots).unwrap();
+    }
+    fn ram_written(&self, address: u64) {
+        self.memory.ram_written(address).unwrap();
     }
     fn set_timer(&self, _: Option<Duration>) {}
     fn monotonic(&self) -> Duration {
@@ -259,32 +263,58 @@ fn program(segments: &[u16]) -> Vec<u8> {
     segments.iter().flat_map(store).chain([0xF4]).collect()
 }
 
-#[test]
-fn no_dirty_page_is_lost_when_slots_are_replaced() {
-    let rig = Rig::new(false);
-    rig.machine.shadow_ram();
-    let code = program(&[0x0300, 0xC000, 0xD400, 0xF000]);
+/// A vCPU that is about to run such code.
+fn vcpu(rig: &Rig, segments: &[u16]) -> VcpuFd {
+    let code = program(segments);
     rig.ram.view(0x1000, code.len() as u64, Direction::Write).unwrap().write_bytes(0, &code).unwrap();
     rig.ram.take_dirty();
-    rig.host.memory.set_logging(true).unwrap();
-    let mut vcpu = rig.vm.fd.create_vcpu(0).unwrap();
+    let vcpu = rig.vm.fd.create_vcpu(0).unwrap();
     let mut sregs = vcpu.get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     let mut regs = vcpu.get_regs().unwrap();
     (regs.rip, regs.rflags) = (0x1000, 2);
     vcpu.set_regs(&regs).unwrap();
+    vcpu
+}
+
+fn dirty_pages(rig: &Rig) -> Vec<u64> {
+    rig.host.memory.harvest().unwrap();
+    rig.ram.take_dirty().pages().collect()
+}
+
+#[test]
+fn a_guest_that_unpacks_leaves_once_and_no_write_of_it_is_lost() {
+    let rig = Rig::new(false);
+    let mut vcpu = vcpu(&rig, &[0x0311, 0x8022, 0x0433, 0x9044]);
+    rig.host.memory.await_unpacking(Unpacking { above: 0x7_F123, size: 0x1_0000 }).unwrap();
+    rig.host.memory.set_logging(true).unwrap();
+    let VcpuExit::MmioWrite(address, data) = vcpu.run().unwrap() else { panic!("it wrote above") };
+    assert_eq!((address, data), (0x8_0220, &[0x22][..]));
+    rig.machine.write(Space::Memory, 0x3_0000, &[1]);
+    rig.machine.write(Space::Memory, address, &[0x22]);
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+    assert_eq!(dirty_pages(&rig), [0x3000, 0x4000, 0x3_0000, 0x8_0000, 0x9_0000]);
+    for (address, expected) in [(0x3110, 0x11), (0x8_0220, 0x22), (0x4330, 0x33), (0x9_0440, 0x44)] {
+        let view = rig.ram.view(address, 1, Direction::Read).unwrap();
+        assert_eq!(view.read::<u8>(0).unwrap(), expected, "{address:#x}");
+    }
+}
+
+#[test]
+fn no_dirty_page_is_lost_when_slots_are_replaced() {
+    let rig = Rig::new(false);
+    rig.machine.shadow_ram();
+    let mut vcpu = vcpu(&rig, &[0x0300, 0xC000, 0xD400, 0xF000]);
+    rig.host.memory.set_logging(true).unwrap();
     assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
     // Three ways for a slot to go: read-only, gone, and gone by a reset; and one that stays.
     rig.config(0, 0x5C, &[0x13]);
     rig.config(0, 0x5A, &[0x30]);
     rig.machine.reset();
-    rig.host.memory.harvest().unwrap();
-    let dirty: Vec<u64> = rig.ram.take_dirty().pages().collect();
-    assert_eq!(dirty, [0x3000, 0xC_0000, 0xD_4000, 0xF_0000]);
+    assert_eq!(dirty_pages(&rig), [0x3000, 0xC_0000, 0xD_4000, 0xF_0000]);
     rig.host.memory.set_logging(false).unwrap();
-    rig.host.memory.harvest().unwrap();
-    assert!(rig.ram.take_dirty().is_empty());
+    assert!(dirty_pages(&rig).is_empty());
 }
 
 #[test]

@@ -89,6 +89,9 @@ pub trait Host: Send + Sync {
     /// them. While one is replaced no vCPU may be in the guest, and none of its dirty pages may be lost.
     fn memory_changed(&self, slots: &[MemorySlot]);
 
+    /// The guest wrote to RAM at this guest-physical address, and had to leave for it. The write is done.
+    fn ram_written(&self, _address: u64) {}
+
     /// The machine wants [`super::Machine::timer_expired`] to be called, from a thread that holds no lock of the machine, once
     /// [`monotonic`](Self::monotonic) has reached this; nothing replaces what it wanted before by nothing.
     fn set_timer(&self, deadline: Option<Duration>);

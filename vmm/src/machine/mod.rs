@@ -236,6 +236,7 @@ impl Machine {
                 let view = self.ram.view(offset, data.len() as u64, Direction::Write);
                 // The range is RAM by the same regions that the view checks; a refusal drops the write.
                 let _ = view.and_then(|view| view.write_bytes(0, data));
+                self.host.ram_written(offset);
             }
             Some(Endpoint::Chip(chip)) => {
                 let _one_at_a_time = lock(&self.writing_chip);

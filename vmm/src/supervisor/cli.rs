@@ -15,8 +15,8 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule, RngSpec,
-    RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    BalloonSpec, BootOrder, ConsoleSpec, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule,
+    RngSpec, RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
 };
 use super::exit_code;
 
@@ -287,15 +287,15 @@ pub struct RunArgs {
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom; max-bytes=SIZE[,period=MS] is the most that the guest gets in so many milliseconds [default period: 65536]
     #[arg(
         long,
-        value_name = "on|off|max-bytes=SIZE,…",
+        value_name = "on|off|max-bytes=SIZE,…|addr=SLOT.FUNCTION",
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "on"
     )]
     pub rng: Option<RngSpec>,
-    /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]
-    #[arg(long, value_name = "TARGET", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
-    pub console: Option<StreamTarget>,
+    /// virtio console: attach (when nothing is said), stdio, file=PATH, pty, unix=PATH or off [default: off]; addr=SLOT.FUNCTION alone or after it is its place on the PCI bus
+    #[arg(long, value_name = "TARGET[,addr=SLOT.FUNCTION]", num_args = 0..=1, require_equals = true, default_missing_value = "attach")]
+    pub console: Option<ConsoleSpec>,
     /// Named ports.
     #[arg(
         long = "port",
@@ -627,7 +627,7 @@ mod tests {
         assert_eq!(run.memory, Some(Size(1 << 30)));
         assert_eq!(run.disks.len(), 2);
         assert_eq!(run.rng, Some(RngSpec::from(true)));
-        assert_eq!(run.console, Some(StreamTarget::Attach));
+        assert_eq!(run.console, Some(StreamTarget::Attach.into()));
         assert_eq!(run.serial, Some(StreamTarget::File("s".into())));
         assert_eq!(run.restart, ["3/60".parse().unwrap(), "b=never".parse().unwrap()]);
         assert_eq!(run.hang_deadline, Some(1));

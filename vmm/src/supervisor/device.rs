@@ -171,7 +171,7 @@ fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
     } else if let Some(spec) = args.rng.clone() {
         AddRequest::Rng { spec }
     } else {
-        AddRequest::Console
+        AddRequest::Console { spec: args.console.clone().unwrap_or_else(|| "attach".to_owned()) }
     };
     done(
         &Connection::to_name(&args.name)?,

@@ -64,8 +64,7 @@ fn huge_pages(context: &Context) -> Outcome {
     for (thp, least, most) in [("on", 4 * 2048, u64::MAX), ("off", 0, 0)] {
         let arguments = ["--thp", thp, "--initrd", &initrd.display().to_string()];
         let (mut running, _) = waiting(context, &arguments)?;
-        let core = running.processes().into_iter().find(|process| process.title().contains("bulkhead-vmm["));
-        let found = core.ok_or("no core")?.ram_on_huge_pages()?;
+        let found = running.core()?.ram_on_huge_pages()?;
         ensure!((least..=most).contains(&found), "--thp {thp}: {found} KiB of guest RAM are on huge pages");
         running.signal(Signal::SIGTERM)?;
         running.expect_exit(143)?;

@@ -51,6 +51,11 @@ fn smoke(context: &Context, kernel: Kernel, cpus: u32, words: &str, user: Option
     running.wait_for("guest: init", 1)?;
     let processes = running.processes();
     ensure!(processes.len() == 6, "{} processes, not supervisor, core and four devices", processes.len());
+    if kernel == Kernel::BzImage {
+        // What the loader filled is a third of this: the rest is where the kernel has unpacked itself.
+        let huge = running.core()?.ram_on_huge_pages()?;
+        ensure!(huge >= 64 << 10, "{huge} KiB of guest RAM are on huge pages");
+    }
     running.expect_exit(exit::SUCCESS)?;
     expect_gone(&processes, Duration::from_secs(1))?;
 

@@ -119,11 +119,7 @@ fn data_path(context: &Context) -> Outcome {
     let mut running = machine.arguments(&["--cpus", "1", "--memory", "512M"]).start()?;
     running.wait_for("guest: load begins", 1)?;
     thread::sleep(Duration::from_secs(3));
-    let processes = running.processes();
-    let core = processes
-        .iter()
-        .find(|process| process.title().contains("core") || process.title().contains("bulkhead-vmm"))
-        .ok_or("no process with the core's title")?;
+    let core = running.core()?;
     let count = || -> Outcome<Vec<(String, u64)>> {
         core.threads()?.iter().map(|thread| Ok((thread.name(), thread.times_scheduled()?))).collect()
     };

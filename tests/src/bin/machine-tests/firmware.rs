@@ -50,6 +50,14 @@ pub fn cases() -> Vec<Case> {
         )
         .with_lock_in_lab()
         .long_in_lab(),
+        Case::new(
+            "stock",
+            "OVMF starts iPXE from a network card's ROM, which gets an address from passt",
+            200,
+            ovmf_ipxe,
+        )
+        .with_lock_in_lab()
+        .long_in_lab(),
     ]
 }
 
@@ -149,8 +157,23 @@ fn card(context: &Context) -> Outcome {
     Ok(())
 }
 
+/// The hardware address of a card.
+const MAC: &str = "52:54:00:ab:cd:ef";
+
+/// The ROM has an image for each of the firmwares; OVMF has a driver of its own for the card, which gives way to this.
+fn ovmf_ipxe(context: &Context) -> Outcome {
+    separate()?;
+    let machine = Machine::firmware(context, "ovmf")?.arguments(&["--net", &format!("user,mac={MAC}")]);
+    let mut running = machine.arguments(&["--keyboard", "--boot-order", "net0"]).start()?;
+    running.wait_for("iPXE", 1)?;
+    running.wait_for("net0: 10.7.0.5/255.255.255.0 gw 10.7.0.1", 1)?;
+    let serial = running.serial();
+    let line = format!("Configuring (net0 {MAC})");
+    ensure!(serial.iter().any(|said| said.contains(&line)), "iPXE does not say '{line}': {serial:?}");
+    Ok(())
+}
+
 fn dhcp(context: &Context) -> Outcome {
-    const MAC: &str = "52:54:00:ab:cd:ef";
     separate()?;
     let machine = Machine::firmware(context, "seabios")?.arguments(&["--net", &format!("user,mac={MAC}")]);
     let mut running = machine.start()?;

@@ -13,13 +13,15 @@ use bulkhead_tests::harness::{Case, Context, Outcome};
 use bulkhead_tests::machine::{Kernel, Machine, Running, bulkhead, exit};
 use bulkhead_tests::pattern::{SECTOR, fill};
 use bulkhead_tests::processes::Process;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::serial;
 
 /// How often a disk is plugged in and out of a bare guest; of a real one, unless `BULKHEAD_ROUNDS` says otherwise, since a round
 /// takes seconds in the lab; and of a guest that does not listen.
 const ROUNDS: usize = 50;
-const STOCK_ROUNDS: usize = 6;
+const STOCK_ROUNDS: usize = 3;
 const BARE_ROUNDS: usize = 10;
 /// The size of these disks, bytes.
 const DISK: usize = 64 << 10;
@@ -294,6 +296,12 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=1e.1")], "choose function 0")?;
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=02")], "a slot of its own")?;
     succeed(context, &["add", name, "--disk", &format!("{spec},addr=1e")])?;
+    refuse(context, &["add", name, "--rng=addr=1e"], "a slot of its own")?;
+    refuse(context, &["add", name, "--console=pty"], "is for `bulkhead console`")?;
+    succeed(context, &["add", name, "--console=addr=1d"])?;
+    refuse(context, &["add", name, "--rng=addr=1d.0"], "a slot of its own")?;
+    succeed(context, &["remove", name, "console", "--force"])?;
+    succeed(context, &["add", name, "--rng=addr=1d"])?;
     refuse(context, &["add", name, "--disk", &spec], "already belongs")?;
     for (option, device) in [
         ("--net", "socket=wire"),
@@ -309,6 +317,7 @@ fn refused(context: &Context) -> Outcome {
     let again = format!("path={},id=again", path.display());
     refuse(context, &["add", name, "--disk", &again], "already the image of disk hot")?;
     refuse(context, &["remove", name, "hot", "--timeout", "1"], "did not let go of hot within 1 s")?;
+    while_added(context, &running, &again)?;
     // One who asks while another waits.
     let mut waiting =
         bulkhead(context).args(["device", "remove", name, "hot"]).spawn().map_err(|e| e.to_string())?;
@@ -321,6 +330,31 @@ fn refused(context: &Context) -> Outcome {
     succeed(context, &["add", name, "--disk", &again])?;
     ensure!(bulkhead(context).args(["stop", "--force", name]).status().is_ok_and(|s| s.success()), "no stop");
     running.expect_exit(exit::FORCED)
+}
+
+/// Asks for a device to go while it comes: the core, which has to plug it in, stands still for that moment.
+fn while_added(context: &Context, running: &Running, image: &str) -> Outcome {
+    let spec = image.replace("hot.img", "slow.img").replace("id=again", "id=slow");
+    self::image(&context.folder, "slow.img", 2)?;
+    let name = running.name.as_str();
+    let processes = running.processes();
+    let core = processes.iter().find(|it| it.title().contains("bulkhead-vmm")).ok_or("there is no core")?.pid;
+    let core = Pid::from_raw(i32::try_from(core).map_err(|error| error.to_string())?);
+    kill(core, Signal::SIGSTOP).map_err(|error| error.to_string())?;
+    let add = bulkhead(context).args(["device", "add", name, "--disk", &spec]).spawn();
+    let refused = (|| {
+        let end = Instant::now() + Duration::from_secs(1);
+        while device(context, &["remove", name, "slow"])?.1.contains("no device that can be removed") {
+            ensure!(Instant::now() < end, "nobody adds the device");
+        }
+        refuse(context, &["remove", name, "slow", "--force"], "is being added")?;
+        refuse(context, &["add", name, "--disk", &spec], "is being added")
+    })();
+    kill(core, Signal::SIGCONT).map_err(|error| error.to_string())?;
+    refused?;
+    let status = add.and_then(|mut add| add.wait()).map_err(|error| error.to_string())?;
+    ensure!(status.success(), "who added it heard that {status}");
+    succeed(context, &["remove", name, "slow", "--force"])
 }
 
 /// The processes that every machine has: what they hold does not depend on what the guest does with its disks.

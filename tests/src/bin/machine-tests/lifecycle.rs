@@ -204,8 +204,7 @@ fn bare_killed(context: &Context, victim: &str) -> Outcome {
     ensure!(!can_lock(&disk)?, "the image is not locked");
     let begin = Instant::now();
     if victim == "core" {
-        let core = processes.iter().find(|process| process.title().contains("bulkhead-vmm"));
-        let pid = core.map_or(0, |core| core.pid).try_into().map_err(|_| "no core")?;
+        let pid = running.core()?.pid.try_into().map_err(|_| "no core")?;
         kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|error| error.to_string())?;
         running.expect_exit(exit::PROCESS)?;
         let messages = running.messages().join("\n");
@@ -243,8 +242,7 @@ fn can_lock(disk: &Path) -> Outcome<bool> {
 fn stopped_core(context: &Context) -> Outcome {
     let (mut running, _) = waiting(context, &["--hang-deadline", "1"])?;
     let processes = running.processes();
-    let core = processes.iter().find(|process| process.title().contains("bulkhead-vmm"));
-    let pid = core.map_or(0, |core| core.pid).try_into().map_err(|_| "no core")?;
+    let pid = running.core()?.pid.try_into().map_err(|_| "no core")?;
     kill(Pid::from_raw(pid), Signal::SIGSTOP).map_err(|error| error.to_string())?;
     running.expect_exit(exit::PROCESS)?;
     let messages = running.messages().join("\n");

@@ -38,8 +38,7 @@ fn image(context: &Context, name: &str) -> Outcome<PathBuf> {
 
 /// The core has mapped the file, for this access, and holds no descriptor of it.
 fn expect_mapped(running: &Running, path: &Path, access: &str) -> Outcome {
-    let processes = running.processes();
-    let core = processes.iter().find(|process| process.title().contains("bulkhead-vmm")).ok_or("no core")?;
+    let core = running.core()?;
     let maps = fs::read_to_string(core.file("maps")).map_err(|error| error.to_string())?;
     let name = path.display().to_string();
     let found = maps.lines().any(|line| line.contains(access) && line.ends_with(&name));

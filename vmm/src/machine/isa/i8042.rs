@@ -76,10 +76,8 @@ impl I8042 {
             0x21..=0x3F => state.output = Some(0),
             // Take a byte: write command byte or RAM, output port, keyboard or aux buffer, aux device.
             0x60..=0x7F | 0xD1..=0xD4 => state.pending = Some(command),
-            0xA7 => state.control |= CONTROL_AUX_OFF,
-            0xA8 => state.control &= !CONTROL_AUX_OFF,
-            // Auxiliary interface test: no such interface. Keyboard interface test: passed.
-            0xA9 => state.output = Some(0xFF),
+            // Auxiliary interface test: its clock is stuck, there is none. Keyboard interface test: passed.
+            0xA9 => state.output = Some(0x01),
             0xAB => state.output = Some(0x00),
             0xAA => {
                 state.control |= CONTROL_SYSTEM;
@@ -101,13 +99,14 @@ impl I8042 {
     fn data(state: &mut State, value: u8) -> bool {
         state.last_was_command = false;
         match state.pending.take() {
-            Some(0x60) => state.control = value & 0x7F,
+            Some(0x60) => state.control = value & 0x7F | CONTROL_AUX_OFF,
             Some(0xD1) => {
                 state.output_port = value;
                 return value & OUTPUT_NOT_RESET == 0;
             }
-            // Loop back as if the keyboard had sent it. There is no auxiliary interface to do the same.
+            // Loop back as if the keyboard had sent it. There is no auxiliary interface: a driver need not wait to hear so.
             Some(0xD2) => state.output = Some(value),
+            Some(0xD3) => state.output = Some(0),
             // A byte for a keyboard or mouse that is not there.
             _ => {}
         }

@@ -28,16 +28,17 @@ pub(in super::super) const REGISTERS: [Register; 10] = [
     Register { offset: XBCS, reset: &[0x03], writable: &[0xF7, 0x01] },
     // PIRQRC A–D: bit 7 off, bits 0–3 the IRQ.
     Register { offset: PIRQRC, reset: &[0x80; 4], writable: &[0x8F; 4] },
-    // TOM: top of memory for ISA masters. MSTAT.
+    // TOM: top of memory for ISA masters. MSTAT: retry, EXTSMI# mode, USB, ISA clock divisor; its bit 15 is cleared by ones.
     Register { offset: 0x69, reset: &[0x02], writable: &[0xFE, 0xD1] },
     // MBIRQ0
     Register { offset: 0x70, reset: &[0x80], writable: &[0xEF] },
-    // MBDMA0–1, PCSC: programmable chip select.
-    Register { offset: 0x76, reset: &[0x0C, 0x0C, 0x02], writable: &[0x8F, 0x8F, 0xFF, 0xFF] },
+    // MBDMA0–1: type F and the channel; bit 3 is the PIIX's alone and stays as it is. PCSC: programmable chip select.
+    Register { offset: 0x76, reset: &[0x0C, 0x0C, 0x02], writable: &[0x87, 0x87, 0xFF, 0xFF] },
     // APICBASE; DLC.
     Register { offset: 0x80, reset: &[], writable: &[0x7F, 0x00, 0x0F] },
-    // SMICNTL, SMIEN, SEE, FTMR: there is no SMI. SMIREQ, which follows, has nothing to tell.
-    Register { offset: 0xA0, reset: &[0x08], writable: &[0x1F, 0, 0xFF, 0x01, 0xFB, 0xFF, 0xFF, 0xEF, 0xFF] },
+    // SMICNTL, SMIEN, SEE (IRQs 15–0 but 2; APIC, NMI, INTR, SMI), FTMR: there is no SMI. SMIREQ, which follows, has nothing
+    // to tell: software can only clear its bits.
+    Register { offset: 0xA0, reset: &[0x08], writable: &[0x1F, 0, 0xFF, 0x01, 0xFB, 0xFF, 0x00, 0xF0, 0xFF] },
     Register { offset: 0xA8, reset: &[0x0F], writable: &[] },
     // CTLTMR, CTHTMR: clock throttling.
     Register { offset: 0xAC, reset: &[], writable: &[0xFF, 0, 0xFF] },
@@ -68,14 +69,16 @@ impl IsaBridge {
             subsystem_vendor: 0x1AF4,
             subsystem: 0x1100,
         });
-        // PCICMD: always I/O, memory and bus master; special cycle enable can be written. PCISTS: medium DEVSEL#.
-        builder.register(header::COMMAND, &0x0007_u16.to_le_bytes(), &0x0008_u16.to_le_bytes())?;
+        // PCICMD: always I/O, memory and bus master; special cycle and SERR# enable can be written. PCISTS: medium DEVSEL#.
+        builder.register(header::COMMAND, &0x0007_u16.to_le_bytes(), &0x0108_u16.to_le_bytes())?;
         builder.register(header::STATUS, &0x0200_u16.to_le_bytes(), &[])?;
         builder.write_one_to_clear(header::STATUS, &0x7800_u16.to_le_bytes())?;
         builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0])?;
         builder.register(header::HEADER_TYPE, &[0x80], &[0])?;
         builder.register(header::INTERRUPT_LINE, &[0], &[0])?;
         builder.registers(&REGISTERS)?;
+        // MSTAT bit 15: SERR# for a delayed transaction that timed out.
+        builder.write_one_to_clear(0x6B, &[0x80])?;
         let config = builder.build();
         let chip_selects = AtomicU8::new(config.get_u8(XBCS));
         Ok(Self { config, reset_control: ResetControl::default(), chip_selects, host, router, topology })

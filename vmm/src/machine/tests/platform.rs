@@ -197,7 +197,13 @@ fn keyboard_controller_passes_its_tests_and_has_nothing_attached() {
     assert_eq!(command(0xAB), 0x00);
     outb(&machine, 0x64, 0x60);
     outb(&machine, 0x60, 0x03);
-    assert_eq!(command(0x20), 0x03);
+    assert_eq!(command(0x20), 0x23, "no auxiliary interface");
+    outb(&machine, 0x64, 0xA8);
+    assert_eq!(command(0x20), 0x23, "nor can it be enabled");
+    assert_eq!(command(0xA9), 0x01);
+    outb(&machine, 0x64, 0xD3);
+    outb(&machine, 0x60, 0x5A);
+    assert_eq!((inb(&machine, 0x64) & 1, inb(&machine, 0x60)), (1, 0), "no loop");
     // A keyboard that is not there does not answer.
     outb(&machine, 0x60, 0xF2);
     assert_eq!(inb(&machine, 0x64) & 1, 0);

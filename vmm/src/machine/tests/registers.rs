@@ -1,8 +1,22 @@
 //! Every register of the three chips: its value after reset, its writable bits, those that ones clear, and its effect.
 //!
 //! This table stands for itself; it shares nothing with the tables in the code. Sections are those of the datasheets 290549
-//! (82441FX PMC), 290550 (82371SB PIIX3) and 290562 (82371AB PIIX4). Lines marked (u) have masks or defaults that could be
-//! checked against other models of these chips alone, or, for PIIX3's MBDMA, where such models disagree.
+//! (82441FX PMC), 290550 (82371SB PIIX3) and 290562 (82371AB PIIX4). What was not at hand in the datasheets' own words is founded
+//! on at least two that read them independently, named in brackets:
+//!
+//! - `B`: 86Box, `src/chipset/intel_piix.c` and `intel_4x0.c`;
+//! - `C`: Bochs, `iodev/pci.cc` and `pci2isa.cc`, for values after reset;
+//! - `D`: DOSLIB's PIIX register dump, which decodes every bit and tells PIIX from PIIX3;
+//! - `L`: Linux, `drivers/pci/quirks.c` (PIIX4 device resources), and coreboot's boards that set them;
+//! - `P`: Palacios, `devices/piix4.c`, whose structures name every bit and value after reset;
+//! - `T`: the datasheet's text of that section (290550, pages 44 and 45).
+//!
+//! Where they disagree: MBDMA is 0C after reset (C, P, QEMU) and not 04 (B, as in the PIIX4); bit 3 of it is the PIIX's alone
+//! (B, D, P). SEE has no bits 27:16 and has bit 28 (D, P), against B. FTMR is written and read back (T), against B. SMIREQ's
+//! bits are set by hardware alone (T).
+//!
+//! Lines marked (u) have a mask that one model alone gives (B), or, for DBC and DRAMC, none that agrees: nobody looks at these
+//! registers without DRAM chips, buffers, parity and device monitors, which are not modelled.
 
 use super::super::SlotFunction;
 use super::*;
@@ -46,7 +60,14 @@ const HOST_BRIDGE: &[Line] = &[
 const ISA_BRIDGE: &[Line] = &[
     ("2.2.1 VID", 0x00, &[0x86, 0x80], NONE, NONE, "identity"),
     ("2.2.2 DID", 0x02, &[0x00, 0x70], NONE, NONE, "identity"),
-    ("2.2.3 PCICMD", 0x04, &[0x07, 0x00], &[0x08, 0x00], NONE, "none: no special cycles"),
+    (
+        "2.2.3 PCICMD [BDP: SERR# enable goes with DLC bit 3]",
+        0x04,
+        &[0x07, 0x00],
+        &[0x08, 0x01],
+        NONE,
+        "none: no special cycles, no SERR#",
+    ),
     ("2.2.4 PCISTS", 0x06, &[0x00, 0x02], NONE, &[0x00, 0x78], "none: no errors"),
     ("2.2.5 RID", 0x08, &[0x00], NONE, NONE, "identity"),
     ("2.2.6 CLASSC", 0x09, &[0x00, 0x01, 0x06], NONE, NONE, "identity"),
@@ -63,17 +84,17 @@ const ISA_BRIDGE: &[Line] = &[
     ),
     ("2.2.10 PIRQRC A–D", 0x60, &[0x80; 4], &[0x8F; 4], NONE, "an_asserted_pin_follows_its_route"),
     ("2.2.11 TOM", 0x69, &[0x02], &[0xFE], NONE, "none: no ISA masters"),
-    ("2.2.12 MSTAT (u)", 0x6A, &[0x00, 0x00], &[0xD1, 0x00], NONE, "none: no USB"),
-    ("2.2.13 MBIRQ0 (u)", 0x70, &[0x80], &[0xEF], NONE, "none: no such pin"),
-    ("2.2.14 MBDMA0–1 (u)", 0x76, &[0x0C, 0x0C], &[0x8F, 0x8F], NONE, "none: no DMA"),
+    ("2.2.12 MSTAT [BDP]", 0x6A, &[0x00, 0x00], &[0xD1, 0x00], &[0x00, 0x80], "none: no USB, no SERR#"),
+    ("2.2.13 MBIRQ0 [BCDP]", 0x70, &[0x80], &[0xEF], NONE, "none: no such pin"),
+    ("2.2.14 MBDMA0–1 [CP, BDP]", 0x76, &[0x0C, 0x0C], &[0x87, 0x87], NONE, "none: no DMA"),
     ("2.2.15 PCSC", 0x78, &[0x02, 0x00], &[0xFF, 0xFF], NONE, "none: no such pin"),
-    ("2.2.16 APICBASE (u)", 0x80, &[0x00], &[0x7F], NONE, "none: the I/O APIC stays where it is"),
-    ("2.2.17 DLC", 0x82, &[0x00], &[0x0F], NONE, "none: no latency"),
+    ("2.2.16 APICBASE [BCDP]", 0x80, &[0x00], &[0x7F], NONE, "none: the I/O APIC stays where it is"),
+    ("2.2.17 DLC [CDP]", 0x82, &[0x00], &[0x0F], NONE, "none: no latency"),
     ("2.2.18 SMICNTL", 0xA0, &[0x08], &[0x1F], NONE, "none: no SMI"),
-    ("2.2.19 SMIEN (u)", 0xA2, &[0x00, 0x00], &[0xFF, 0x01], NONE, "none: no SMI"),
-    ("2.2.20 SEE (u)", 0xA4, &[0; 4], &[0xFB, 0xFF, 0xFF, 0xEF], NONE, "none: no SMI"),
-    ("2.2.21 FTMR", 0xA8, &[0x0F], &[0xFF], NONE, "none: no SMI"),
-    ("2.2.22 SMIREQ", 0xAA, &[0x00, 0x00], NONE, NONE, "none: no SMI"),
+    ("2.2.19 SMIEN [BCDP]", 0xA2, &[0x00, 0x00], &[0xFF, 0x01], NONE, "none: no SMI"),
+    ("2.2.20 SEE [DP]", 0xA4, &[0; 4], &[0xFB, 0xFF, 0x00, 0xF0], NONE, "none: no SMI"),
+    ("2.2.21 FTMR [T]", 0xA8, &[0x0F], &[0xFF], NONE, "none: no SMI"),
+    ("2.2.22 SMIREQ [T]", 0xAA, &[0x00, 0x00], NONE, NONE, "none: no SMI"),
     ("2.2.23 CTLTMR", 0xAC, &[0x00], &[0xFF], NONE, "none: no throttling"),
     ("2.2.24 CTHTMR", 0xAE, &[0x00], &[0xFF], NONE, "none: no throttling"),
 ];
@@ -106,12 +127,12 @@ const POWER_MANAGEMENT: &[Line] = &[
     ("7.1.18 DEVRESA (u)", 0x5C, &[0; 4], &[0xFF; 4], NONE, "none: no monitors"),
     ("7.1.19 DEVRESB (u)", 0x60, &[0; 4], &[0xFF, 0xFF, 0xFF, 0xF7], NONE, "none: no monitors"),
     ("7.1.20 DEVRESC (u)", 0x64, &[0; 4], &[0xFF, 0xFF, 0xEF, 0xFF], NONE, "none: no monitors"),
-    ("7.1.21 DEVRESE (u)", 0x68, &[0; 3], &[0xFF, 0xFF, 0x1F], NONE, "none: no monitors"),
-    ("7.1.22 DEVRESF (u)", 0x6C, &[0; 4], &[0xFF, 0x80, 0xFF, 0xFF], NONE, "none: no monitors"),
-    ("7.1.23 DEVRESG (u)", 0x70, &[0; 3], &[0xFF, 0xFF, 0x1F], NONE, "none: no monitors"),
-    ("7.1.24 DEVRESH, I (u)", 0x74, &[0; 4], &[0xFF, 0x80, 0x00, 0xFF], NONE, "none: no monitors"),
+    ("7.1.21 DEVRESE [BL]", 0x68, &[0; 3], &[0xFF, 0xFF, 0x1F], NONE, "none: no monitors"),
+    ("7.1.22 DEVRESF [BL]", 0x6C, &[0; 4], &[0xFF, 0x80, 0xFF, 0xFF], NONE, "none: no monitors"),
+    ("7.1.23 DEVRESG [BL]", 0x70, &[0; 3], &[0xFF, 0xFF, 0x1F], NONE, "none: no monitors"),
+    ("7.1.24 DEVRESH [BL: as F]", 0x74, &[0; 4], &[0xFF, 0x80, 0xFF, 0xFF], NONE, "none: no monitors"),
     (
-        "7.1.25 DEVRESI, J (u)",
+        "7.1.25 DEVRESI, J [BL]",
         0x78,
         &[0; 7],
         &[0xFF, 0xFF, 0x1F, 0, 0xFF, 0xFF, 0x1F],

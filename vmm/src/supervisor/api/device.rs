@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::supervisor::process::Role;
 
+fn attach() -> String {
+    "attach".to_owned()
+}
+
 fn on() -> String {
     "on".to_owned()
 }
@@ -30,7 +34,11 @@ pub enum AddRequest {
         spec: String,
     },
     /// The virtio console, for `bulkhead console`.
-    Console,
+    Console {
+        /// As after `--console=`: `attach`, `addr=SLOT`.
+        #[serde(default = "attach")]
+        spec: String,
+    },
     /// The vsock.
     Vsock {
         /// As after `--vsock`.

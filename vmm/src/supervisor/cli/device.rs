@@ -111,8 +111,15 @@ pub struct DeviceAddArgs {
     )]
     pub rng: Option<String>,
     /// The virtio console, for `bulkhead console`
-    #[arg(long, group = "what")]
-    pub console: bool,
+    #[arg(
+        long,
+        value_name = "addr=SLOT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "attach",
+        group = "what"
+    )]
+    pub console: Option<String>,
     /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub limit: Option<String>,

@@ -291,7 +291,7 @@ fn fill(args: &mut RunArgs) {
         Some(given) => format!("{words} {given}"),
         None => words.to_owned(),
     });
-    args.console = Some(StreamTarget::Stdio);
+    args.console = Some(StreamTarget::Stdio.into());
     args.serial.get_or_insert(StreamTarget::Off);
     args.debug_exit = Some(Switch::On);
     args.on_reboot.get_or_insert(EndAction::Exit);

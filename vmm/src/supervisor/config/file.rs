@@ -29,7 +29,7 @@ use super::stream::StreamTarget;
 use super::table::{StreamSpec, SwitchSpec};
 use super::vhost_user::VhostUserSpec;
 use super::vsock::VsockSpec;
-use super::{CONSOLE, KEYBOARD, SERIAL};
+use super::{CONSOLE, ConsoleSpec, KEYBOARD, SERIAL, table};
 use crate::supervisor::cli::{EndAction, LogFormat, LogLevel, RunArgs, Switch};
 
 /// The largest file that is read, in bytes.
@@ -83,6 +83,7 @@ struct File {
     net: Vec<NetSpec>,
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
+    #[serde(deserialize_with = "table::serial")]
     serial: Option<StreamSpec>,
     keyboard: Option<SwitchSpec>,
     vsock: Option<VsockSpec>,
@@ -176,7 +177,9 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             file.net.into_iter().map(at).collect()
         },
         rng: file.rng,
-        console: file.console.map(|console| target(console.target)),
+        console: file
+            .console
+            .map(|console| ConsoleSpec { target: target(console.target), addr: console.addr }),
         serial: file.serial.map(|serial| target(serial.target)),
         keyboard: file.keyboard.map(|keyboard| Switch::from(keyboard.on)),
         vsock: file.vsock.map(|vsock| vsock.below(base)),
@@ -243,7 +246,7 @@ mod tests {
             cpus = 2
             memory = "1G"
             rng = { restart = "always" }
-            console = { target = "attach", restart = "never" }
+            console = { target = "attach", restart = "never", addr = "5" }
             serial = "file=out.log"
             keyboard = true
             name = "web"
@@ -287,7 +290,7 @@ mod tests {
         assert!(run.disks.first().unwrap().readonly);
         assert_eq!(run.disks.first().unwrap().restart, Some(RestartPolicy::Never));
         assert_eq!((run.rng.map(|rng| rng.on), run.keyboard), (Some(true), Some(Switch::On)));
-        assert_eq!(run.console, Some(StreamTarget::Attach));
+        assert_eq!(run.console, "attach,addr=05.0".parse().ok());
         let rules: Vec<String> =
             run.restart.iter().map(|rule| format!("{:?}={}", rule.device, rule.policy)).collect();
         assert_eq!(rules, ["None=3/10", "Some(\"console\")=never"]);

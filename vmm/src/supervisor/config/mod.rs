@@ -3,6 +3,7 @@
 
 pub mod balloon;
 pub mod confinement;
+pub mod console;
 pub mod cpus;
 pub mod disk;
 pub mod disk_options;
@@ -33,6 +34,7 @@ use std::process;
 
 pub use balloon::{BalloonConfig, BalloonSpec, balloon_pages};
 pub use confinement::ConfinementConfig;
+pub use console::ConsoleSpec;
 pub use cpus::{CpuSpec, CpuSpecError, Topology};
 pub use disk::DiskSpec;
 pub use disk_options::DiskOptions;
@@ -137,8 +139,12 @@ pub struct MachineConfig {
     pub rng: bool,
     /// How much the guest gets of it.
     pub rng_limit: Option<RngLimit>,
+    /// Where it is, if the user chose.
+    pub rng_addr: Option<PciAddress>,
     /// The virtio console, `Off` when there is none.
     pub console: StreamTarget,
+    /// Where it is, if the user chose.
+    pub console_addr: Option<PciAddress>,
     /// The named ports.
     pub ports: Vec<PortSpec>,
     /// The serial port, `Off` when there is none.
@@ -410,6 +416,7 @@ impl MachineConfig {
     pub fn places(&self) -> impl Iterator<Item = (&str, PciAddress)> {
         let disks = self.disks.iter().map(|disk| (&*disk.id, disk.addr));
         disks
+            .chain([(RNG, self.rng_addr), (CONSOLE, self.console_addr)])
             .chain(self.vsock.iter().map(|vsock| (&*vsock.id, vsock.addr)))
             .chain(self.balloon.iter().map(|balloon| (&*balloon.id, balloon.addr)))
             .chain(self.nics.iter().map(|nic| (&*nic.id, nic.addr)))
@@ -443,15 +450,13 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         Some(path) => file::read(&path)?,
         None => RunArgs::default(),
     };
-    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
-    let console = args.console.take().or(file.console.take()).unwrap_or(StreamTarget::Off);
+    let (serial, ConsoleSpec { target: console, addr: console_addr }) = streams(&mut args, &mut file)?;
     let confinement = confine(&mut args, &mut file);
-    check_streams(&serial, &console)?;
     let (disks, foreign) = disks(&mut args, &mut file)?;
     let name = name(&mut args, &mut file)?;
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
-    let (rng, rng_limit) = entropy(&args, &file, &mut rules);
+    let (rng, rng_limit, rng_addr) = entropy(&args, &file, &mut rules);
     let restart = rules.iter().chain(&given).rfind(|rule| rule.device.is_none());
     let restart = restart.map_or_else(RestartPolicy::default, |rule| rule.policy);
     let mut ids = Ids::new([]);
@@ -500,6 +505,8 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         vhost_user: named.vhost_user,
         rng,
         rng_limit,
+        rng_addr,
+        console_addr,
         console,
         ports: named.ports,
         serial,
@@ -521,12 +528,16 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     find_roms(config)
 }
 
-/// Whether there is an entropy device, and its limit. What was said of its restarts becomes a rule.
-fn entropy(args: &RunArgs, file: &RunArgs, rules: &mut Vec<RestartRule>) -> (bool, Option<RngLimit>) {
-    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None) };
+/// Whether there is an entropy device, its limit and its place. What was said of its restarts becomes a rule.
+fn entropy(
+    args: &RunArgs,
+    file: &RunArgs,
+    rules: &mut Vec<RestartRule>,
+) -> (bool, Option<RngLimit>, Option<PciAddress>) {
+    let Some(rng) = args.rng.or(file.rng).filter(|rng| rng.on) else { return (false, None, None) };
     let restart = rng.restart.or(file.rng.and_then(|rng| rng.restart));
     rules.extend(restart.map(|policy| RestartRule { device: Some(RNG.to_owned()), policy }));
-    (true, rng.limit)
+    (true, rng.limit, rng.addr)
 }
 
 fn name(args: &mut RunArgs, file: &mut RunArgs) -> Result<String, ConfigError> {
@@ -666,6 +677,16 @@ fn complete(
         cmdline = if cmdline.is_empty() { added.to_owned() } else { format!("{added} {cmdline}") };
     }
     Ok((cmdline, added))
+}
+
+/// The serial port, and the console with its place where there is one.
+fn streams(args: &mut RunArgs, file: &mut RunArgs) -> Result<(StreamTarget, ConsoleSpec), ConfigError> {
+    let serial = args.serial.take().or(file.serial.take()).unwrap_or(StreamTarget::Stdio);
+    let off = ConsoleSpec::from(StreamTarget::Off);
+    let given = args.console.take().or(file.console.take());
+    let console = given.filter(|console| console.target != off.target).unwrap_or(off);
+    check_streams(&serial, &console.target)?;
+    Ok((serial, console))
 }
 
 fn check_streams(serial: &StreamTarget, console: &StreamTarget) -> Result<(), ConfigError> {

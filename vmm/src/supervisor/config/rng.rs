@@ -1,4 +1,4 @@
-//! `--rng[=on|off|max-bytes=…[,period=…][,restart=…]]`, and `rng = true` or the table `[rng]`.
+//! `--rng[=on|off|[max-bytes=…[,period=…]][,restart=…][,addr=…]]`, and `rng = true` or the table `[rng]`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,6 +10,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::size::{Size, SizeError};
 
@@ -25,6 +26,8 @@ pub struct RngSpec {
     pub limit: Option<RngLimit>,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0, if the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 /// Why an entropy device is refused.
@@ -53,12 +56,15 @@ pub enum RngSpecError {
     /// `restart` with something that is no policy.
     #[error(transparent)]
     Restart(#[from] RestartError),
+    /// `addr` with something that is no place.
+    #[error(transparent)]
+    Address(#[from] PciAddressError),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
     /// A piece without `=`.
     #[error(
-        "'{0}' is not KEY=VALUE; rng is on, off or max-bytes=SIZE[,period=MILLISECONDS][,restart=POLICY]"
+        "'{0}' is not KEY=VALUE; rng is on, off or max-bytes=SIZE[,period=MILLISECONDS][,restart=POLICY][,addr=SLOT.FUNCTION]"
     )]
     NotAPair(String),
 }
@@ -74,7 +80,7 @@ fn limit(max_bytes: Option<Size>, period: Option<u32>) -> Result<Option<RngLimit
 
 impl From<bool> for RngSpec {
     fn from(on: bool) -> Self {
-        Self { on, limit: None, restart: None }
+        Self { on, limit: None, restart: None, addr: None }
     }
 }
 
@@ -85,7 +91,7 @@ impl FromStr for RngSpec {
         if let "on" | "off" = text {
             return Ok(Self::from(text == "on"));
         }
-        let (mut max_bytes, mut period, mut restart) = (None, None, None);
+        let (mut max_bytes, mut period, mut restart, mut addr) = (None, None, None, None);
         for piece in text.split(',') {
             let not_a_pair = || RngSpecError::NotAPair(piece.to_owned());
             let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
@@ -96,8 +102,9 @@ impl FromStr for RngSpec {
                     period.replace(number).is_some()
                 }
                 "restart" => restart.replace(value.parse()?).is_some(),
+                "addr" => addr.replace(value.parse()?).is_some(),
                 _ => {
-                    let hint = hint(key, &["max-bytes", "period", "restart"]);
+                    let hint = hint(key, &["max-bytes", "period", "restart", "addr"]);
                     return Err(RngSpecError::UnknownKey { key: key.to_owned(), hint });
                 }
             };
@@ -105,7 +112,7 @@ impl FromStr for RngSpec {
                 return Err(RngSpecError::Twice(key.to_owned()));
             }
         }
-        Ok(Self { on: true, limit: limit(max_bytes, period)?, restart })
+        Ok(Self { on: true, limit: limit(max_bytes, period)?, restart, addr })
     }
 }
 
@@ -115,6 +122,7 @@ struct Table {
     max_bytes: Option<Size>,
     period: Option<u32>,
     restart: Option<RestartPolicy>,
+    addr: Option<PciAddress>,
 }
 
 impl<'de> Deserialize<'de> for RngSpec {
@@ -131,7 +139,7 @@ impl<'de> Deserialize<'de> for RngSpec {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RngSpec, A::Error> {
                 let table = Table::deserialize(MapAccessDeserializer::new(map))?;
                 let limit = limit(table.max_bytes, table.period).map_err(de::Error::custom)?;
-                Ok(RngSpec { on: true, limit, restart: table.restart })
+                Ok(RngSpec { on: true, limit, restart: table.restart, addr: table.addr })
             }
         }
         deserializer.deserialize_any(SwitchOrTable)
@@ -148,7 +156,9 @@ mod tests {
         assert_eq!("off".parse(), Ok(RngSpec::from(false)));
         let limit = Some(RngLimit { max_bytes: 1024, period: 500 });
         let restart = Some(RestartPolicy::Never);
-        assert_eq!("max-bytes=1K,period=500,restart=never".parse(), Ok(RngSpec { on: true, limit, restart }));
+        let addr = "05.1".parse().ok();
+        let text = "max-bytes=1K,period=500,restart=never,addr=5.1";
+        assert_eq!(text.parse(), Ok(RngSpec { on: true, limit, restart, addr }));
         let limit = Some(RngLimit { max_bytes: 7, period: 65536 });
         assert_eq!("max-bytes=7".parse(), Ok(RngSpec { limit, ..RngSpec::from(true) }));
     }
@@ -163,8 +173,8 @@ mod tests {
         assert_eq!(read("rng = false"), Ok(RngSpec::from(false)));
         let limit = Some(RngLimit { max_bytes: 1024, period: 500 });
         assert_eq!(
-            read("[rng]\nmax-bytes = '1K'\nperiod = 500"),
-            Ok(RngSpec { limit, ..RngSpec::from(true) })
+            read("[rng]\nmax-bytes = '1K'\nperiod = 500\naddr = '5'"),
+            Ok(RngSpec { limit, addr: "05.0".parse().ok(), ..RngSpec::from(true) })
         );
         assert!(read("[rng]\nperiod = 500").unwrap_err().contains("needs max-bytes"));
         assert!(read("[rng]\nmaxbytes = '1K'").unwrap_err().contains("unknown field"));

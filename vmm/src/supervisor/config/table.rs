@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
+use super::pci::PciAddress;
 use super::restart::RestartPolicy;
 use super::stream::StreamTarget;
 
@@ -18,13 +19,15 @@ pub struct SwitchSpec {
     pub restart: Option<RestartPolicy>,
 }
 
-/// `serial = "attach"`, or `serial = { target = "attach", restart = … }`.
+/// `console = "attach"`, or `console = { target = "attach", restart = …, addr = … }`; `serial` without the last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamSpec {
     /// The host side.
     pub target: StreamTarget,
     /// What follows the death of its process; default: as for all devices.
     pub restart: Option<RestartPolicy>,
+    /// Where on PCI bus 0, if it is a console and the user chose.
+    pub addr: Option<PciAddress>,
 }
 
 #[derive(Deserialize)]
@@ -38,6 +41,7 @@ struct SwitchTable {
 struct StreamTable {
     target: StreamTarget,
     restart: Option<RestartPolicy>,
+    addr: Option<PciAddress>,
 }
 
 impl<'de> Deserialize<'de> for SwitchSpec {
@@ -69,14 +73,23 @@ impl<'de> Deserialize<'de> for StreamSpec {
                 f.write_str("a target such as \"attach\" or { target = \"attach\", restart = \"always\" }")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<StreamSpec, E> {
-                Ok(StreamSpec { target: text.parse().map_err(E::custom)?, restart: None })
+                Ok(StreamSpec { target: text.parse().map_err(E::custom)?, restart: None, addr: None })
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<StreamSpec, A::Error> {
-                let StreamTable { target, restart } =
+                let StreamTable { target, restart, addr } =
                     StreamTable::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(StreamSpec { target, restart })
+                Ok(StreamSpec { target, restart, addr })
             }
         }
         deserializer.deserialize_any(TargetOrTable)
+    }
+}
+
+/// Reads a serial port: it is not on the PCI bus.
+pub fn serial<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<StreamSpec>, D::Error> {
+    let spec = StreamSpec::deserialize(deserializer)?;
+    match spec.addr {
+        None => Ok(Some(spec)),
+        Some(_) => Err(de::Error::custom("addr is for PCI devices: the serial port is not one")),
     }
 }

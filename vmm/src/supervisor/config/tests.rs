@@ -206,13 +206,16 @@ fn disks_cards_and_directories_can_be_those_of_other_back_ends() {
 fn every_kind_of_device_can_choose_its_place() {
     let options = "--disk path=a,addr=5 --net user,addr=5.1 --vhost-user type=rng,socket=s,addr=5.2 \
         --fs tag=t,path=p,addr=5.3 --vsock cid=3,path=v,addr=5.4 --balloon=addr=5.5 --disk vhost-user=s,addr=5.7 \
-        --pmem path=m,addr=5.6";
+        --pmem path=m,addr=5.6 --rng=addr=6.0 --console=addr=6.1";
     let config = run(&format!("--kernel k {options}")).unwrap();
     let mut places: Vec<String> = config.places().map(|(_, address)| address.to_string()).collect();
     places.sort();
-    assert_eq!(places, ["05.0", "05.1", "05.2", "05.3", "05.4", "05.5", "05.6", "05.7"]);
+    assert_eq!(places, ["05.0", "05.1", "05.2", "05.3", "05.4", "05.5", "05.6", "05.7", "06.0", "06.1"]);
     let error = refusal("--net user,addr=5 --balloon=addr=5");
     assert!(error.contains("addr=05.0: both balloon and net0"), "{error}");
+    let error = refusal("--rng=addr=7 --console=attach,addr=7");
+    assert!(error.contains("addr=07.0: both rng and console"), "{error}");
+    assert_eq!(run("--kernel k --console=off,addr=7.1").unwrap().places().count(), 0);
     let error = refusal("--fs tag=t,path=p,addr=6.1");
     assert!(error.contains("addr=06.1 of fs0") && error.contains("function 0"), "{error}");
 }

@@ -16,9 +16,9 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::{
-    BalloonConfig, BalloonSpec, CONSOLE, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS, PciAddress,
-    RestartPolicy, RngSpec, ShareConfig, VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec,
-    name_balloon, name_vsock,
+    BalloonConfig, BalloonSpec, CONSOLE, ConsoleSpec, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS,
+    PciAddress, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
+    VsockConfig, VsockSpec, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
 use crate::supervisor::process::State;
@@ -80,7 +80,7 @@ impl EventLoop<'_> {
         let device = match request {
             AddRequest::Disk { spec, folder } => NewDevice::Disk(Box::new(self.new_disk(spec, folder)?)),
             AddRequest::Rng { spec } => self.new_rng(spec)?,
-            AddRequest::Console => NewDevice::Console,
+            AddRequest::Console { spec } => new_console(spec)?,
             AddRequest::Vsock { spec, folder } => NewDevice::Vsock(self.new_vsock(spec, folder)?),
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
             AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
@@ -89,7 +89,8 @@ impl EventLoop<'_> {
         };
         let id = device.id();
         // Those that have a name of their own: all others have taken one that is free.
-        if matches!(device, NewDevice::Rng(..) | NewDevice::Console) && self.resources.slots.of(id).is_some()
+        if matches!(device, NewDevice::Rng(..) | NewDevice::Console(_))
+            && self.resources.slots.of(id).is_some()
         {
             self.not_changing(id)?;
             return Err(format!("this machine has the device '{id}' already"));
@@ -105,8 +106,8 @@ impl EventLoop<'_> {
         added.map_err(|error| format!("device {id}: {error}"))?;
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
-            NewDevice::Net(_, restart) | NewDevice::Rng(_, restart) => *restart,
-            NewDevice::Console | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Net(_, restart) | NewDevice::Rng(_, _, restart) => *restart,
+            NewDevice::Console(_) | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
@@ -152,7 +153,7 @@ impl EventLoop<'_> {
         if !spec.on {
             return Err("rng: off is for `bulkhead run`".to_owned());
         }
-        Ok(NewDevice::Rng(spec.limit, spec.restart.unwrap_or(self.config.restart)))
+        Ok(NewDevice::Rng(spec.limit, spec.addr, spec.restart.unwrap_or(self.config.restart)))
     }
 
     fn new_balloon(&self, spec: &str) -> Result<BalloonConfig, String> {
@@ -470,6 +471,16 @@ impl EventLoop<'_> {
                 change.failure = Some("the machine ended".to_owned());
             }
             self.forget(&change);
+        }
+    }
+}
+
+fn new_console(spec: &str) -> Result<NewDevice, String> {
+    let spec: ConsoleSpec = spec.parse().map_err(text)?;
+    match spec.target {
+        StreamTarget::Attach => Ok(NewDevice::Console(spec.addr)),
+        _ => {
+            Err("an added console is for `bulkhead console`: say --console or --console=addr=SLOT".to_owned())
         }
     }
 }

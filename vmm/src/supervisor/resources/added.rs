@@ -8,8 +8,8 @@ use super::{
 };
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, RNG, RestartPolicy, ShareConfig,
-    StreamTarget, VhostUserConfig, VsockConfig, rom,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, PciAddress, RNG, RestartPolicy,
+    ShareConfig, StreamTarget, VhostUserConfig, VsockConfig, rom,
 };
 
 /// A device to be added.
@@ -17,10 +17,10 @@ use crate::supervisor::config::{
 pub enum NewDevice {
     /// A disk.
     Disk(Box<DiskConfig>),
-    /// The entropy device with its limit, and what follows the death of its process.
-    Rng(Option<RngLimit>, RestartPolicy),
-    /// The virtio console.
-    Console,
+    /// The entropy device with its limit and place, and what follows the death of its process.
+    Rng(Option<RngLimit>, Option<PciAddress>, RestartPolicy),
+    /// The virtio console and its place.
+    Console(Option<PciAddress>),
     /// The vsock.
     Vsock(VsockConfig),
     /// The balloon.
@@ -39,7 +39,7 @@ impl NewDevice {
         match self {
             Self::Disk(disk) => &disk.id,
             Self::Rng(..) => RNG,
-            Self::Console => CONSOLE,
+            Self::Console(_) => CONSOLE,
             Self::Vsock(vsock) => &vsock.id,
             Self::Balloon(balloon) => &balloon.id,
             Self::Net(nic, _) => &nic.id,
@@ -65,7 +65,7 @@ impl Resources {
             NewDevice::Net(nic, _) => nic.addr,
             NewDevice::VhostUser(device) => device.addr,
             NewDevice::Share(share) => share.addr,
-            NewDevice::Rng(..) | NewDevice::Console => None,
+            NewDevice::Rng(_, addr, _) | NewDevice::Console(addr) => *addr,
         };
         match chosen {
             Some(address) => {
@@ -94,9 +94,9 @@ impl Resources {
                 let disk: Disk = open_disk(disk, &self.disks)?;
                 self.disks.push(disk);
             }
-            NewDevice::Rng(limit, _) => self.entropy = Some(Entropy::open(*limit)?),
+            NewDevice::Rng(limit, ..) => self.entropy = Some(Entropy::open(*limit)?),
             NewDevice::Share(share) => self.shares.push(Share::open(share)?),
-            NewDevice::Console => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::Console(_) => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
             NewDevice::Net(nic, _) => {

@@ -220,7 +220,8 @@ fn keyboard_controller_answers_like_that_of_qemu() {
             1 => script.out8(0x64, 0xAB),
             2 => {
                 script.out8(0x64, 0x60);
-                script.out8(0x60, random.next() & 0x34);
+                // Bit 5 stays set, for there is no auxiliary interface.
+                script.out8(0x60, random.next() & 0x14 | 0x20);
                 script.out8(0x64, 0x20);
             }
             _ => {

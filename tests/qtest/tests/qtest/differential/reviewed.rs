@@ -60,9 +60,9 @@ pub const WRITTEN: [ConfigDifference; 15] = [
     row(0x00, 0x3C, 0xFF),
     // SMRAM 3.2.23: D_LCK stays until reset. QEMU does not implement the lock without SMM.
     row(0x00, 0x72, 0x10),
-    // PIIX3: I/O, memory and bus master are fixed, special cycles can be enabled; no cache line size, no interrupt line.
+    // PIIX3: I/O, memory and bus master are fixed, special cycles and SERR# can be enabled; no cache line size, no interrupt line.
     row(0x08, 0x04, 0x0F),
-    row(0x08, 0x05, 0x05),
+    row(0x08, 0x05, 0x04),
     row(0x08, 0x0C, 0xFF),
     row(0x08, 0x3C, 0xFF),
     // PIIX4 function 3, PCICMD 290562 section 7.1.3: I/O alone; no cache line size.
