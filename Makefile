@@ -51,6 +51,7 @@ bench: build guest ## comparisons with other monitors, written to docs/benchmark
 
 interop: build guest ## our devices under other monitors and other back ends under our core, written to docs/interop.md
 	tools/install-packages unit
+	tools/make-peers
 	$(RELEASE)/interop --write
 
 fuzz: packages ## each fuzz target under libFuzzer for SECONDS=60; TARGETS="word…" selects

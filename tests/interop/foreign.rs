@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::guest::wait;
-use crate::{Case, Outcome, STORAGE_DAEMON, program};
+use crate::{Case, Outcome, Peer, STORAGE_DAEMON, program};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -51,10 +51,11 @@ const LOOP: &[u8] = &[
     0xF4, 0xEB, 0xFD, // hlt; jmp
 ];
 
-struct Daemon(Child);
+pub struct Daemon(Child);
 
 impl Daemon {
-    fn start(folder: &Path) -> Result<Self, String> {
+    /// Serves the file `disk` of this folder at `socket` in it.
+    pub fn start(folder: &Path) -> Result<Self, String> {
         let path = |name: &str| folder.join(name).display().to_string();
         let export = format!(
             "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={}",
@@ -104,7 +105,7 @@ fn ended(folder: &Path, code: Option<i32>) -> Result<String, String> {
     if code == Some(GOOD) { Ok(log) } else { Err(format!("exit code {code:?}: {log}")) }
 }
 
-fn boot() -> Outcome {
+fn boot(_: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     bootable(folder.path(), BOOT);
     let _daemon = Daemon::start(folder.path())?;
@@ -118,7 +119,7 @@ fn boot() -> Outcome {
     }
 }
 
-fn reconnect() -> Outcome {
+fn reconnect(_: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     bootable(folder.path(), LOOP);
     let mut daemon = Daemon::start(folder.path())?;

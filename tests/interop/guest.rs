@@ -8,9 +8,12 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::program;
+use crate::ours::RECONNECT;
+use crate::{NEW_QEMU, Peer, program, root};
 
 /// For anything that happens in a guest.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -20,6 +23,13 @@ const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tm
      mount -t tmpfs tmpfs /tmp; while read -r module rest; do insmod /modules/$module.ko $rest 2>/dev/null; done </modules/order; \
      stty -echo 2>/dev/null; true";
 
+/// The rest of the kernel's command line: a shell is its first process.
+pub const SHELL: &str = "quiet nosoftlockup panic=-1 rdinit=/bin/busybox -- sh";
+/// Begins the error of a guest whose kernel has died.
+pub const DIED: &str = "the guest's kernel has died: ";
+/// What a kernel says then.
+const LAST_WORDS: [&str; 3] = ["kernel BUG at", "Oops: ", "Kernel panic"];
+
 /// A service of ours, ended when dropped.
 pub struct Service {
     pub child: Child,
@@ -27,6 +37,15 @@ pub struct Service {
 }
 
 impl Service {
+    /// A program of somebody else, once it listens at this path.
+    pub fn other(mut command: Command, socket: PathBuf) -> Result<Self, String> {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+        let service = Self { child, socket };
+        wait("a back end", || Ok(service.socket.exists()))?;
+        Ok(service)
+    }
+
     /// Starts it, and waits until it listens.
     pub fn start(folder: &Path, kind: &str, name: &str, options: &[&str]) -> Self {
         let socket = folder.join(name);
@@ -48,7 +67,7 @@ impl Service {
         let path = format!("/proc/{0}/task/{0}/children", self.child.id());
         let children = fs::read_to_string(path).unwrap_or_default();
         let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
-        let kill = |pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+        let kill = |pid| nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
         pids.map(kill).filter(Result::is_ok).count() > 0
     }
 }
@@ -70,22 +89,25 @@ pub struct Guest {
 }
 
 impl Drop for Guest {
+    /// `timeout` leads a process group, in which QEMU is: by itself it could not pass the signal on.
     fn drop(&mut self) {
+        let leader = i32::try_from(self.child.id()).unwrap();
+        let _ended = killpg(Pid::from_raw(leader), Signal::SIGKILL);
         let _ended = self.child.kill();
         let _reaped = self.child.wait();
     }
 }
 
 pub fn kernel(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("build/guest").join(name)
+    root().join("build/guest").join(name)
 }
 
 impl Guest {
     /// Starts QEMU with a machine of 256 MiB, whose memory a back end can map, and these options.
-    pub fn start(folder: &TempDir, name: &str, options: &[String]) -> Result<Self, String> {
+    pub fn start(qemu: Peer, folder: &TempDir, name: &str, options: &[String]) -> Result<Self, String> {
         let monitor = folder.path().join(format!("{name}.monitor"));
         let mut command = Command::new("timeout");
-        command.args(["-sKILL", "240", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "256"]);
+        command.args(["-sKILL", "240"]).arg(qemu.path()).args(["-accel", "tcg", "-cpu", "max", "-m", "256"]);
         command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
         command.args([
             "-object",
@@ -99,8 +121,15 @@ impl Guest {
             return Err("not run: there is no guest, `make guest` makes it".to_owned());
         }
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        command.args(["-append", "console=ttyS0 quiet panic=-1 rdinit=/bin/busybox -- sh"]);
-        command.args(options).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg("-append").arg(format!("console=ttyS0 {SHELL}"));
+        let word = if qemu == NEW_QEMU { ",reconnect-ms=1000" } else { RECONNECT };
+        command.args(options.iter().map(|option| option.replace(RECONNECT, word)));
+        Self::spawn(command, monitor)
+    }
+
+    /// Starts a machine whose serial port is at its standard input and output. The command is `timeout`'s.
+    pub fn spawn(mut command: Command, monitor: PathBuf) -> Result<Self, String> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|error| error.to_string())?;
         let (keyboard, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         let (say, screen) = channel();
@@ -130,6 +159,10 @@ impl Guest {
                 let rest = self.seen.split_off(at + word.len());
                 return Ok(std::mem::replace(&mut self.seen, rest));
             }
+            let dead = |line: &&str| LAST_WORDS.iter().any(|words| line.contains(words));
+            if let Some(line) = self.seen.lines().find(dead) {
+                return Err(format!("{DIED}{}", line.trim()));
+            }
             match self.screen.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
                 Err(_) => {
@@ -148,9 +181,10 @@ impl Guest {
     pub fn run(&mut self, line: &str) -> Result<String, String> {
         // What is typed does not contain what is waited for.
         writeln!(self.keyboard, "{line}; echo \"@@\"$?\"@@\"").map_err(|error| error.to_string())?;
-        let mut text = self.until("@@")?;
+        let within = |error| format!("`{line}`: {error}");
+        let mut text = self.until("@@").map_err(within)?;
         loop {
-            let status = self.until("@@")?;
+            let status = self.until("@@").map_err(within)?;
             match status.trim_end_matches('@').parse::<i32>() {
                 Ok(0) => break,
                 Ok(status) => return Err(format!("`{line}` has status {status}: {}", text.escape_debug())),

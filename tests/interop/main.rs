@@ -1,17 +1,22 @@
 //! The interoperation suite: our device services under QEMU, and back ends of others under our core, with real peers only.
 //!
-//! `interop [--write] [WORD]…` runs the cases whose name contains one of the words. With `--write` the whole run goes into
-//! `docs/interop.md`, with the versions of the peers. A peer that is not installed is a case that was not run, by name.
+//! `interop [--write] [WORD]…` runs the cases whose name contains one of the words; `lab` stands for the stock guest under our core,
+//! which needs hardware virtualization or the lab. With `--write` the whole run goes into `docs/interop.md`, with the versions of
+//! the peers. `interop --compare [ROUNDS]` measures throughput beside that of others instead, for `tools/bench devices`. A peer that is not installed is a case that was not run, by name.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod compare;
+mod dpdk;
+mod exercisers;
 mod foreign;
+mod foreign_guest;
 mod guest;
 mod migration;
 mod ours;
 mod table;
 mod traffic;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -29,33 +34,59 @@ pub struct Case {
     pub peer: Peer,
     /// What is shown.
     pub what: &'static str,
-    pub run: fn() -> Outcome,
+    pub run: fn(Peer) -> Outcome,
 }
 
 /// A program of somebody else.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     pub name: &'static str,
+    /// A name with a `/` is below the root of the repository.
     pub program: &'static str,
     /// The package or crate that has it.
     pub package: &'static str,
 }
 
-pub const QEMU: Peer =
-    Peer { name: "QEMU", program: "qemu-system-x86_64", package: "Debian qemu-system-x86" };
-pub const STORAGE_DAEMON: Peer = Peer {
-    name: "qemu-storage-daemon",
-    program: "qemu-storage-daemon",
-    package: "Debian qemu-system-common",
-};
+const fn peer(name: &'static str, program: &'static str, package: &'static str) -> Peer {
+    Peer { name, program, package }
+}
+
+/// What `tools/make-peers` makes.
+const MADE: &str = "tools/make-peers";
+pub const QEMU: Peer = peer("QEMU", "qemu-system-x86_64", "Debian qemu-system-x86");
+pub const NEW_QEMU: Peer = peer("QEMU", "build/peers/bin/qemu-system-x86_64", MADE);
+pub const STORAGE_DAEMON: Peer =
+    peer("qemu-storage-daemon", "qemu-storage-daemon", "Debian qemu-system-common");
+pub const VIRTIOFSD: Peer = peer("virtiofsd", "/usr/lib/qemu/virtiofsd", "Debian qemu-system-common");
+pub const NEW_VIRTIOFSD: Peer = peer("virtiofsd", "build/peers/bin/virtiofsd", MADE);
+pub const DEVICE_RNG: Peer = peer("vhost-device-rng", "build/peers/bin/vhost-device-rng", MADE);
+pub const DEVICE_VSOCK: Peer = peer("vhost-device-vsock", "build/peers/bin/vhost-device-vsock", MADE);
+pub const PASST: Peer = peer("passt --vhost-user", "build/peers/bin/passt", MADE);
+pub const TESTPMD: Peer = peer("DPDK testpmd", "dpdk-testpmd", "Debian dpdk-dev");
 
 impl Peer {
-    /// The first line of what it says of itself.
+    /// What to start it by.
+    pub fn path(self) -> PathBuf {
+        if self.program.contains('/') { root().join(self.program) } else { self.program.into() }
+    }
+
+    /// The number in what it says of itself; DPDK's programs say none, so its package is asked.
     pub fn version(self) -> Option<String> {
-        let output = std::process::Command::new(self.program).arg("--version").output().ok()?;
+        let mut command = std::process::Command::new(self.path());
+        command.arg("--version");
+        if self == TESTPMD {
+            command = std::process::Command::new("dpkg-query");
+            command.args(["-W", "-f=${Version}", "dpdk-dev"]);
+        }
+        let output = command.output().ok()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit())).map(str::to_owned)
     }
+}
+
+/// The root of the repository.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
 /// A program of ours, beside this one.
@@ -65,30 +96,58 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
+/// All cases that need no lab: those under QEMU for each QEMU there is.
+fn cases() -> Vec<Case> {
+    let under_qemu = [ours::CASES, traffic::CASES, exercisers::CASES, migration::CASES].concat();
+    let new = under_qemu.clone().into_iter().map(|case| Case { peer: NEW_QEMU, ..case });
+    let others = [dpdk::CASES, foreign::CASES].concat();
+    under_qemu.clone().into_iter().chain(new).chain(others).collect()
+}
+
+fn run(case: Case) -> Row {
+    let begin = Instant::now();
+    let version = case.peer.version();
+    let result = match &version {
+        Some(_) => (case.run)(case.peer),
+        None => Err(format!("not run: {} is not there ({})", case.peer.program, case.peer.package)),
+    };
+    let row =
+        Row { ours: case.ours.into(), peer: case.peer.name.into(), version, what: case.what.into(), result };
+    row.say(begin.elapsed());
+    row
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let write = arguments.iter().any(|argument| argument == "--write");
+    let has = |option: &str| arguments.iter().any(|argument| argument == option);
     let words: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
-    let mut rows = Vec::new();
-    for case in [ours::CASES, traffic::CASES, migration::CASES, foreign::CASES].concat() {
-        let name = format!("{} / {}: {}", case.ours, case.peer.name, case.what);
-        if !words.is_empty() && !words.iter().any(|word| name.contains(word.as_str())) {
-            continue;
-        }
-        let begin = Instant::now();
-        let version = case.peer.version();
-        let result = match &version {
-            Some(_) => (case.run)(),
-            None => Err(format!("not run: {} is not installed ({})", case.peer.program, case.peer.package)),
-        };
-        let seconds = begin.elapsed().as_secs_f32();
-        match &result {
-            Ok(text) => println!("{name} ... ok ({seconds:.1} s): {text}"),
-            Err(text) => println!("{name} ... FAILED ({seconds:.1} s): {text}"),
-        }
-        rows.push(Row { case, version, result });
+    if has("--in-lab") {
+        foreign_guest::run(&words).iter().for_each(Row::hand_over);
+        return ExitCode::SUCCESS;
     }
-    if write && words.is_empty() {
+    if has("--compare") {
+        return match compare::run(words.first().and_then(|word| word.parse().ok()).unwrap_or(5)) {
+            Ok(table) => {
+                println!("{table}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("interop: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let wanted = |ours: &str, peer: &str, version: Option<&str>, what: &str| {
+        let name = format!("{ours} / {peer} {}: {what}", version.unwrap_or_default());
+        words.is_empty() || words.iter().any(|word| name.contains(word.as_str()))
+    };
+    let wanted_case =
+        |case: &Case| wanted(case.ours, case.peer.name, case.peer.version().as_deref(), case.what);
+    let mut rows: Vec<Row> = cases().into_iter().filter(wanted_case).map(run).collect();
+    if words.is_empty() || words.iter().any(|word| *word == "lab") {
+        rows.extend(foreign_guest::in_lab());
+    }
+    if has("--write") && words.is_empty() {
         table::write(&rows);
     }
     let failed = rows.iter().filter(|row| row.result.is_err()).count();

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::guest::{Guest, Service, random_file, sha256};
-use crate::{Case, Outcome, QEMU};
+use crate::{Case, Outcome, Peer, QEMU};
 
 pub const CASES: &[Case] = &[
     Case { ours: "blk", peer: QEMU, what: "read, write, flush; killed under load, reconnects", run: blk },
@@ -11,19 +11,21 @@ pub const CASES: &[Case] = &[
 ];
 
 const SIZE: usize = 32 << 20;
+/// Says to a socket of QEMU that it is to be connected again; QEMU 11 has another word, which [`Guest::start`] puts in its place.
+pub const RECONNECT: &str = ",reconnect=1";
 
 /// A device of QEMU's that connects to a service, and does so again when it has lost it.
 pub fn device(id: &str, service: &Service, kind: &str) -> Vec<String> {
     [
         "-chardev".to_owned(),
-        format!("socket,id={id},path={},reconnect=1", service.socket.display()),
+        format!("socket,id={id},path={}{RECONNECT}", service.socket.display()),
         "-device".to_owned(),
         format!("{kind},chardev={id}"),
     ]
     .to_vec()
 }
 
-fn blk() -> Outcome {
+fn blk(qemu: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = folder.path().join("disk");
     random_file(&image, SIZE);
@@ -31,7 +33,7 @@ fn blk() -> Outcome {
     let file = image.display().to_string();
     let options = ["--blk-file", &file, "--persistent", "--num-queues", "2"];
     let service = Service::start(folder.path(), "blk", "blk.sock", &options);
-    let mut guest = Guest::start(&folder, "blk", &device("c", &service, "vhost-user-blk-pci"))?;
+    let mut guest = Guest::start(qemu, &folder, "blk", &device("c", &service, "vhost-user-blk-pci"))?;
     guest.boot()?;
     let read = guest.run("sha256sum </dev/vda")?;
     if !read.contains(&before) {
@@ -67,13 +69,13 @@ fn log(folder: &std::path::Path) -> String {
     fs::read_to_string(folder.join("log")).unwrap_or_default()
 }
 
-fn rng() -> Outcome {
+fn rng(qemu: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let service = Service::start(folder.path(), "rng", "rng.sock", &["--persistent"]);
     // QEMU 7.2 ends with an assertion when this device's socket may be connected to again.
     let options = device("c", &service, "vhost-user-rng-pci").into_iter();
-    let options: Vec<String> = options.map(|option| option.replace(",reconnect=1", "")).collect();
-    let mut guest = Guest::start(&folder, "rng", &options)?;
+    let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    let mut guest = Guest::start(qemu, &folder, "rng", &options)?;
     guest.boot()?;
     let current = guest.run("cat /sys/devices/virtual/misc/hw_random/rng_current")?;
     if !current.starts_with("virtio_rng") {

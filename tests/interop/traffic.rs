@@ -4,15 +4,15 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
 
 use crate::guest::{Guest, Service, kernel, random_file, sha256, wait};
-use crate::ours::device;
-use crate::{Case, Outcome, QEMU};
+use crate::ours::{RECONNECT, device};
+use crate::{Case, Outcome, Peer, QEMU};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -30,26 +30,26 @@ const SIZE: usize = 24 << 20;
 /// Streams of the guest at a time, and KiB of each there and back.
 const STREAMS: &str = "--streams 32 --kib 64";
 
-fn text(error: impl ToString) -> String {
+pub fn text(error: impl ToString) -> String {
     error.to_string()
 }
 
-fn run(program: &str, arguments: &str) -> Result<(), String> {
+pub fn run(program: &str, arguments: &str) -> Result<(), String> {
     let output = Command::new(program).args(arguments.split(' ')).output().map_err(text)?;
     let said = String::from_utf8_lossy(&output.stderr);
     if output.status.success() { Ok(()) } else { Err(format!("{program} {arguments}: {said}")) }
 }
 
 /// On a thread of its own, whose network nobody else has.
-fn net() -> Outcome {
+fn net(qemu: Peer) -> Outcome {
     if !nix::unistd::geteuid().is_root() {
         return Err("not run: a network of its own and a tap need root".to_owned());
     }
-    let alone = || unshare(CloneFlags::CLONE_NEWNET).map_err(text).and_then(|()| net_alone());
+    let alone = move || unshare(CloneFlags::CLONE_NEWNET).map_err(text).and_then(|()| net_alone(qemu));
     thread::spawn(alone).join().map_err(|_| "panicked")?
 }
 
-fn net_alone() -> Outcome {
+fn net_alone(qemu: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(text)?;
     let options = ["--persistent", "--tap", "wire", "--mac", "52:54:00:77:00:01"];
     let service = Service::start(folder.path(), "net", "net.sock", &options);
@@ -65,11 +65,11 @@ fn net_alone() -> Outcome {
             .and_then(|(mut from, _)| from.read_to_end(&mut bytes))
             .and_then(|_| fs::write(target, bytes))
     });
-    let chardev = format!("socket,id=c,path={},reconnect=1", service.socket.display());
+    let chardev = format!("socket,id=c,path={}{RECONNECT}", service.socket.display());
     let options = ["-chardev", &chardev, "-netdev", "vhost-user,id=n,chardev=c", "-device"];
     let mut options: Vec<String> = options.map(str::to_owned).to_vec();
     options.push("virtio-net-pci,netdev=n,vectors=0,mac=52:54:00:77:00:01".to_owned());
-    let mut guest = Guest::start(&folder, "net", &options)?;
+    let mut guest = Guest::start(qemu, &folder, "net", &options)?;
     guest.boot()?;
     guest.run(
         "ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 10 10.9.0.1 >/dev/null",
@@ -111,7 +111,7 @@ fn echo(mut stream: UnixStream) {
 }
 
 /// Connects to a port of the guest (Firecracker's convention).
-fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
+pub fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
     let mut stream = UnixStream::connect(path).map_err(text)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(text)?;
     let (mut line, mut byte) = (Vec::new(), [0]);
@@ -122,9 +122,8 @@ fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
     if line.starts_with(b"OK ") { Ok(stream) } else { Err(format!("port {port}: {line:?}")) }
 }
 
-fn vsock() -> Outcome {
-    let folder = tempfile::tempdir().map_err(text)?;
-    let path = folder.path().join("v");
+/// Answers the guest at the ports that `guest-vsock` calls, by the socket `path`.
+pub fn serve_vsock(path: &Path) -> Result<(), String> {
     for port in [52, 53] {
         let listener = UnixListener::bind(format!("{}_{port}", path.display())).map_err(text)?;
         // The guest waits for the end of the second one, which comes at once.
@@ -134,19 +133,17 @@ fn vsock() -> Outcome {
             }
         });
     }
-    let options = ["--guest-cid", "3", "--uds-path", path.to_str().unwrap()];
-    let service = Service::start(folder.path(), "vsock", "vsock.sock", &options);
-    // QEMU 7.2 does not connect again for this device.
-    let options = device("c", &service, "vhost-user-vsock-pci").into_iter();
-    let options: Vec<String> = options.map(|option| option.replace(",reconnect=1", "")).collect();
-    let mut guest = Guest::start(&folder, "vsock", &options)?;
-    guest.boot()?;
+    Ok(())
+}
+
+/// Streams both ways between the guest and the host, compared.
+pub fn talk(guest: &mut Guest, folder: &Path, path: &Path) -> Outcome {
     guest.run("for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
     guest.run(&format!(": >/tmp/said; guest-vsock {STREAMS} >/tmp/said 2>&1 & true"))?;
     let ok = "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done";
     guest.run(ok)?;
-    let mut stream = dial(&path, 7000)?;
-    let bytes = random_file(&folder.path().join("sent"), 1 << 20);
+    let mut stream = dial(path, 7000)?;
+    let bytes = random_file(&folder.join("sent"), 1 << 20);
     let (mut end, sent) = (stream.try_clone().map_err(text)?, bytes.clone());
     let writer = thread::spawn(move || end.write_all(&sent));
     let mut back = vec![0; bytes.len()];
@@ -155,31 +152,50 @@ fn vsock() -> Outcome {
     if back != bytes {
         return Err("the guest's echo is not what was sent".to_owned());
     }
-    drop(dial(&path, 7001)?);
+    drop(dial(path, 7001)?);
     guest.run("while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said")?;
     Ok("32 streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
         .to_owned())
 }
 
-fn fs() -> Outcome {
+fn vsock(qemu: Peer) -> Outcome {
+    let folder = tempfile::tempdir().map_err(text)?;
+    let path = folder.path().join("v");
+    serve_vsock(&path)?;
+    let options = ["--guest-cid", "3", "--uds-path", path.to_str().unwrap()];
+    let service = Service::start(folder.path(), "vsock", "vsock.sock", &options);
+    // QEMU 7.2 does not connect again for this device.
+    let options = device("c", &service, "vhost-user-vsock-pci").into_iter();
+    let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    let mut guest = Guest::start(qemu, &folder, "vsock", &options)?;
+    guest.boot()?;
+    talk(&mut guest, folder.path(), &path)
+}
+
+/// The guest's own modules of virtio-fs, for a disk: its initramfs has none.
+pub fn modules(folder: &Path) -> Result<PathBuf, String> {
+    let modules = folder.join("modules.tar");
+    let release = fs::read_to_string(kernel("kernel/release")).map_err(text)?;
+    let fuse = kernel(&format!("kernel/lib/modules/{}/kernel/fs/fuse", release.trim()));
+    run("tar", &format!("-cf {} -C {} fuse.ko virtiofs.ko", modules.display(), fuse.display()))?;
+    Ok(modules)
+}
+
+fn fs(qemu: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(text)?;
     let shared = folder.path().join("shared");
     fs::create_dir_all(shared.join("a/b")).map_err(text)?;
     random_file(&shared.join("a/b/file"), 8 << 20);
     let sum = sha256(&shared.join("a/b/file"));
     let service = Service::start(folder.path(), "fs", "fs.sock", &["--shared-dir", shared.to_str().unwrap()]);
-    // The guest's own modules come on a disk.
-    let modules = folder.path().join("modules.tar");
-    let release = fs::read_to_string(kernel("kernel/release")).map_err(text)?;
-    let fuse = kernel(&format!("kernel/lib/modules/{}/kernel/fs/fuse", release.trim()));
-    run("tar", &format!("-cf {} -C {} fuse.ko virtiofs.ko", modules.display(), fuse.display()))?;
+    let modules = modules(folder.path())?;
     // QEMU 7.2 does not connect again for this device.
     let options = device("c", &service, "vhost-user-fs-pci").into_iter();
-    let options = options.map(|option| option.replace(",reconnect=1", ""));
+    let options = options.map(|option| option.replace(RECONNECT, ""));
     let mut options: Vec<String> =
         options.map(|option| option.replace("fs-pci,", "fs-pci,tag=home,")).collect();
     options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", modules.display())]);
-    let mut guest = Guest::start(&folder, "fs", &options)?;
+    let mut guest = Guest::start(qemu, &folder, "fs", &options)?;
     guest.boot()?;
     guest.run(
         "cd /tmp && tar -xf /dev/vda && insmod fuse.ko; insmod virtiofs.ko && mount -t virtiofs home /mnt",

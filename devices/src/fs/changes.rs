@@ -7,9 +7,12 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Ti
 use rustix::io::Errno;
 
 use super::abi::setattr;
+use super::credentials::Credentials;
 use super::message::{Fields, Header};
 use super::server::Server;
 
+/// `S_ISGID` (inode(7)).
+const SET_GROUP_ID: u32 = 0o2000;
 /// `UTIME_NOW` and `UTIME_OMIT` (utimensat(2)).
 const NOW: i64 = 0x3FFF_FFFF;
 const OMIT: i64 = 0x3FFF_FFFE;
@@ -29,7 +32,12 @@ impl Server {
         let (uid, gid) = (fields.u32()?, fields.u32()?);
         self.nodes.file(&self.host, header.node)?;
         if valid & setattr::MODE != 0 {
-            self.host.change_mode(self.nodes.known(&self.host, header.node)?, mode)?;
+            let file = self.nodes.known(&self.host, header.node)?;
+            // The guest's kernel has judged who may set this bit. This one keeps it for members of the file's group alone.
+            let group =
+                if mode & SET_GROUP_ID != 0 { Some(self.host.stat(file)?.attributes.stx_gid) } else { None };
+            let _member = group.map(Credentials::join);
+            self.host.change_mode(file, mode)?;
         }
         if valid & (setattr::UID | setattr::GID) != 0 {
             let user = self.named_owner(valid & setattr::UID != 0, uid, false)?;

@@ -25,6 +25,14 @@ impl Credentials {
     }
 }
 
+impl Credentials {
+    /// The process's own, and a group, if this jail has it.
+    pub(super) fn join(gid: u32) -> Self {
+        let _not_of_this_jail = set(Which::Group, gid);
+        Self { assumed: true }
+    }
+}
+
 impl Drop for Credentials {
     fn drop(&mut self) {
         if self.assumed {

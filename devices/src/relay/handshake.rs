@@ -15,6 +15,10 @@ const DEVICE_SPECIFIC: u64 = 0x00FF_FFFF;
 /// VIRTIO_F_VERSION_1.
 const VERSION_1: u64 = 1 << 32;
 
+/// Features of virtio-net that need a control queue (virtio 1.2, 5.1.3). A vhost-user back end has none: it is its front end's
+/// business, DPDK and passt offer them all the same, and a driver that waits for an answer there waits for ever.
+const NET_CONTROL: u64 = 0xFE_0004;
+
 /// In what way a back end is not what it should be.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Unfit {
@@ -203,7 +207,8 @@ impl Handshake {
         if offered & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
             return Err(Unfit::Lacks("VHOST_USER_F_PROTOCOL_FEATURES"));
         }
-        rewrite(message, |bits| bits | self.config.own_features);
+        let hidden = if self.config.kind == "net" { NET_CONTROL } else { 0 };
+        rewrite(message, |bits| (bits | self.config.own_features) & !hidden);
         Ok(())
     }
 

@@ -283,7 +283,7 @@ pub struct RunArgs {
     #[arg(
         long = "net",
         value_name = "user|tap=NAME|…",
-        help = "Network card: user, tap=NAME, socket=PATH or fd=N, then options (see below); repeat for more cards"
+        help = "Network card: user, tap=NAME, socket=PATH, fd=N or vhost-user=SOCKET of another back end, then options (see below); repeat for more cards"
     )]
     pub nets: Vec<NetSpec>,
     /// Entropy device (virtio-rng) fed by the host's /dev/urandom; max-bytes=SIZE[,period=MS] is the most that the guest gets in so many milliseconds [default period: 65536]
@@ -407,7 +407,7 @@ pub struct RunArgs {
     #[arg(
         long = "fs",
         value_name = "tag=TAG,path=DIR,…",
-        help = "Share a directory (virtio-fs): tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more"
+        help = "Share a directory (virtio-fs): tag=TAG,path=DIR|vhost-user=SOCKET[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]; repeat for more"
     )]
     pub fs: Vec<FsSpec>,
     /// With a command: share this directory for writing; repeat for more

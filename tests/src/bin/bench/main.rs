@@ -5,6 +5,7 @@
 //! bench bare [ROUNDS]    bare payloads on this machine's own KVM (default 20 rounds)
 //! bench exits [ROUNDS]   what an access costs that the core answers (default 5 rounds)
 //! bench blk [ROUNDS]     disks under one load generator, beside qemu-storage-daemon (default 5 rounds)
+//! bench services [ROUNDS] device services at rest: start and memory (default 11 rounds)
 //! bench static           sizes, policies, lines of code
 //! ```
 //!
@@ -17,6 +18,7 @@ mod blk_load;
 mod contenders;
 mod exits;
 mod measure;
+mod services;
 mod sources;
 mod stock;
 mod table;
@@ -49,6 +51,7 @@ fn run(what: &str, rounds: Option<usize>, only: &str, places: &Places) -> Outcom
         "exits" => exits::run(places, rounds.unwrap_or(5)),
         "static" => sources::run(places),
         "blk" => blk::run(places, rounds.unwrap_or(5), only),
-        _ => Err("say stock, cached, bare, exits, blk or static".into()),
+        "services" => services::run(places, rounds.unwrap_or(11)),
+        _ => Err("say stock, cached, bare, exits, blk, services or static".into()),
     }
 }

@@ -182,6 +182,7 @@ fn share(args: &mut RunArgs, root: &Path) -> Result<(String, Vec<Mount>), Comman
     let spec = |tag: &str, path: &Path, read_only: bool| FsSpec {
         tag: tag.to_owned(),
         path: path.to_owned(),
+        vhost_user: false,
         readonly: read_only,
         cache: super::config::fs::Cache::Auto,
         // Of the root all is shared that is mounted in it; whoever names a directory for writing means it alone.

@@ -170,7 +170,12 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
         nets: {
-            let at = |net: NetSpec| NetSpec { socket: net.socket.map(at), rom: net.rom.at(base), ..net };
+            let at = |net: NetSpec| NetSpec {
+                socket: net.socket.map(at),
+                vhost_user: net.vhost_user.map(at),
+                rom: net.rom.at(base),
+                ..net
+            };
             file.net.into_iter().map(at).collect()
         },
         rng: file.rng,

@@ -1,4 +1,4 @@
-//! `--fs tag=…,path=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,others=…][,id=…][,restart=…][,addr=…]` and the table `[[fs]]`.
+//! `--fs tag=…,path=…|vhost-user=…[,readonly=on][,cache=…][,submounts=on][,xattr=on][,owner=…][,others=…][,id=…][,restart=…][,addr=…]` and the table `[[fs]]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,11 +9,24 @@ use thiserror::Error;
 use super::nearest::hint;
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
+use super::vhost_user::VhostUserSpec;
 
 /// The longest tag, bytes (virtio 1.2, 5.11.4).
 const TAG: usize = 36;
-const KEYS: &[&str] =
-    &["tag", "path", "readonly", "cache", "submounts", "xattr", "owner", "others", "id", "restart", "addr"];
+const KEYS: &[&str] = &[
+    "tag",
+    "path",
+    "readonly",
+    "cache",
+    "submounts",
+    "xattr",
+    "owner",
+    "others",
+    "id",
+    "restart",
+    "addr",
+    "vhost-user",
+];
 
 /// What the guest may keep of a shared directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -46,8 +59,11 @@ pub enum Owner {
 pub struct FsSpec {
     /// The name that the guest mounts it by.
     pub tag: String,
-    /// The directory.
+    /// The directory, or the socket of a back end that is not ours.
     pub path: PathBuf,
+    /// `path` is such a socket.
+    #[serde(skip)]
+    pub vhost_user: bool,
     /// The guest cannot change anything in it.
     #[serde(default)]
     pub readonly: bool,
@@ -83,7 +99,7 @@ pub const fn nobody() -> u32 {
 pub enum FsSpecError {
     /// The `tag` or the `path` is missing.
     #[error(
-        "a shared directory needs a tag and a path: tag=TAG,path=DIR[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,others=UID][,id=NAME][,restart=POLICY]"
+        "a shared directory needs a tag and a path, or the socket of another back end: tag=TAG,path=DIR|vhost-user=SOCKET[,readonly=on][,cache=auto|always|metadata|never][,submounts=on][,xattr=on][,owner=all|UID:GID][,others=UID][,id=NAME][,restart=POLICY]"
     )]
     Missing,
     /// A key that is none.
@@ -119,6 +135,9 @@ pub enum FsSpecError {
     /// `addr` with something that is no place.
     #[error(transparent)]
     Addr(#[from] PciAddressError),
+    /// Something that only our own processes heed.
+    #[error("{0}= cannot be said of the back end behind vhost-user=SOCKET, which sees to it itself")]
+    Elsewhere(String),
     /// A key twice.
     #[error("'{0}' is given twice")]
     Twice(String),
@@ -189,6 +208,17 @@ fn switch(key: &str, value: &str) -> Result<bool, FsSpecError> {
     }
 }
 
+impl FsSpec {
+    /// It as a device of another back end; none: it is our own.
+    #[must_use]
+    pub fn foreign(&self) -> Option<VhostUserSpec> {
+        let Self { tag, path, id, restart, addr, .. } = self.clone();
+        let (kind, tag) = (Some("fs".to_owned()), Some(tag));
+        let spec = VhostUserSpec { kind, socket: path, tag, id, restart, addr, ..VhostUserSpec::default() };
+        self.vhost_user.then_some(spec)
+    }
+}
+
 impl FromStr for FsSpec {
     type Err = FsSpecError;
 
@@ -210,10 +240,17 @@ impl FromStr for FsSpec {
         }
         let value = |key| given.iter().find(|(given, _)| *given == key).map(|(_, value)| *value);
         let on = |key| value(key).map_or(Ok(false), |value| switch(key, value));
-        let path = value("path").filter(|path| !path.is_empty()).ok_or(FsSpecError::Missing)?;
+        let vhost_user = value("vhost-user").is_some();
+        let own = |key: &&str| !["tag", "id", "restart", "addr", "vhost-user"].contains(key);
+        if let Some(key) = given.iter().map(|(key, _)| *key).find(own).filter(|_| vhost_user) {
+            return Err(FsSpecError::Elsewhere(key.to_owned()));
+        }
+        let path = value("vhost-user").or_else(|| value("path"));
+        let path = path.filter(|path| !path.is_empty()).ok_or(FsSpecError::Missing)?;
         Ok(Self {
             tag: value("tag").ok_or(FsSpecError::Missing)?.to_owned(),
             path: path.into(),
+            vhost_user,
             readonly: on("readonly")?,
             cache: value("cache").map(str::parse).transpose()?.unwrap_or_default(),
             submounts: on("submounts")?,
@@ -242,6 +279,7 @@ mod tests {
         let expected = FsSpec {
             tag: "home".into(),
             path: "/home/x".into(),
+            vhost_user: false,
             readonly: true,
             cache: Cache::Always,
             submounts: true,
@@ -266,6 +304,9 @@ mod tests {
         assert!(refusal("tag=a,path=b,cache=alwys").contains("did you mean 'always'?"));
         assert!(refusal("tag=a,path=b,owner=0:0").contains("owner=1000:1000"));
         assert!(refusal("tag=a,path=b,tag=c").contains("given twice"));
+        assert!(refusal("tag=a,vhost-user=s,cache=never").contains("cache= cannot be said"));
+        assert!(refusal("tag=a,vhost-user=s,path=b").contains("path= cannot be said"));
+        assert!(refusal("vhost-user=s").contains("needs a tag"));
         assert!(refusal("/srv").contains("'/srv' is not KEY=VALUE"));
         assert!(tag_fault("").is_some_and(|fault| fault.contains("empty")));
         assert!(tag_fault(&"t".repeat(37)).is_some_and(|fault| fault.contains("at most 36")));

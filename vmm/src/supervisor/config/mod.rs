@@ -464,7 +464,7 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
     };
     let (serial, ConsoleSpec { target: console, addr: console_addr }) = streams(&mut args, &mut file)?;
     let confinement = confine(&mut args, &mut file);
-    let (disks, foreign) = disks(&mut args, &mut file);
+    let (disks, foreign) = disks(&mut args, &mut file)?;
     let name = name(&mut args, &mut file)?;
     let memory = check_memory(args.memory.or(file.memory).unwrap_or(Size(512 << 20)).0)?;
     let (mut rules, given) = (take(&mut file.restart), take(&mut args.restart));
@@ -588,8 +588,8 @@ fn check_count(others: usize, console: &StreamTarget) -> Result<(), ConfigError>
     if virtio > MAX_VIRTIO_DEVICES { Err(ConfigError::TooManyDevices(virtio)) } else { Ok(()) }
 }
 
-/// The disks, and the devices of other back ends, disks among them.
-fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUserSpec>) {
+/// The disks, and the devices of other back ends: disks, network cards and shared directories among them.
+fn disks(args: &mut RunArgs, file: &mut RunArgs) -> Result<(Vec<DiskSpec>, Vec<VhostUserSpec>), ConfigError> {
     let mut disks = take(if args.disks.is_empty() { &mut file.disks } else { &mut args.disks });
     let foreign = if args.vhost_user.is_empty() { &mut file.vhost_user } else { &mut args.vhost_user };
     let mut foreign = take(foreign);
@@ -597,7 +597,23 @@ fn disks(args: &mut RunArgs, file: &mut RunArgs) -> (Vec<DiskSpec>, Vec<VhostUse
         let addr = disk.addr;
         foreign.push(VhostUserSpec { addr, ..VhostUserSpec::disk(disk.path, disk.id, disk.restart) });
     }
-    (disks, foreign)
+    // What is left stands for both places.
+    let in_file = take(&mut file.nets);
+    let nets = &mut args.nets;
+    if nets.is_empty() {
+        *nets = in_file;
+    }
+    for net in nets.extract_if(.., |net| net.vhost_user.is_some()) {
+        let id = net.id.clone().unwrap_or_else(|| "net".to_owned());
+        foreign.extend(net.foreign().map_err(|source| ConfigError::Net { id, source })?);
+    }
+    let in_file = take(&mut file.fs);
+    let fs = &mut args.fs;
+    if fs.is_empty() {
+        *fs = in_file;
+    }
+    foreign.extend(fs.extract_if(.., |fs| fs.vhost_user).filter_map(|fs| fs.foreign()));
+    Ok((disks, foreign))
 }
 
 /// The options about the jail. What either place requires is required; of two limits for one process the command line's counts.

@@ -13,17 +13,19 @@ use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::rom::RomChoice;
 use super::size::Size;
+use super::vhost_user::VhostUserSpec;
 
 /// Most pairs of queues.
 const MAX_QUEUES: u16 = 32;
 /// Least MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 26] = [
     "tap",
     "user",
     "socket",
     "fd",
+    "vhost-user",
     "none",
     "address",
     "gateway",
@@ -59,6 +61,8 @@ pub struct NetSpec {
     pub socket: Option<PathBuf>,
     /// A tap or socket that is open already.
     pub fd: Option<i32>,
+    /// The socket of a vhost-user back end that is not ours.
+    pub vhost_user: Option<PathBuf>,
     /// Hardware address.
     pub mac: Option<String>,
     /// Told to the guest, and set at the tap.
@@ -108,7 +112,7 @@ pub struct NetSpec {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NetSpecError {
     /// None or several of the ways out.
-    #[error("a network card has one of tap=NAME, user, socket=PATH and fd=N")]
+    #[error("a network card has one of tap=NAME, user, socket=PATH, fd=N and vhost-user=SOCKET")]
     Backend,
     /// A key that there is not.
     #[error("unknown key '{key}' of a network card: {hint}")]
@@ -148,6 +152,11 @@ pub enum NetSpecError {
     /// Options of passt for something else.
     #[error("address, gateway and dns are for user networking (--net user,address=…)")]
     NotUser,
+    /// Options of our card for somebody else's.
+    #[error(
+        "with vhost-user=SOCKET only mac, id, restart and addr can be said: the back end sees to the rest itself"
+    )]
+    Foreign,
     /// `none` and something else.
     #[error("none means no network card: it stands alone (--net none)")]
     None,
@@ -200,6 +209,7 @@ impl FromStr for NetSpec {
                 "user" => spec.user = switch(key, text)?,
                 "socket" => spec.socket = Some(text.into()),
                 "fd" => spec.fd = Some(number(key, text)?),
+                "vhost-user" => spec.vhost_user = Some(text.into()),
                 "mac" => spec.mac = Some(text.to_owned()),
                 "mtu" => spec.mtu = Some(number(key, text)?),
                 "queues" => spec.queues = Some(number(key, text)?),
@@ -250,6 +260,7 @@ impl fmt::Display for NetSpec {
             text("tap", self.tap.clone()),
             text("socket", self.socket.as_ref().map(path)),
             text("fd", self.fd.map(|fd| fd.to_string())),
+            text("vhost-user", self.vhost_user.as_ref().map(path)),
             text("address", self.address.clone()),
             text("gateway", self.gateway.map(|it| it.to_string())),
             text("dns", self.dns.map(|it| it.to_string())),
@@ -407,6 +418,9 @@ impl NetSpec {
             let alone = Self { none: true, ..Self::default() };
             return if *self == alone { Ok(()) } else { Err(NetSpecError::None) };
         }
+        if self.vhost_user.is_some() {
+            return self.check_foreign();
+        }
         let target = self.target()?;
         self.mac.as_deref().map(parse_mac).transpose()?;
         if !self.hostfwd.is_empty() && !self.user {
@@ -427,6 +441,26 @@ impl NetSpec {
             Some(mtu) if mtu < MIN_MTU => value("mtu", &mtu.to_string(), "a number from 68 to 65535"),
             _ => Ok(()),
         }
+    }
+
+    /// Nothing that the back end would have to know.
+    fn check_foreign(&self) -> Result<(), NetSpecError> {
+        let Self { vhost_user, mac, id, restart, addr, .. } = self.clone();
+        mac.as_deref().map(parse_mac).transpose()?;
+        let alone = Self { vhost_user, mac, id, restart, addr, ..Self::default() };
+        if *self == alone { Ok(()) } else { Err(NetSpecError::Foreign) }
+    }
+
+    /// The card as a device of another back end; none: it is our own.
+    ///
+    /// # Errors
+    /// [`NetSpecError`].
+    pub fn foreign(&self) -> Result<Option<VhostUserSpec>, NetSpecError> {
+        let Some(socket) = self.vhost_user.clone() else { return Ok(None) };
+        self.check_foreign()?;
+        let Self { mac, id, restart, addr, .. } = self.clone();
+        let kind = Some("net".to_owned());
+        Ok(Some(VhostUserSpec { kind, socket, mac, id, restart, addr, ..VhostUserSpec::default() }))
     }
 
     /// The network card `id` of this machine.

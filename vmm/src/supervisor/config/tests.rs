@@ -183,6 +183,26 @@ fn every_kind_of_device_has_an_id_of_its_own() {
 }
 
 #[test]
+fn disks_cards_and_directories_can_be_those_of_other_back_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("machine.toml");
+    std::fs::write(&path, "[[net]]\nuser = true\n[[fs]]\ntag = \"t\"\npath = \"p\"\n").unwrap();
+    let given =
+        "--disk vhost-user=d --net vhost-user=n,mac=52:54:00:00:00:01,id=card --fs tag=home,vhost-user=f";
+    let config = run(&format!("--kernel k --config {} {given}", path.display())).unwrap();
+    let foreign: Vec<(&str, &str)> =
+        config.vhost_user.iter().map(|device| (&*device.kind, &*device.id)).collect();
+    assert_eq!(foreign, [("blk", "vhost-user0"), ("net", "card"), ("fs", "vhost-user2")]);
+    assert!(config.vhost_user.iter().skip(1).all(|device| device.config.is_some()));
+    // The command line's word for cards and directories replaces the file's.
+    assert!(config.disks.is_empty() && config.nics.is_empty() && config.shares.is_empty());
+    for spec in ["vhost-user=n,mtu=1400", "vhost-user=n,tap=t"] {
+        let error = spec.parse::<NetSpec>().unwrap_err().to_string();
+        assert!(error.contains("only mac, id, restart and addr"), "{error}");
+    }
+}
+
+#[test]
 fn every_kind_of_device_can_choose_its_place() {
     let options = "--disk path=a,addr=5 --net user,addr=5.1 --vhost-user type=rng,socket=s,addr=5.2 \
         --fs tag=t,path=p,addr=5.3 --vsock cid=3,path=v,addr=5.4 --balloon=addr=5.5 --disk vhost-user=s,addr=5.7 \

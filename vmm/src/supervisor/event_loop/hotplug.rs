@@ -187,6 +187,9 @@ impl EventLoop<'_> {
 
     fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
         let net: NetSpec = spec.parse().map_err(text)?;
+        if net.vhost_user.is_some() {
+            return Err("say --vhost-user type=net,socket=PATH here".to_owned());
+        }
         let id = self.ids().take("net", self.choose_id(net.id.clone(), "net")?).map_err(text)?;
         let nic =
             net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
@@ -195,6 +198,9 @@ impl EventLoop<'_> {
 
     fn new_share(&self, spec: &str, folder: &Path) -> Result<ShareConfig, String> {
         let mut spec: FsSpec = spec.parse().map_err(text)?;
+        if spec.vhost_user {
+            return Err("say --vhost-user type=fs,socket=PATH,tag=TAG here".to_owned());
+        }
         if let Some(other) = self.resources.shares.iter().find(|share| share.config.tag == spec.tag) {
             return Err(format!("the tag '{}' is already that of {}", spec.tag, other.config.id));
         }
