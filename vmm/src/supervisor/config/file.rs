@@ -169,15 +169,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .into_iter()
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
-        nets: {
-            let at = |net: NetSpec| NetSpec {
-                socket: net.socket.map(at),
-                vhost_user: net.vhost_user.map(at),
-                rom: net.rom.at(base),
-                ..net
-            };
-            file.net.into_iter().map(at).collect()
-        },
+        nets: file.net.into_iter().map(|net| net_at(base, net)).collect(),
         rng: file.rng,
         console: file
             .console
@@ -211,6 +203,11 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
         ports: file.port.into_iter().map(|port| port.below(base)).collect(),
         ..RunArgs::default()
     })
+}
+
+fn net_at(base: &Path, net: NetSpec) -> NetSpec {
+    let at = |socket: PathBuf| base.join(socket);
+    NetSpec { socket: net.socket.map(at), vhost_user: net.vhost_user.map(at), rom: net.rom.at(base), ..net }
 }
 
 /// A model that is a file beside the configuration file is that file.
