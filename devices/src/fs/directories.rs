@@ -33,13 +33,19 @@ impl Server {
         let size = usize::try_from(size).unwrap_or(0).min(room);
         let directory = self.handles.file(&self.host, &mut self.nodes, handle)?;
         let directory = directory.try_clone_to_owned().map_err(|_| Errno::NFILE)?;
-        if *self.handles.position(handle)? != offset {
-            rustix::fs::seek(&directory, SeekFrom::Start(offset))?;
-            *self.handles.position(handle)? = offset;
-        }
         // An entry takes more room in the answer than in the host's list, so that about as many are read as fit.
         let mut buffer = std::mem::take(&mut self.entries);
         buffer.reserve(size.max(LEAST));
+        let position = *self.handles.position(handle)?;
+        if position != offset {
+            if position == 0 {
+                // A directory whose first read is at its end, as after a death, shows nothing when it is rewound
+                // (ext4_dx_readdir of Linux 6.1 takes position 0 for where it was before). So its first read is here.
+                let _ = RawDir::new(&directory, buffer.spare_capacity_mut()).next();
+            }
+            rustix::fs::seek(&directory, SeekFrom::Start(offset))?;
+            *self.handles.position(handle)? = offset;
+        }
         let result = self.list(node, handle, &directory, &mut buffer, (size, plus));
         self.entries = buffer;
         result
