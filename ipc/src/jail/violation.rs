@@ -2,6 +2,7 @@
 //!
 //! Contains unsafe code: `SECCOMP_IOCTL_NOTIF_RECV` and `pidfd_getfd`, which no safe interface offers.
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -108,17 +109,23 @@ impl JailedProcess {
     /// forbids to look.
     #[must_use]
     pub fn early_violation(&self, policy_of: impl Fn(Option<&str>) -> PolicyName) -> Option<Violation> {
-        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
-        descriptors.flatten().find_map(|entry| {
-            if fs::read_link(entry.path()).ok()?.as_os_str() != "anon_inode:seccomp notify" {
-                return None;
-            }
-            let number: RawFd = entry.file_name().to_str()?.parse().ok()?;
+        /// More descriptors than any process has before it is ready.
+        const MOST: i32 = 1024;
+        /// Numbers without a descriptor in a row, after which no more are looked for.
+        const FREE: u32 = 64;
+        let free = Cell::new(0);
+        // By number: the process is not dumpable, so that an ordinary user cannot list what it has.
+        (0..MOST).take_while(|_| free.get() < FREE).find_map(|number| {
             // SAFETY: no memory is involved.
             let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.as_fd().as_raw_fd(), number, 0) };
+            free.set(if copy < 0 { free.get() + 1 } else { 0 });
             let copy = RawFd::try_from(Errno::result(copy).ok()?).ok()?;
             // SAFETY: the call returned a new descriptor, which nobody else owns.
             let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+            let is = fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).ok()?;
+            if is.as_os_str() != "anon_inode:seccomp notify" {
+                return None;
+            }
             let violation = ViolationListener::new(policy_of(None), copy).read().ok()??;
             if violation.thread == self.pid() {
                 return Some(violation);
