@@ -44,9 +44,11 @@ fn main() -> ExitCode {
 fn run(what: &str, rounds: Option<usize>, only: &str, places: &Places) -> Outcome {
     match what {
         "stock" => stock::run(places, rounds.unwrap_or(5)),
-        "cached" => {
-            stock::boot(places, rounds.unwrap_or(5), "The same, all files in the lab's memory already")
-        }
+        "cached" => stock::boot(
+            places,
+            rounds.unwrap_or(5),
+            "The same in the lab of the tests: cached files, few old translations",
+        ),
         "bare" => bare::run(places, rounds.unwrap_or(20)),
         "exits" => exits::run(places, rounds.unwrap_or(5)),
         "static" => sources::run(places),
