@@ -313,6 +313,18 @@ mod tests {
     }
 
     #[test]
+    fn a_network_card_is_offered_without_the_control_queue_that_nobody_serves() {
+        let card =
+            RelayConfig { kind: "net".into(), config: Some(vec![0; 12]), own_features: 0x20, ..config() };
+        let checksum = 1;
+        let offered = GOOD | NET_CONTROL | checksum;
+        assert_eq!(
+            ask(&mut Handshake::new(card), FrontendReq::GET_FEATURES, offered),
+            Ok(GOOD | checksum | 0x20)
+        );
+    }
+
+    #[test]
     fn a_space_of_the_front_end_hides_that_the_back_end_has_none() {
         let mq = VhostUserProtocolFeatures::MQ.bits();
         assert_eq!(

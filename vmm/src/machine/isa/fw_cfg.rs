@@ -382,6 +382,18 @@ mod tests {
     }
 
     #[test]
+    fn dma_onto_its_own_request_is_carried_out_once() {
+        let (ram, device) = device();
+        let select = u32::from(key::SIGNATURE) << 16 | CONTROL_SELECT;
+        assert_eq!(dma(&device, &ram, select | CONTROL_READ, 8, 0x1002), 0);
+        let mut bytes = [0xFF; REQUEST];
+        ram.view(0x1000, REQUEST as u64, Direction::Read).unwrap().read_bytes(0, &mut bytes).unwrap();
+        // The outcome comes last, and what was written is no new request.
+        assert_eq!(bytes, *b"\0\0\0\0MU\0\0\0\0\0\0\0\0\x10\x02");
+        assert_eq!(dma(&device, &ram, CONTROL_READ, 4, 0x2000), 0);
+    }
+
+    #[test]
     fn dma_address_reads_as_signature() {
         let (_, device) = device();
         let mut bytes = [0; 4];
