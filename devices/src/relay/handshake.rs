@@ -314,8 +314,13 @@ mod tests {
 
     #[test]
     fn a_network_card_is_offered_without_the_control_queue_that_nobody_serves() {
-        let card =
-            RelayConfig { kind: "net".into(), config: Some(vec![0; 12]), own_features: 0x20, ..config() };
+        let card = RelayConfig {
+            kind: "net".into(),
+            features: NET_CONTROL | 1,
+            config: Some(vec![0; 12]),
+            own_features: 0x20,
+            ..config()
+        };
         let checksum = 1;
         let offered = GOOD | NET_CONTROL | checksum;
         assert_eq!(
