@@ -123,7 +123,7 @@ impl LentBuffer {
     }
 
     /// Where the bytes are in this process, for the kernel. One entry, unless the range spans regions that adjoin.
-    /// The slice moves with the guard: an operation that keeps a pointer to it needs a [`LentVector`].
+    /// The slice moves with the guard: an operation that keeps a pointer to it needs a [`LentVector`](super::LentVector).
     pub fn iovecs(&self) -> &[libc::iovec] {
         match &self.iovecs {
             Iovecs::One(one) => one,
