@@ -1,4 +1,5 @@
-//! Compiles `seccomp-policies/*.json` into BPF programs that `jail::policy` embeds, and the table of system call names.
+//! Compiles `seccomp-policies/*.json` into BPF programs that `jail::policy` embeds, and the table of system call names; lists
+//! the files with their text for the tests.
 //!
 //! A policy is one file in seccompiler's format with a single entry, named like the file. `common.json` holds the rules that
 //! every policy shares; it is merged into each. A policy may include others (`includes`). The build fails, with file and rule,
@@ -43,6 +44,7 @@ fn main() -> Outcome<()> {
             names.insert(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
         }
     }
+    fs::write(Path::new(&target).join("policy_files.rs"), policy_files(folder, &names)?)?;
     names.remove(COMMON);
     let mut source = String::new();
     for name in names {
@@ -61,6 +63,18 @@ fn main() -> Outcome<()> {
     fs::write(Path::new(&target).join("policies.rs"), source)?;
     fs::write(Path::new(&target).join("syscalls.rs"), syscalls()?)?;
     Ok(())
+}
+
+/// An array of every file's name, as policies state it, and text: a test that runs as another user cannot read the source tree.
+fn policy_files(folder: &Path, names: &BTreeSet<String>) -> Outcome<String> {
+    let folder = folder.canonicalize()?;
+    let mut source = String::from("[\n");
+    for name in names {
+        let file = folder.join(format!("{name}.json"));
+        writeln!(source, "    (\"seccomp-policies/{name}.json\", include_str!({file:?})),")?;
+    }
+    source.push_str("]\n");
+    Ok(source)
 }
 
 /// The rules of the policies that a policy includes: those that its process will have later.

@@ -73,42 +73,8 @@ fn ask(jailed: &mut Jailed, number: i64, arguments: [u64; 6]) -> i64 {
     }
 }
 
-/// The policies as they were built in: an ordinary user need not reach the source tree.
-macro_rules! files {
-    ($($name:literal),*) => { [$((
-        concat!("seccomp-policies/", $name, ".json"),
-        include_str!(concat!("../../../seccomp-policies/", $name, ".json")),
-    )),*] };
-}
-
-const FILES: [(&str, &str); 26] = files![
-    "common",
-    "core-setup",
-    "core-main",
-    "core-devices",
-    "core-vcpu",
-    "blk-main",
-    "blk-queue",
-    "rng-main",
-    "rng-queue",
-    "console-main",
-    "console-queue",
-    "uart-main",
-    "flash-main",
-    "keyboard-main",
-    "blk-image",
-    "vsock-main",
-    "vsock-queue",
-    "balloon-main",
-    "balloon-queue",
-    "pmem-main",
-    "pmem-queue",
-    "net-main",
-    "net-queue",
-    "relay-main",
-    "fs-main",
-    "fs-queue"
-];
+/// Every policy file, as the build script found them: an ordinary user need not reach the source tree.
+const FILES: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/policy_files.rs"));
 
 fn rules(file: &str) -> Vec<Value> {
     let (_, text) = FILES.iter().find(|(name, _)| *name == file).unwrap();
