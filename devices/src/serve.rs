@@ -24,18 +24,19 @@ use tracing::{info, warn};
 use crate::balloon::{self, Balloon};
 use crate::blk::{self, Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller, NamedPort, Ports, Sockets};
-use crate::flash::{self, Flash, FlashError};
+use crate::flash::{FlashDevice, FlashError};
 use crate::fs::{Fs, FsError};
-use crate::keyboard::{self, Keyboard, KeyboardError};
+use crate::keyboard::KeyboardDevice;
 use crate::net::{self, Net, NetError};
 use crate::pmem::Pmem;
 use crate::rate_limit::{Rate, RateLimits};
+use crate::registers::{DeviceProcess, Registers, RegistersError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
-use crate::watchdog::{self, Watchdog, WatchdogError};
+use crate::watchdog::WatchdogDevice;
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -55,15 +56,12 @@ pub enum ServeError {
     /// The UART ended.
     #[error(transparent)]
     Uart(#[from] UartError),
-    /// The flash chip ended.
+    /// The flash chip cannot be made.
     #[error(transparent)]
     Flash(#[from] FlashError),
-    /// The keyboard ended.
+    /// A flash chip, a keyboard or a watchdog ended.
     #[error(transparent)]
-    Keyboard(#[from] KeyboardError),
-    /// The watchdog ended.
-    #[error(transparent)]
-    Watchdog(#[from] WatchdogError),
+    Registers(#[from] RegistersError),
     /// The network card cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -105,9 +103,7 @@ pub enum ServeError {
 enum Prepared<'a> {
     Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
-    Flash(Box<Flash<'a>>),
-    Keyboard(Box<Keyboard<'a>>),
-    Watchdog(Box<Watchdog<'a>>),
+    Registers(Box<Registers<'a>>),
     Relay(Box<Relay<'a>>),
 }
 
@@ -237,9 +233,7 @@ pub fn run(
             }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
-        Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
-        Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
-        Ok(Prepared::Watchdog(watchdog)) => Ok(watchdog.run()?),
+        Ok(Prepared::Registers(registers)) => Ok(registers.run()?),
         Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
@@ -398,24 +392,18 @@ fn without_queues<'a>(
         }
         DeviceConfig::Flash(config) => {
             let (file, memory) = (resources.take(config.file)?.into(), resources.take(config.memory)?);
-            resources.finish(channel)?;
-            let flash = flash::open(socket, file, memory, config, channel)?;
-            seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
-            Ok(Prepared::Flash(Box::new(flash)))
+            let chip = Box::new(FlashDevice::open(file, memory, config.size)?);
+            registers(PolicyName::FlashMain, chip, socket, resources, channel)
         }
         DeviceConfig::Keyboard(config) => {
             let state = resources.take(config.state)?.into();
-            resources.finish(channel)?;
-            let keyboard = keyboard::open(socket, state, channel)?;
-            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
-            Ok(Prepared::Keyboard(Box::new(keyboard)))
+            let chip = Box::new(KeyboardDevice::open(state).map_err(RegistersError::File)?);
+            registers(PolicyName::KeyboardMain, chip, socket, resources, channel)
         }
         DeviceConfig::Watchdog(config) => {
             let state = resources.take(config.state)?.into();
-            resources.finish(channel)?;
-            let watchdog = watchdog::open(socket, state, (config.expired, config.interrupt), channel)?;
-            seal(PolicyName::WatchdogMain, &watchdog.descriptors(), channel)?;
-            Ok(Prepared::Watchdog(Box::new(watchdog)))
+            let chip = Box::new(WatchdogDevice::new(state, config.expired, config.interrupt));
+            registers(PolicyName::WatchdogMain, chip, socket, resources, channel)
         }
         DeviceConfig::Relay(config) => {
             let back_end = resources.take(config.back_end)?;
@@ -426,6 +414,20 @@ fn without_queues<'a>(
         }
         other => Err(ServeError::Type { started: "a device without queues".into(), told: type_name(other) }),
     }
+}
+
+/// A device that is registers, sealed.
+fn registers<'a>(
+    policy: PolicyName,
+    chip: Box<dyn DeviceProcess>,
+    socket: OwnedFd,
+    resources: Resources,
+    channel: &'a Channel,
+) -> Result<Prepared<'a>, ServeError> {
+    resources.finish(channel)?;
+    let registers = Registers::new(socket, chip, channel)?;
+    seal(policy, &registers.descriptors(), channel)?;
+    Ok(Prepared::Registers(Box::new(registers)))
 }
 
 /// Named ports and who is at them.
