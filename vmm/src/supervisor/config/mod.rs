@@ -15,6 +15,7 @@ pub mod liveness;
 pub mod nearest;
 pub mod net;
 mod others;
+pub mod pairs;
 pub mod pci;
 pub mod pmem;
 pub mod port;
