@@ -8,14 +8,16 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
-    Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
+    GroupConfig, Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
-use bulkhead_ipc::metrics::{Metrics, MetricsError};
+use bulkhead_ipc::limit_group::GroupView;
+use bulkhead_ipc::metrics::Metrics;
 use bulkhead_ipc::tap::Tap;
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
+use bulkhead_ipc::words::WordsError;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
@@ -29,7 +31,7 @@ use crate::fs::{Fs, FsError};
 use crate::keyboard::KeyboardDevice;
 use crate::net::{self, Net, NetError};
 use crate::pmem::Pmem;
-use crate::rate_limit::{Rate, RateLimits};
+use crate::rate_limit::{Group, Rate, RateLimits};
 use crate::registers::{DeviceProcess, Registers, RegistersError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
@@ -68,9 +70,9 @@ pub enum ServeError {
     /// The relay ended.
     #[error(transparent)]
     Relay(#[from] RelayError),
-    /// The counters cannot be mapped.
+    /// The counters or a limit group cannot be mapped.
     #[error(transparent)]
-    Metrics(#[from] MetricsError),
+    Words(#[from] WordsError),
     /// The directory cannot be shared.
     #[error(transparent)]
     Fs(#[from] FsError),
@@ -166,8 +168,18 @@ impl Resources {
             transmit: limits(config.transmit),
             link: config.link,
             announce: config.successor,
+            group: self.group(config.group.as_deref())?,
         };
         Ok(Net::new(settings, backend)?)
+    }
+
+    /// A limit group. Only the mappings are kept.
+    fn group(&mut self, config: Option<&GroupConfig>) -> Result<Option<Arc<Group>>, ServeError> {
+        let Some(GroupConfig { rates, roll, places, own }) = config else { return Ok(None) };
+        let roll = self.descriptors.take(*roll)?;
+        let places: Result<Vec<_>, _> = places.iter().map(|place| self.descriptors.take(*place)).collect();
+        let view = GroupView::map(&roll, &places?, usize::from(*own))?;
+        Ok(Some(Arc::new(Group::new((*rates).into(), view))))
     }
 
     /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
@@ -451,7 +463,8 @@ fn disk(config: &BlkConfig, resources: &mut Resources) -> Result<Blk, ServeError
     let data = options.data.iter().map(|index| Ok(resources.take(*index)?.into()));
     let data = data.collect::<Result<_, ChannelError>>()?;
     let cached = options.cached.map(|index| resources.take(index)).transpose()?.map(File::from);
-    Ok(Blk::new(config, Files { chain, data }, cached, &enter_by(PolicyName::BlkImage))?)
+    let group = resources.group(options.group.as_deref())?;
+    Ok(Blk::new(config, Files { chain, data }, cached, group, &enter_by(PolicyName::BlkImage))?)
 }
 
 /// What puts a thread under this policy.

@@ -7,7 +7,6 @@
 //! - `idle`: what a queue does before it sleeps;
 //! - `engine`: io_uring, restricted to a disk's operations;
 //! - `pool` and `image`: threads that serve an image in a format;
-//! - `limit`: rate limits;
 //! - `errors`: what the log hears of failed requests;
 //! - `service`: a disk for front ends that are not ours.
 
@@ -17,7 +16,6 @@ mod engine;
 mod errors;
 mod idle;
 mod image;
-mod limit;
 mod pool;
 mod queue;
 mod request;
@@ -36,10 +34,11 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_
 
 use config::{ConfigSpace, WRITEBACK, bit};
 pub use image::{Files, Layer};
-use limit::Limit;
 use pool::Pool;
 use queue::BlkQueue;
 pub use service::SERVICE;
+
+use crate::rate_limit::{Group, Limit};
 
 /// Longest serial number, bytes.
 const SERIAL: usize = 20;
@@ -152,6 +151,7 @@ impl Blk {
         config: &BlkConfig,
         files: Files,
         cached: Option<File>,
+        group: Option<Arc<Group>>,
         enter: &EnterThread,
     ) -> Result<Self, BlkError> {
         let BlkConfig { queues, logical_block_size: block_size, read_only, ref serial, ref options, .. } =
@@ -196,7 +196,7 @@ impl Blk {
             writeback: AtomicBool::new(true),
             durability: options.durability,
             discards: !options.no_discard,
-            limit: Limit::new(options.rates),
+            limit: Limit::new(options.rates.into(), group),
             read_error: options.read_error,
             write_error: options.write_error,
         };

@@ -10,9 +10,9 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 
 pub use super::device_config::{
-    BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
-    FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
+    BackingImage, BalloonConfig, BlkConfig, BlkOptions, ConsoleConfig, Durability, ErrorAction, FlashConfig,
+    FsCache, FsConfig, FsOwners, GroupConfig, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
+    PmemConfig, PortConfig, PortsConfig, Rates, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
     WatchdogConfig,
 };
 

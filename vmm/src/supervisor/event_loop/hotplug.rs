@@ -15,6 +15,7 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
+use crate::supervisor::config::limit_group::check_member;
 use crate::supervisor::config::{
     BalloonConfig, BalloonSpec, CONSOLE, ConsoleSpec, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS,
     PciAddress, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
@@ -179,10 +180,17 @@ impl EventLoop<'_> {
             return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
         }
         let id = self.ids().take("disk", self.choose_id(disk.id, "disk")?).map_err(text)?;
+        self.check_group(&id, disk.options.limit_group.as_deref())?;
         let restart = disk.restart.unwrap_or(self.config.restart);
         let options = disk.options.below(folder);
         let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
         Ok(DiskConfig { path, readonly, id, restart, addr, options })
+    }
+
+    /// Refuses a limit group that the machine was not started with.
+    fn check_group(&self, id: &str, group: Option<&str>) -> Result<(), String> {
+        let checked = group.map(|group| check_member(&self.config.limit_groups, id, group));
+        checked.unwrap_or(Ok(())).map_err(text)
     }
 
     fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
@@ -191,6 +199,7 @@ impl EventLoop<'_> {
             return Err("say --vhost-user type=net,socket=PATH here".to_owned());
         }
         let id = self.ids().take("net", self.choose_id(net.id.clone(), "net")?).map_err(text)?;
+        self.check_group(&id, net.limit_group.as_deref())?;
         let nic =
             net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
         Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))

@@ -83,6 +83,12 @@ impl Resources {
             self.slots.release(id);
             return Err(error);
         }
+        let group = match device {
+            NewDevice::Disk(disk) => disk.options.limit_group.as_deref(),
+            NewDevice::Net(nic, _) => nic.limit_group.as_deref(),
+            _ => None,
+        };
+        self.limit_groups.join(id, group).inspect_err(|_| self.remove(id))?;
         let image = self.disks.iter().find(|disk| disk.id == id).map(|disk| &disk.file);
         let confined = self.confinement.add(config, id, limits, image);
         Ok(confined.inspect_err(|_| self.remove(id))?)
@@ -118,6 +124,7 @@ impl Resources {
         self.slots.release(id);
         self.confinement.remove(id);
         self.meters.remove(id);
+        self.limit_groups.leave(id);
         self.disks.retain(|disk| disk.id != id);
         self.roms.retain(|rom| rom.device.as_deref() != Some(id));
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {
