@@ -201,7 +201,7 @@ mod tests {
         let mut now = from;
         while now < from + seconds * SECOND {
             for (member, got) in members.iter_mut().zip(&mut got) {
-                now += 7_001;
+                now += 43_001;
                 while member.try_take(0, now).is_ok() {
                     *got += 1;
                 }
@@ -215,15 +215,15 @@ mod tests {
         let memory = GroupMemory::create().unwrap();
         let limits = operations(10_000, 100);
         let mut members = [join(&memory, limits), join(&memory, limits)];
-        let got = contend(&mut members, SECOND, 10);
+        let got = contend(&mut members, SECOND, 2);
         let total: u64 = got.iter().sum();
-        assert!((100_000..=100_300).contains(&total), "{got:?}");
-        assert!(got.iter().all(|got| *got > 49_000), "{got:?}");
-        let alone = contend(&mut members[..1], 20 * SECOND, 10);
-        assert!((100_000..=100_300).contains(&alone[0]), "{alone:?}");
+        assert!((20_000..=20_300).contains(&total), "{got:?}");
+        assert!(got.iter().all(|got| *got > 9_800), "{got:?}");
+        let alone = contend(&mut members[..1], 20 * SECOND, 2);
+        assert!((20_000..=20_300).contains(&alone[0]), "{alone:?}");
         // The other does not pay for having done nothing, nor this one for having had it all.
-        let got = contend(&mut members, 30 * SECOND, 10);
-        assert!(got.iter().all(|got| (48_000..52_000).contains(got)), "{got:?}");
+        let got = contend(&mut members, 30 * SECOND, 2);
+        assert!(got.iter().all(|got| (9_600..10_600).contains(got)), "{got:?}");
     }
 
     #[test]
@@ -254,19 +254,19 @@ mod tests {
         let hostile = memory.join().unwrap();
         let said = view(&memory, hostile);
         let (mut got, mut now) = (0_u64, SECOND);
-        for word in liar.iter().cycle().take(10_000 * 10) {
+        for word in liar.iter().cycle().take(10_000) {
             said.say(Tokens::Operations, *word);
             now += MILLISECOND / 10;
             while honest.try_take(0, now).is_ok() {
                 got += 1;
             }
         }
-        assert!(got >= 49_900, "{got}");
+        assert!(got >= 4_990, "{got}");
         // Once it is gone, what it said is forgotten before long.
         memory.leave(hostile);
         now += LONGEST_DEBT + SECOND;
-        let alone = contend(std::slice::from_mut(&mut honest), now, 10);
-        assert!((100_000..=100_300).contains(&alone[0]), "{alone:?}");
+        let alone = contend(std::slice::from_mut(&mut honest), now, 2);
+        assert!((20_000..=20_300).contains(&alone[0]), "{alone:?}");
     }
 
     #[test]

@@ -111,46 +111,45 @@ fn iops(iops: u64) -> Rates {
     Rates { iops, iops_burst: iops / 50, ..Rates::default() }
 }
 
-fn assert_near(got: f64, wanted: f64, what: &str) {
-    assert!((got / wanted - 1.0).abs() < 0.05, "{what}: {got:.1} a second instead of {wanted}");
+/// Together they have `wanted` a second, and none less than `least`. What is too much is wrong at once; what is too little may be
+/// the machine's fault, which has other things to do, and is measured again.
+fn assert_pace(members: &mut [Member], wanted: f64, least: f64, what: &str) {
+    for attempt in 1.. {
+        let got = pace(members, Duration::from_millis(600));
+        let total: f64 = got.iter().sum();
+        assert!(total < wanted * 1.05, "{what}: {got:?} are more than {wanted} a second");
+        if total > wanted * 0.95 && got.iter().all(|got| *got > least) {
+            return;
+        }
+        assert!(attempt < 5, "{what}: {got:?} instead of {wanted} a second, {least} at least for each");
+    }
 }
 
 #[test]
 fn disks_of_a_group_hold_its_limit_together_and_have_it_whole_alone() {
     let memory = GroupMemory::create().unwrap();
-    let (rates, time) = (iops(2000), Duration::from_millis(800));
+    let rates = iops(2000);
     let places = [(); 2].map(|()| memory.join().unwrap());
     let mut members = places.map(|place| Member::new(&memory, place, rates, 512));
-    let both = pace(&mut members, time);
-    assert_near(both.iter().sum(), 2000.0, "two");
-    assert!(both.iter().all(|pace| *pace > 940.0), "each has its share: {both:?}");
+    assert_pace(&mut members, 2000.0, 940.0, "two");
     // One is killed, and its successor is told of the same place.
     let [one, other] = members;
     drop(other);
     let mut members = [one, Member::new(&memory, places[1], rates, 512)];
-    let both = pace(&mut members, time);
-    assert_near(both.iter().sum(), 2000.0, "one and a successor");
-    let alone = pace(&mut members[..1], time);
-    assert_near(alone[0], 2000.0, "one while the other does nothing");
+    assert_pace(&mut members, 2000.0, 940.0, "one and a successor");
+    assert_pace(&mut members[..1], 2000.0, 0.0, "one while the other does nothing");
     // A third one joins while they run.
     let third = Member::new(&memory, memory.join().unwrap(), rates, 512);
     let [one, two] = members;
-    let three = pace(&mut [one, two, third], time);
-    assert_near(three.iter().sum(), 2000.0, "three");
-    assert!(three.iter().all(|pace| *pace > 620.0), "each has its share: {three:?}");
-}
-
-#[test]
-fn a_member_that_lies_leaves_the_others_their_share() {
-    let memory = GroupMemory::create().unwrap();
-    let honest = memory.join().unwrap();
-    let liar = memory.join().unwrap();
-    let (roll, places) = descriptors(&memory, liar);
-    let said = GroupView::map(&roll, &places, liar).unwrap();
+    let mut members = [one, two, third];
+    assert_pace(&mut members, 2000.0, 620.0, "three");
+    // And turns hostile: its place is written by somebody who lies, and the others keep their thirds.
+    let (roll, places) = descriptors(&memory, 2);
+    let said = GroupView::map(&roll, &places, 2).unwrap();
+    let [one, two, third] = members;
+    drop(third);
     said.say(Tokens::Operations, Word { used: u64::MAX, full_at: u64::MAX });
-    let mut members = [Member::new(&memory, honest, iops(2000), 512)];
-    let share = pace(&mut members, Duration::from_millis(800));
-    assert_near(share[0], 1000.0, "half");
+    assert_pace(&mut [one, two], 2000.0 * 2.0 / 3.0, 620.0, "two beside a liar");
 }
 
 /// For `make bench`: the rows of [`crate::rates`] for groups.
