@@ -558,7 +558,12 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             daemon.config_changed();
         }
         (ToDevice::DiskSize { bytes }, Control::Blk(disk)) => {
-            if disk.resize(bytes) {
+            let grown = disk.grow(bytes);
+            let changed = grown.as_ref().map_or_else(|| disk.resize(bytes), Result::is_ok);
+            if let Some(grown) = grown {
+                channel.send_within(&FromDevice::DiskSize(grown), &[], FAREWELL_LIMIT)?;
+            }
+            if changed {
                 daemon.config_changed();
             }
         }

@@ -127,8 +127,25 @@ impl Controller {
     /// The file has this many bytes now. Requests beyond the end fail from here on; the front end is to be told. False: the disk is
     /// what it was, or an image in a format, which says its size itself.
     pub fn resize(&self, bytes: u64) -> bool {
+        self.shared.raw.is_some() && self.set_size(bytes)
+    }
+
+    /// Makes the disk of an image in a format longer; the front end is to be told if it has become so. `None`: it is none.
+    pub fn grow(&self, bytes: u64) -> Option<Result<u64, String>> {
+        let pool = self.shared.pool.as_ref()?;
+        if self.shared.read_only {
+            return Some(Err("is read-only".into()));
+        }
+        let grown = pool.grow(bytes, u64::from(self.block_size));
+        Some(grown.inspect(|bytes| {
+            self.set_size(*bytes);
+        }))
+    }
+
+    /// True: it had another.
+    fn set_size(&self, bytes: u64) -> bool {
         let capacity = sectors(bytes, self.block_size);
-        self.shared.raw.is_some() && self.shared.capacity.swap(capacity, Ordering::Relaxed) != capacity
+        self.shared.capacity.swap(capacity, Ordering::Relaxed) != capacity
     }
 }
 
