@@ -173,7 +173,7 @@ impl Pool {
         self.ask(|answer| Job::Open(open, answer))
     }
 
-    /// Makes the disk of an image that is open for writing longer. Requests wait meanwhile. Answers its size in bytes.
+    /// Makes the disk longer, whose image no other process has open. Requests wait meanwhile. Answers its size in bytes.
     ///
     /// # Errors
     /// A sentence for a person, which follows the disk's id.
@@ -245,18 +245,18 @@ impl Shared {
 
     fn grow(&self, size: u64, block: u64) -> Result<u64, String> {
         let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(open) = image.take() else {
-            return Err("is not in use just now: ask again when the guest's driver has begun".into());
-        };
+        let open = image.take();
         // What it remembers is written before.
-        let grown = open.sync().map_err(|error| format!("cannot be written: {}", describe(&error)));
+        let written = open.as_ref().map_or(Ok(()), Image::sync);
+        let was_open = open.is_some();
         drop(open);
-        let grown = grown.and_then(|()| {
-            Image::grow(&self.files, size, block)
-                .map_err(|error| error.to_string().escape_debug().to_string())
-        });
-        let opened = Image::open(&self.files, true)?;
-        let size = image.insert(opened).size();
+        let grown = match written {
+            Ok(()) => Image::grow(&self.files, size, block).map_err(|error| error.to_string()),
+            Err(error) => Err(format!("cannot be written: {}", describe(&error))),
+        };
+        let opened = Image::open(&self.files, was_open)?;
+        let size = opened.size();
+        *image = was_open.then_some(opened);
         grown.map(|()| size)
     }
 

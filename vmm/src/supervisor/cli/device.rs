@@ -120,6 +120,17 @@ pub struct DeviceAddArgs {
         group = "what"
     )]
     pub console: Option<String>,
+    /// Named ports, as for `bulkhead run`.
+    #[arg(
+        long = "port",
+        value_name = "name=NAME,unix=PATH",
+        group = "what",
+        help = "Named port, as for `bulkhead run`; all ports are one device: repeat it for more"
+    )]
+    pub ports: Vec<String>,
+    /// Refused: see there.
+    #[arg(long, group = "what", hide = true)]
+    pub pmem: Option<String>,
     /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub limit: Option<String>,

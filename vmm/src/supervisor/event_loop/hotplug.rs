@@ -16,9 +16,10 @@ use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
 use crate::supervisor::config::limit_group::check_member;
+use crate::supervisor::config::port::{self, PortSpecError};
 use crate::supervisor::config::{
     BalloonConfig, BalloonSpec, CONSOLE, ConsoleSpec, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS,
-    PciAddress, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
+    PciAddress, PortSpec, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
     VsockConfig, VsockSpec, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
@@ -86,6 +87,7 @@ impl EventLoop<'_> {
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
             AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
             AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
+            AddRequest::Ports { specs, folder } => NewDevice::Ports(self.new_ports(specs, folder)?),
             AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
@@ -108,12 +110,16 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Net(_, restart) | NewDevice::Rng(_, _, restart) => *restart,
-            NewDevice::Console(_) | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Console(_) | NewDevice::Ports(_) | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
         };
-        if let Err(error) = self.environment.watch_vsock(self.resources) {
+        let watched = match &device {
+            NewDevice::Ports(_) => self.environment.watch_ports(self.resources),
+            _ => self.environment.watch_vsock(self.resources),
+        };
+        if let Err(error) = watched {
             self.resources.remove(id);
             return Err(format!("it cannot be watched: {error}"));
         }
@@ -147,6 +153,20 @@ impl EventLoop<'_> {
         }
         let spec: VsockSpec = spec.parse().map_err(text)?;
         name_vsock(spec.below(folder), &mut self.ids(), self.config.restart).map_err(text)
+    }
+
+    fn new_ports(&self, specs: &[String], folder: &Path) -> Result<Vec<PortSpec>, String> {
+        if self.resources.ports.is_some() {
+            self.not_changing(PORTS)?;
+            return Err(format!(
+                "this machine has its ports already, and their device is made for so many: `bulkhead device remove {} {PORTS}`, then add all that there shall be in one call",
+                self.config.name
+            ));
+        }
+        let ports = specs.iter().map(|spec| Ok(spec.parse::<PortSpec>()?.below(folder)));
+        let ports = ports.collect::<Result<Vec<_>, _>>().map_err(|error: PortSpecError| text(error))?;
+        port::check(&ports).map_err(text)?;
+        Ok(ports)
     }
 
     fn new_rng(&self, spec: &str) -> Result<NewDevice, String> {
