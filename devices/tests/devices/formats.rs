@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::{
     BackingImage, DeviceConfig, FdIndex, FromDevice, ImageFormat, ToDevice,
@@ -21,11 +22,19 @@ use crate::driver::{BUFFERS, Driver, EVENT_IDX, INDIRECT_DESC, PROGRAM, Service}
 use crate::supervised::{LIMIT, Supervised, blk};
 
 pub fn qemu_img(arguments: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(arguments).output().unwrap();
-    let text =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
-    text
+    // A process that was killed a moment ago may still have the image locked: the kernel takes io_uring's files down after it.
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let output = Command::new("qemu-img").args(arguments).output().unwrap();
+        let text =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        if output.status.success() {
+            return text;
+        }
+        let locked = text.contains("Failed to lock") && Instant::now() < end;
+        assert!(locked, "qemu-img {arguments:?}: {text}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// A qcow2 image in a folder.
