@@ -86,6 +86,7 @@ pub struct Guest {
     screen: Receiver<Vec<u8>>,
     seen: String,
     monitor: PathBuf,
+    patience: Duration,
 }
 
 impl Drop for Guest {
@@ -141,7 +142,7 @@ impl Guest {
                 }
             }
         });
-        Ok(Self { child, keyboard, screen, seen: String::new(), monitor })
+        Ok(Self { child, keyboard, screen, seen: String::new(), monitor, patience: PATIENCE })
     }
 
     /// Waits for the shell and loads the modules.
@@ -152,8 +153,13 @@ impl Guest {
         self.run("true").map(drop)
     }
 
+    /// Changes how long it may take for anything from now on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
     fn until(&mut self, word: &str) -> Result<String, String> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         loop {
             if let Some(at) = self.seen.find(word) {
                 let rest = self.seen.split_off(at + word.len());
@@ -195,6 +201,18 @@ impl Guest {
         Ok(text.trim_end_matches('@').replace('\r', "").trim().to_owned())
     }
 
+    /// Runs a line of shell that the guest ends after so many seconds: a device that hangs takes no more of others' time. Variables
+    /// have to be exported.
+    pub fn run_within(&mut self, seconds: u64, line: &str) -> Result<String, String> {
+        writeln!(self.keyboard, "cat >/tmp/step <<'@END'\n{line}\n@END")
+            .map_err(|error| error.to_string())?;
+        let patience = std::mem::replace(&mut self.patience, Duration::from_secs(seconds + 10));
+        let result = self.run(&format!("timeout -s KILL {seconds} sh /tmp/step"));
+        self.patience = patience;
+        result
+            .map_err(|error| error.replace("timeout -s KILL", "within seconds").replace("sh /tmp/step", line))
+    }
+
     /// Says a line to QEMU's monitor; what it answers within a moment.
     pub fn monitor(&self, line: &str) -> Result<String, String> {
         let failed = |error: std::io::Error| format!("monitor: {error}");
@@ -221,8 +239,17 @@ impl Guest {
 }
 
 /// Tries until it holds.
-pub fn wait(what: &str, mut holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
-    let end = Instant::now() + PATIENCE;
+pub fn wait(what: &str, holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
+    wait_within(PATIENCE, what, holds)
+}
+
+/// Tries until it holds, so long.
+pub fn wait_within(
+    limit: Duration,
+    what: &str,
+    mut holds: impl FnMut() -> Result<bool, String>,
+) -> Result<(), String> {
+    let end = Instant::now() + limit;
     while !holds()? {
         if Instant::now() > end {
             return Err(format!("waited for {what} in vain"));

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -27,8 +28,10 @@ pub const CASES: &[Case] = &[
 
 /// Bytes of a file.
 const SIZE: usize = 24 << 20;
-/// Streams of the guest at a time, and KiB of each there and back.
-const STREAMS: &str = "--streams 32 --kib 64";
+/// Streams of the guest at a time.
+const STREAMS: u32 = 32;
+/// How long a stream may say nothing.
+const SILENCE: Duration = Duration::from_secs(30);
 
 pub fn text(error: impl ToString) -> String {
     error.to_string()
@@ -113,6 +116,7 @@ fn echo(mut stream: UnixStream) {
 /// Connects to a port of the guest (Firecracker's convention).
 pub fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
     let mut stream = UnixStream::connect(path).map_err(text)?;
+    stream.set_read_timeout(Some(SILENCE)).map_err(text)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(text)?;
     let (mut line, mut byte) = (Vec::new(), [0]);
     while !line.ends_with(b"\n") {
@@ -136,12 +140,13 @@ pub fn serve_vsock(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Streams both ways between the guest and the host, compared.
-pub fn talk(guest: &mut Guest, folder: &Path, path: &Path) -> Outcome {
-    guest.run("for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
-    guest.run(&format!(": >/tmp/said; guest-vsock {STREAMS} >/tmp/said 2>&1 & true"))?;
-    let ok = "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done";
-    guest.run(ok)?;
+/// Streams both ways between the guest and the host, compared: so many of the guest at a time, one of the host.
+pub fn talk(guest: &mut Guest, folder: &Path, path: &Path, streams: u32) -> Outcome {
+    guest.run_within(20, "for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
+    guest.run(&format!(": >/tmp/said; guest-vsock --streams {streams} --kib 64 >/tmp/said 2>&1 & true"))?;
+    guest
+        .run_within(60, "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done")
+        .map_err(|error| format!("{error}: {}", guest.run("cat /tmp/said").unwrap_or_default()))?;
     let mut stream = dial(path, 7000)?;
     let bytes = random_file(&folder.join("sent"), 1 << 20);
     let (mut end, sent) = (stream.try_clone().map_err(text)?, bytes.clone());
@@ -153,9 +158,13 @@ pub fn talk(guest: &mut Guest, folder: &Path, path: &Path) -> Outcome {
         return Err("the guest's echo is not what was sent".to_owned());
     }
     drop(dial(path, 7001)?);
-    guest.run("while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said")?;
-    Ok("32 streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
-        .to_owned())
+    guest.run_within(
+        20,
+        "while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said",
+    )?;
+    Ok(format!(
+        "{streams} streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
+    ))
 }
 
 fn vsock(qemu: Peer) -> Outcome {
@@ -169,16 +178,23 @@ fn vsock(qemu: Peer) -> Outcome {
     let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
     let mut guest = Guest::start(qemu, &folder, "vsock", &options)?;
     guest.boot()?;
-    talk(&mut guest, folder.path(), &path)
+    talk(&mut guest, folder.path(), &path, STREAMS)
 }
 
-/// The guest's own modules of virtio-fs, for a disk: its initramfs has none.
+/// Modules of the guest's own kernel that its initramfs does not have, for a disk.
+const MODULES: [&str; 3] = ["fs/fuse/fuse.ko", "fs/fuse/virtiofs.ko", "net/core/pktgen.ko"];
+
+/// A disk with [`MODULES`], an archive.
 pub fn modules(folder: &Path) -> Result<PathBuf, String> {
     let modules = folder.join("modules.tar");
     let release = fs::read_to_string(kernel("kernel/release")).map_err(text)?;
-    let fuse = kernel(&format!("kernel/lib/modules/{}/kernel/fs/fuse", release.trim()));
-    run("tar", &format!("-cf {} -C {} fuse.ko virtiofs.ko", modules.display(), fuse.display()))?;
-    Ok(modules)
+    let all = kernel(&format!("kernel/lib/modules/{}/kernel", release.trim()));
+    let of = |module: &str| all.join(module).display().to_string();
+    let mut command = Command::new("tar");
+    command.arg("-cf").arg(&modules).args(["--transform", "s:.*/::"]).args(MODULES.map(of));
+    let output = command.output().map_err(text)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(modules) } else { Err(said) }
 }
 
 fn fs(qemu: Peer) -> Outcome {
