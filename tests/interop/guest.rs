@@ -16,7 +16,7 @@ use crate::ours::RECONNECT;
 use crate::{NEW_QEMU, Peer, program, root};
 
 /// For anything that happens in a guest.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(75);
 /// What the guest does first: its folders, and the modules of its devices.
 const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
      export PATH=/bin:/sbin; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev 2>/dev/null; \

@@ -20,7 +20,7 @@ mod traffic;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use table::Row;
 
@@ -106,10 +106,14 @@ fn cases() -> Vec<Case> {
     under_qemu.clone().into_iter().chain(new).chain(others).collect()
 }
 
-fn run(case: Case) -> Row {
+/// After this no further case is begun: a whole run takes no longer than a quarter of an hour.
+const LIMIT: Duration = Duration::from_secs(660);
+
+fn run(case: Case, start: Instant) -> Row {
     let begin = Instant::now();
     let version = case.peer.version();
     let result = match &version {
+        Some(_) if start.elapsed() > LIMIT => Err("not run: the time was used up".to_owned()),
         Some(_) => (case.run)(case.peer),
         None => Err(format!("not run: {} is not there ({})", case.peer.program, case.peer.package)),
     };
@@ -140,9 +144,9 @@ fn main() -> ExitCode {
     let wanted_case =
         |case: &Case| wanted(case.ours, case.peer.name, case.peer.version().as_deref(), case.what);
     let lab: Vec<&String> = words.iter().copied().filter(|word| *word != "lab").collect();
-    let mut rows = Vec::new();
+    let (start, mut rows) = (Instant::now(), Vec::new());
     if lab.len() == words.len() {
-        rows.extend(cases().into_iter().filter(wanted_case).map(run));
+        rows.extend(cases().into_iter().filter(wanted_case).map(|case| run(case, start)));
     }
     if words.is_empty() || lab.len() < words.len() {
         rows.extend(foreign_guest::in_lab(&lab));
