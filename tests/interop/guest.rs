@@ -207,10 +207,16 @@ impl Guest {
         writeln!(self.keyboard, "cat >/tmp/step <<'@END'\n{line}\n@END")
             .map_err(|error| error.to_string())?;
         let patience = std::mem::replace(&mut self.patience, Duration::from_secs(seconds + 10));
-        let result = self.run(&format!("timeout -s KILL {seconds} sh /tmp/step"));
+        // Not busybox's timeout, which leaves a session leader behind: its end hangs the terminal up, and the shell with it.
+        let result = self.run(&format!(
+            "(sh /tmp/step 2>&1 & step=$!; (sleep {seconds}; kill -KILL $step) >/dev/null & watch=$!; \
+             wait $step; status=$?; kill $watch; exit $status) 2>/dev/null"
+        ));
         self.patience = patience;
-        result
-            .map_err(|error| error.replace("timeout -s KILL", "within seconds").replace("sh /tmp/step", line))
+        result.map_err(|error| {
+            let told = error.rsplit_once('`').map_or(error.as_str(), |(_, told)| told);
+            format!("`{line}`, within {seconds} s{told}")
+        })
     }
 
     /// Says a line to QEMU's monitor; what it answers within a moment.

@@ -178,7 +178,11 @@ fn vsock(qemu: Peer) -> Outcome {
     let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
     let mut guest = Guest::start(qemu, &folder, "vsock", &options)?;
     guest.boot()?;
-    talk(&mut guest, folder.path(), &path, STREAMS)
+    talk(&mut guest, folder.path(), &path, STREAMS).map_err(|error| {
+        let said = guest.run("cat /tmp/said").unwrap_or_default();
+        let log = fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+        format!("{error}; the guest's program: {said}; our log: {log}")
+    })
 }
 
 /// Modules of the guest's own kernel that its initramfs does not have, for a disk.

@@ -82,8 +82,8 @@ pub fn run(rounds: usize) -> Result<(), String> {
     let mut other = Command::new(DEVICE_VSOCK.path());
     other.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
     let theirs = Service::other(other, at("theirs.sock"))?;
-    let _one = echoing(&folder, "one", &ours, &uds)?;
-    let _two = echoing(&folder, "two", &theirs, &at("theirs"))?;
+    let _one = echoing(&folder, "one", &ours, &uds).map_err(|error| format!("ours: {error}"))?;
+    let _two = echoing(&folder, "two", &theirs, &at("theirs")).map_err(|error| format!("theirs: {error}"))?;
     let pids = [&ours, &theirs].map(|service| Some(service.child.id()));
     let paths = [uds, at("theirs")];
     for (what, unit, load) in [
