@@ -145,11 +145,16 @@ impl Guest {
         Ok(Self { child, keyboard, screen, seen: String::new(), monitor, patience: PATIENCE })
     }
 
-    /// Waits for the shell and loads the modules.
+    /// Waits for the shell and loads the modules. What is typed from then on goes to a second shell: busybox's takes a child that ends while
+    /// it waits for a line for the end of its input, and the first process inherits the children of others.
     pub fn boot(&mut self) -> Result<(), String> {
         self.until("# ")?;
         self.run(SET_UP)?;
         // What was left of the prompt.
+        self.run("true")?;
+        writeln!(self.keyboard, "sh").map_err(|error| error.to_string())?;
+        self.until("# ")?;
+        self.run("PS1=")?;
         self.run("true").map(drop)
     }
 
@@ -166,7 +171,12 @@ impl Guest {
                 return Ok(std::mem::replace(&mut self.seen, rest));
             }
             let dead = |line: &&str| LAST_WORDS.iter().any(|words| line.contains(words));
-            if let Some(line) = self.seen.lines().find(dead) {
+            if self.seen.lines().any(|line| dead(&line)) {
+                // The rest of the line.
+                while let Ok(bytes) = self.screen.recv_timeout(Duration::from_millis(300)) {
+                    self.seen.push_str(&String::from_utf8_lossy(&bytes));
+                }
+                let line = self.seen.lines().find(dead).unwrap_or_default();
                 return Err(format!("{DIED}{}", line.trim()));
             }
             match self.screen.recv_timeout(end.saturating_duration_since(Instant::now())) {
@@ -204,14 +214,10 @@ impl Guest {
     /// Runs a line of shell that the guest ends after so many seconds: a device that hangs takes no more of others' time. Variables
     /// have to be exported.
     pub fn run_within(&mut self, seconds: u64, line: &str) -> Result<String, String> {
-        writeln!(self.keyboard, "cat >/tmp/step <<'@END'\n{line}\n@END")
-            .map_err(|error| error.to_string())?;
         let patience = std::mem::replace(&mut self.patience, Duration::from_secs(seconds + 10));
-        // Not busybox's timeout, which leaves a session leader behind: its end hangs the terminal up, and the shell with it.
-        let result = self.run(&format!(
-            "(sh /tmp/step 2>&1 & step=$!; (sleep {seconds}; kill -KILL $step) >/dev/null & watch=$!; \
-             wait $step; status=$?; kill $watch; exit $status) 2>/dev/null"
-        ));
+        let quoted = line.replace('\'', "'\\''");
+        let result = self
+            .run(&format!("printf '%s\\n' '{quoted}' >/tmp/step; timeout -s KILL {seconds} sh /tmp/step"));
         self.patience = patience;
         result.map_err(|error| {
             let told = error.rsplit_once('`').map_or(error.as_str(), |(_, told)| told);

@@ -91,10 +91,10 @@ fn migrate_once(qemu: Peer) -> Outcome {
     network(random_file(&folder.path().join("file"), FILE))?;
     let file = image.display().to_string();
     let blk = ["--blk-file", &file, "--persistent"];
-    let (source_services, options) = side(&folder, "a", &blk)?;
+    let (source_services, options) = side(&folder, "left", &blk)?;
     let mut source = Guest::start(qemu, &folder, "a", &options)?;
     let stream = folder.path().join("stream");
-    let (_target_services, mut options) = side(&folder, "b", &[&blk[..], &["--unlocked"]].concat())?;
+    let (_target_services, mut options) = side(&folder, "right", &[&blk[..], &["--unlocked"]].concat())?;
     options.extend(["-incoming".to_owned(), format!("unix:{}", stream.display())]);
     let mut target = Guest::start(qemu, &folder, "b", &options)?;
     source.boot()?;
