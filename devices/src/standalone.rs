@@ -9,12 +9,11 @@
 //!
 //! - [`arguments`]: the command line; [`capabilities`]: what management software asks;
 //! - [`entrance`]: sockets, by path, descriptor or systemd; `notify`: what systemd is told;
-//! - [`outfit`]: what the device is given; `process`: its process; `footprint`: memory that the start leaves behind.
+//! - [`outfit`]: what the device is given; `process`: its process.
 
 pub mod arguments;
 pub mod capabilities;
 pub mod entrance;
-mod footprint;
 mod notify;
 pub mod outfit;
 mod process;
@@ -188,7 +187,7 @@ impl Service {
 
     fn listen(&self, listener: &UnixListener) -> Result<(), StandaloneError> {
         loop {
-            footprint::release_program();
+            crate::footprint::release_program();
             let stream = match self.hear(listener)? {
                 Heard::FrontEnd(stream) => stream,
                 Heard::Signal => return Ok(()),

@@ -118,8 +118,10 @@ fn migrate_once(qemu: Peer) -> Outcome {
         Ok(status.contains("status: completed") || status.contains("status: \t\tcompleted"))
     })?;
     let told = source.monitor("info migrate")?;
-    let count = |line: &&str| line.to_lowercase().contains("dirty sync count") || line.contains("syncs");
-    let passes = told.lines().find(count).unwrap_or_default().trim().to_owned();
+    let passes = ["dirty sync count: ", "dirty_syncs="].iter().find_map(|words| told.split_once(words));
+    let passes =
+        passes.map_or("", |(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next().unwrap_or(""));
+    let passes = format!("{passes} passes over memory");
     drop(source);
     drop(source_services);
     arrived(&mut target, &memory)?;

@@ -1,4 +1,4 @@
-//! What a service occupies while nobody uses it: the pages of the program that its start has touched are let go.
+//! What an idle process occupies: the pages of the program that its start has touched are let go.
 //!
 //! Contains unsafe code: the program's own headers are read where the kernel says that they lie, and its unwritable pages are unmapped.
 
@@ -6,7 +6,7 @@ use std::slice;
 
 /// Lets the pages of the program's code and constants go, which stay in the page cache: what is used from now on comes back by itself, without
 /// a copy. Without success nothing is lost but memory.
-pub(super) fn release_program() {
+pub fn release_program() {
     // SAFETY: getauxval only reads what the kernel has handed over.
     let [headers, count] = [libc::AT_PHDR, libc::AT_PHNUM].map(|what| unsafe { libc::getauxval(what) });
     let (Ok(address), Ok(count)) = (usize::try_from(headers), usize::try_from(count)) else { return };
