@@ -186,8 +186,9 @@ fn rng(stage: &mut Stage) -> Outcome {
     }
 }
 
+/// It does not pass on that a direction has ended.
 fn vsock(stage: &mut Stage) -> Outcome {
-    talk(&mut stage.guest, &stage.folder, &stage.folder.join("v"), 8)
+    talk(&mut stage.guest, &stage.folder, &stage.folder.join("v"), "8 --half-close 0")
 }
 
 fn passt(stage: &mut Stage) -> Outcome {

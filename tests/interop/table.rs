@@ -71,6 +71,7 @@ Known limits of the peers:
 - QEMU's emulator loses pages that its processor writes while a guest migrates, and the guest's kernel then finds its lists torn. It does so
   with a disk of QEMU's own in place of ours, too. A try in which the kernel dies says nothing and is made again.
 - passt of Debian 12 knows no vhost-user; the one here comes from the next Debian, as the newer QEMU and virtiofsd do (`tools/make-peers`).
+- vhost-device-vsock does not pass on that the guest has ended one direction of a stream, so its streams end as a whole.
 - A back end without INFLIGHT_SHMFD (qemu-storage-daemon) that dies can lose a request that it had finished out of order: after a
   reconnect the core takes up from the used ring, as QEMU does.
 - vhost-user does not say of what type a back end is. The relay tells types apart by features and configuration space, so a back end that has

@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::guest::{Guest, Service, kernel, random_file, sha256, wait};
 use crate::ours::{RECONNECT, device};
-use crate::{Case, Outcome, Peer, QEMU};
+use crate::{Case, Outcome, Peer, QEMU, program};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -29,7 +29,7 @@ pub const CASES: &[Case] = &[
 /// Bytes of a file.
 const SIZE: usize = 24 << 20;
 /// Streams of the guest at a time.
-const STREAMS: u32 = 32;
+const STREAMS: &str = "32";
 /// How long a stream may say nothing.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -140,10 +140,13 @@ pub fn serve_vsock(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Streams both ways between the guest and the host, compared: so many of the guest at a time, one of the host.
-pub fn talk(guest: &mut Guest, folder: &Path, path: &Path, streams: u32) -> Outcome {
+/// Streams both ways between the guest and the host, compared: so many of the guest at a time, one of the host. The disk of [`modules`] is
+/// unpacked in /tmp.
+pub fn talk(guest: &mut Guest, folder: &Path, path: &Path, streams: &str) -> Outcome {
     guest.run_within(20, "for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
-    guest.run(&format!(": >/tmp/said; guest-vsock --streams {streams} --kib 64 >/tmp/said 2>&1 & true"))?;
+    guest.run(&format!(
+        ": >/tmp/said; /tmp/guest-vsock --streams {streams} --kib 64 >/tmp/said 2>&1 & true"
+    ))?;
     guest
         .run_within(60, "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done")
         .map_err(|error| format!("{error}: {}", guest.run("cat /tmp/said").unwrap_or_default()))?;
@@ -162,6 +165,7 @@ pub fn talk(guest: &mut Guest, folder: &Path, path: &Path, streams: u32) -> Outc
         20,
         "while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said",
     )?;
+    let streams = streams.split(' ').next().unwrap_or_default();
     Ok(format!(
         "{streams} streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
     ))
@@ -175,9 +179,11 @@ fn vsock(qemu: Peer) -> Outcome {
     let service = Service::start(folder.path(), "vsock", "vsock.sock", &options);
     // QEMU 7.2 does not connect again for this device.
     let options = device("c", &service, "vhost-user-vsock-pci").into_iter();
-    let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    let mut options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    options.extend(archive(&modules(folder.path())?));
     let mut guest = Guest::start(qemu, &folder, "vsock", &options)?;
     guest.boot()?;
+    guest.run("tar -xf /dev/vda -C /tmp")?;
     talk(&mut guest, folder.path(), &path, STREAMS).map_err(|error| {
         let said = guest.run("cat /tmp/said").unwrap_or_default();
         let log = fs::read_to_string(folder.path().join("log")).unwrap_or_default();
@@ -188,17 +194,27 @@ fn vsock(qemu: Peer) -> Outcome {
 /// Modules of the guest's own kernel that its initramfs does not have, for a disk.
 const MODULES: [&str; 3] = ["fs/fuse/fuse.ko", "fs/fuse/virtiofs.ko", "net/core/pktgen.ko"];
 
-/// A disk with [`MODULES`], an archive.
+/// A disk with [`MODULES`] and `guest-vsock`, an archive.
 pub fn modules(folder: &Path) -> Result<PathBuf, String> {
     let modules = folder.join("modules.tar");
     let release = fs::read_to_string(kernel("kernel/release")).map_err(text)?;
     let all = kernel(&format!("kernel/lib/modules/{}/kernel", release.trim()));
     let of = |module: &str| all.join(module).display().to_string();
     let mut command = Command::new("tar");
-    command.arg("-cf").arg(&modules).args(["--transform", "s:.*/::"]).args(MODULES.map(of));
+    command
+        .arg("-cf")
+        .arg(&modules)
+        .args(["--transform", "s:.*/::"])
+        .args(MODULES.map(of))
+        .arg(program("guest-vsock"));
     let output = command.output().map_err(text)?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     if output.status.success() { Ok(modules) } else { Err(said) }
+}
+
+/// The options of QEMU for the disk of [`modules`].
+pub fn archive(disk: &Path) -> [String; 2] {
+    ["-drive".to_owned(), format!("file={},if=virtio,format=raw,readonly=on", disk.display())]
 }
 
 fn fs(qemu: Peer) -> Outcome {
@@ -214,7 +230,7 @@ fn fs(qemu: Peer) -> Outcome {
     let options = options.map(|option| option.replace(RECONNECT, ""));
     let mut options: Vec<String> =
         options.map(|option| option.replace("fs-pci,", "fs-pci,tag=home,")).collect();
-    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", modules.display())]);
+    options.extend(archive(&modules));
     let mut guest = Guest::start(qemu, &folder, "fs", &options)?;
     guest.boot()?;
     guest.run(

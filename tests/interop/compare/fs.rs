@@ -5,7 +5,7 @@ use std::process::Command;
 use super::{PATIENCE, named, print, time, turns};
 use crate::guest::{Guest, Service, random_file};
 use crate::ours::{RECONNECT, device};
-use crate::traffic::{modules, text};
+use crate::traffic::{archive, modules, text};
 use crate::{NEW_VIRTIOFSD, QEMU, VIRTIOFSD};
 
 /// MiB of the file that is read, and of the one that is written.
@@ -37,7 +37,7 @@ pub fn run(rounds: usize) -> Result<(), String> {
         options.extend(device.into_iter().map(|option| option.replace(RECONNECT, "")));
     }
     let disk = modules(folder.path())?;
-    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", disk.display())]);
+    options.extend(archive(&disk));
     let mut guest = Guest::start(QEMU, &folder, "fs", &options)?;
     guest.set_patience(PATIENCE);
     guest.boot()?;

@@ -9,7 +9,7 @@ use std::thread;
 use super::{PATIENCE, named, print, time, turns};
 use crate::QEMU;
 use crate::guest::{Guest, Service};
-use crate::traffic::{modules, run as command, text};
+use crate::traffic::{archive, modules, run as command, text};
 
 /// MiB that go to the guest, and that come from it, in one run.
 const DOWN: u32 = 64;
@@ -88,7 +88,7 @@ pub fn run(rounds: usize) -> Result<(), String> {
     ]
     .map(str::to_owned)
     .to_vec();
-    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", disk.display())]);
+    options.extend(archive(&disk));
     let mut guest = Guest::start(QEMU, &folder, "net", &options)?;
     guest.set_patience(PATIENCE);
     guest.boot()?;

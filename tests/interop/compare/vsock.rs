@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::{PATIENCE, named, print, turns};
 use crate::guest::{Guest, Service};
 use crate::ours::{RECONNECT, device};
-use crate::traffic::{dial, text};
+use crate::traffic::{archive, dial, modules, text};
 use crate::{DEVICE_VSOCK, QEMU};
 
 /// MiB there and back in one run.
@@ -21,7 +21,8 @@ const QUESTIONS: u32 = 2000;
 /// A guest with a vsock that serves an echo at port 7000.
 fn echoing(folder: &tempfile::TempDir, name: &str, service: &Service, uds: &Path) -> Result<Guest, String> {
     let options = device("c", service, "vhost-user-vsock-pci").into_iter();
-    let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    let mut options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    options.extend(archive(&modules(folder.path())?));
     for port in [52, 53] {
         let listener = UnixListener::bind(format!("{}_{port}", uds.display())).map_err(text)?;
         // Connections to the second one stay.
@@ -42,7 +43,7 @@ fn echoing(folder: &tempfile::TempDir, name: &str, service: &Service, uds: &Path
     let mut guest = Guest::start(QEMU, folder, name, &options)?;
     guest.set_patience(PATIENCE);
     guest.boot()?;
-    guest.run("for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done; guest-vsock --streams 1 --kib 1 >/tmp/said 2>&1 & \
+    guest.run("tar -xf /dev/vda -C /tmp; for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done; /tmp/guest-vsock --streams 1 --kib 1 --half-close 0 >/tmp/said 2>&1 & \
         while ! grep -q 'streams ok' /tmp/said; do sleep 0.1; done")?;
     Ok(guest)
 }

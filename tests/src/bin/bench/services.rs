@@ -1,5 +1,6 @@
 //! Device services at rest: how long one takes to be ready, and what it occupies.
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -53,7 +54,7 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
             let started = until(command, Stream::Manager, "READY=1", LIMIT)?;
             start.push(started.milliseconds);
             let waiting = heaviest(started.child.id(), 1)?;
-            let _front_end = UnixStream::connect(&socket).map_err(|error| error.to_string())?;
+            let _front_end = front_end(&socket)?;
             let used = heaviest(started.child.id(), 2)?;
             let values = [waiting.0, used.0, waiting.1, used.1];
             memory.iter_mut().zip(values).for_each(|(list, value)| list.push(value));
@@ -69,6 +70,16 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
         ]);
     }
     Ok(())
+}
+
+/// A front end that has asked for the features (GET_FEATURES, version 1) and got an answer: the device's process serves.
+fn front_end(socket: &str) -> Outcome<UnixStream> {
+    let said = |error: std::io::Error| error.to_string();
+    let mut stream = UnixStream::connect(socket).map_err(said)?;
+    stream.set_read_timeout(Some(LIMIT)).map_err(said)?;
+    stream.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).map_err(said)?;
+    stream.read_exact(&mut [0; 20]).map_err(said)?;
+    Ok(stream)
 }
 
 /// Proportional and private dirty memory, KiB, of the process that has most, once there are so many of them and they are at rest.
