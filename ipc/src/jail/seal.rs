@@ -135,25 +135,32 @@ impl Sealed {
     }
 }
 
-/// Numbers of all open descriptors in ascending order, by one `poll` call: there is no /proc in a jail. `poll` takes those opened with
-/// `O_PATH` for closed; they are asked for one by one, as far as any process has descriptors before it serves.
+/// Numbers of all open descriptors in ascending order, by `poll`: there is no /proc in a jail. `poll` takes those opened with
+/// `O_PATH` for closed; they are asked for one by one, as far as any process has descriptors before it serves. A table for all of them at once
+/// would stay in the heap.
 ///
 /// # Errors
 /// [`JailError::Call`] when the limit cannot be read or `poll` fails.
 pub fn open_descriptors() -> Result<Vec<RawFd>, JailError> {
     /// More than any jailed process is allowed.
-    const MOST: u64 = 65536;
+    const MOST: RawFd = 65536;
     const FIRST: RawFd = 1024;
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(JailError::call("read RLIMIT_NOFILE"))?;
-    let numbers = 0..RawFd::try_from(limit.min(MOST)).unwrap_or(RawFd::MAX);
-    let mut table: Vec<libc::pollfd> = numbers.map(|fd| libc::pollfd { fd, events: 0, revents: 0 }).collect();
-    // SAFETY: the table is live and its length is passed with it.
-    let result = unsafe { libc::poll(table.as_mut_ptr(), table.len() as libc::nfds_t, 0) };
-    Errno::result(result).map_err(JailError::call("list the open descriptors"))?;
+    let end = RawFd::try_from(limit).map_or(MOST, |limit| limit.min(MOST));
     // SAFETY: F_GETFD takes any number and changes nothing.
     let is_path = |fd: RawFd| fd < FIRST && unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
     let is_open = |entry: &&libc::pollfd| entry.revents & libc::POLLNVAL == 0 || is_path(entry.fd);
-    Ok(table.iter().filter(is_open).map(|entry| entry.fd).collect())
+    let (mut open, mut table) = (Vec::new(), Vec::new());
+    for first in (0..end).step_by(FIRST as usize) {
+        let numbers = first..end.min(first.saturating_add(FIRST));
+        table.clear();
+        table.extend(numbers.map(|fd| libc::pollfd { fd, events: 0, revents: 0 }));
+        // SAFETY: the table is live and its length is passed with it.
+        let result = unsafe { libc::poll(table.as_mut_ptr(), table.len() as libc::nfds_t, 0) };
+        Errno::result(result).map_err(JailError::call("list the open descriptors"))?;
+        open.extend(table.iter().filter(is_open).map(|entry| entry.fd));
+    }
+    Ok(open)
 }
 
 /// Compares two ascending lists.
