@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flash;
+pub mod footprint;
 pub mod fs;
 pub mod keyboard;
 pub mod net;

@@ -305,6 +305,7 @@ fn prepare<'a>(
     let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
     daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
+    crate::footprint::release_program();
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
@@ -474,6 +475,7 @@ fn enter_by(policy: PolicyName) -> EnterThread {
 
 /// Seals the process with exactly these descriptors and answers `Ready`.
 fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<(), ServeError> {
+    crate::footprint::release_program();
     let sealed = jail::seal(policy, held)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     Ok(())
