@@ -28,43 +28,56 @@ struct State {
     /// Number of the access carried out last, and what it answered.
     number: u8,
     answer: u8,
+    /// Number of the keys taken last.
+    taken: u64,
 }
 
 /// The controller as a process serves it.
 #[derive(Debug)]
 pub struct KeyboardDevice {
     state: State,
+    /// The state is that of the file: the predecessor, if there was one, changes it no more.
+    begun: bool,
     file: File,
     event: Option<OwnedFd>,
     failure: Option<io::Error>,
 }
 
 impl KeyboardDevice {
-    /// The controller as a predecessor left it in the file; an empty file is one after its reset.
+    /// A controller whose state is in `file`.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        Self { state: State::default(), begun: false, file, event: None, failure: None }
+    }
+
+    /// Somebody has a use for the controller: it goes on as a predecessor left it in the file; an empty file is one after its reset.
+    /// Not earlier, for a successor is made ready while its predecessor serves.
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn open(file: File) -> io::Result<Self> {
+    pub fn begin(&mut self) -> io::Result<()> {
+        if self.begun {
+            return Ok(());
+        }
         let mut bytes = [0; STATE_SIZE];
         let mut filled = 0;
         while let Some(space) = bytes.get_mut(filled..).filter(|space| !space.is_empty()) {
-            match file.read_at(space, filled as u64)? {
+            match self.file.read_at(space, filled as u64)? {
                 0 => break,
                 count => filled = filled.saturating_add(count),
             }
         }
         let stored = bytes.get(..filled).unwrap_or_default();
-        let state = if stored.iter().all(|byte| *byte == 0) {
-            State::default()
-        } else {
+        if stored.iter().any(|byte| *byte != 0) {
             // The predecessor may have been broken into.
-            postcard::from_bytes(stored)
+            self.state = postcard::from_bytes(stored)
                 .inspect_err(
                     |error| tracing::warn!(%error, "the keyboard's state makes no sense: it is reset"),
                 )
-                .unwrap_or_default()
-        };
-        Ok(Self { state, file, event: None, failure: None })
+                .unwrap_or_default();
+        }
+        self.begun = true;
+        Ok(())
     }
 
     /// Descriptors that the device holds.
@@ -72,11 +85,16 @@ impl KeyboardDevice {
         std::iter::once(self.file.as_fd())
     }
 
-    /// Keys are pressed or released.
-    pub fn press(&mut self, keys: &[Key]) {
-        self.state.controller.press(keys);
-        self.store();
-        self.signal();
+    /// Keys are pressed or released, unless a predecessor was told of them. Returns the number of those taken last.
+    pub fn press(&mut self, number: u64, keys: &[Key]) -> u64 {
+        if number > self.state.taken {
+            self.state.controller.press(keys);
+            // Together with what they made of the controller.
+            self.state.taken = number;
+            self.store();
+            self.signal();
+        }
+        self.state.taken
     }
 
     /// Why the state can no longer be stored, once.
@@ -187,11 +205,23 @@ mod tests {
     struct Guest {
         device: KeyboardDevice,
         number: u8,
+        keys: u64,
+    }
+
+    fn begun(file: &File) -> KeyboardDevice {
+        let mut device = KeyboardDevice::new(file.try_clone().unwrap());
+        device.begin().unwrap();
+        device
     }
 
     impl Guest {
         fn new(file: &File) -> Self {
-            Self { device: KeyboardDevice::open(file.try_clone().unwrap()).unwrap(), number: 0 }
+            Self { device: begun(file), number: 0, keys: 0 }
+        }
+
+        fn press(&mut self, keys: &[Key]) {
+            self.keys += 1;
+            assert_eq!(self.device.press(self.keys, keys), self.keys);
         }
 
         fn offset(&self, port: u64) -> u64 {
@@ -217,8 +247,25 @@ mod tests {
         }
 
         fn succeed(&mut self, file: &File) {
-            self.device = KeyboardDevice::open(file.try_clone().unwrap()).unwrap();
+            self.device = begun(file);
         }
+    }
+
+    #[test]
+    fn keys_that_a_predecessor_has_taken_are_not_struck_again() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        guest.write(0x60, 0x41);
+        // Made ready while its predecessor serves.
+        let mut successor = KeyboardDevice::new(file.try_clone().unwrap());
+        guest.press(&[A]);
+        successor.begin().unwrap();
+        guest.device = successor;
+        assert_eq!(guest.device.press(1, &[A]), 1);
+        guest.press(&[B]);
+        assert_eq!([guest.read(0x60), guest.read(0x60)], [0x1E, 0x30]);
+        assert_eq!(guest.read(0x64) & 1, 0);
     }
 
     #[test]
@@ -228,7 +275,7 @@ mod tests {
         guest.write(0x64, 0x60);
         guest.succeed(&file);
         guest.write(0x60, 0x41);
-        guest.device.press(&[A, B]);
+        guest.press(&[A, B]);
         guest.succeed(&file);
         assert_eq!(guest.read(0x60), 0x1E);
         // The answer was lost with the process.
@@ -244,14 +291,14 @@ mod tests {
         let mut guest = Guest::new(&file);
         guest.write(0x64, 0x60);
         guest.write(0x60, 0x41);
-        guest.device.press(&[A]);
+        guest.press(&[A]);
         guest.succeed(&file);
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         guest.device.set_irq(0, 0, Some(event.as_fd().try_clone_to_owned().unwrap())).unwrap();
         assert_eq!(event.read(), Ok(1));
         guest.read(0x60);
         assert!(event.read().is_err());
-        guest.device.press(&[B]);
+        guest.press(&[B]);
         assert_eq!(event.read(), Ok(1));
     }
 
@@ -267,7 +314,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let mut guest = Guest::new(&file);
         for _ in 0..100 {
-            guest.device.press(&[Key { code: u16::MAX, pressed: true }; 100]);
+            guest.press(&[Key { code: u16::MAX, pressed: true }; 100]);
         }
         assert!(guest.device.take_failure().is_none());
         let state = guest.device.state.clone();

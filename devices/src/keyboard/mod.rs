@@ -51,13 +51,16 @@ pub struct Keyboard<'a> {
     channel: &'a Channel,
 }
 
-/// A controller with the state that is in its file. To be called before the process is sealed.
+/// A controller with the state that is in its file, which is read when the core comes. To be called before the process is sealed.
 ///
 /// # Errors
-/// The file cannot be read, or the socket is none.
+/// The socket is none.
 pub fn open(socket: OwnedFd, state: File, channel: &Channel) -> Result<Keyboard<'_>, KeyboardError> {
-    let device = KeyboardDevice::open(state)?;
-    Ok(Keyboard { connection: Connection::new(socket, REPLY_DEADLINE)?, device, channel })
+    Ok(Keyboard {
+        connection: Connection::new(socket, REPLY_DEADLINE)?,
+        device: KeyboardDevice::new(state),
+        channel,
+    })
 }
 
 impl Keyboard<'_> {
@@ -80,6 +83,9 @@ impl Keyboard<'_> {
                 Err(errno) => return Err(KeyboardError::Poll(errno)),
             }
             let [control, core] = fds.map(|fd| fd.any().unwrap_or(true));
+            if core {
+                self.device.begin()?;
+            }
             if core && self.connection.serve(&mut self.device)? == Served::Closed {
                 return Ok(());
             }
@@ -97,7 +103,11 @@ impl Keyboard<'_> {
         match self.channel.recv::<ToDevice>(Some(Duration::ZERO)) {
             Ok((ToDevice::Stop, _)) | Err(ChannelError::PeerClosed) => return Ok(false),
             Ok((ToDevice::Ping, _)) => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
-            Ok((ToDevice::Keys(keys), _)) => self.device.press(&keys),
+            Ok((ToDevice::Keys { number, keys }, _)) => {
+                self.device.begin()?;
+                let taken = self.device.press(number, &keys);
+                self.channel.send(&FromDevice::KeysTaken(taken), &[])?;
+            }
             Ok((message, _)) => tracing::warn!(?message, "a control message that this device does not know"),
             Err(ChannelError::Deadline) => {}
             Err(error) => return Err(error.into()),

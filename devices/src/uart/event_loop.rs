@@ -162,7 +162,7 @@ impl<'a> EventLoop<'a> {
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
             ToDevice::Resize { .. }
-            | ToDevice::Keys(_)
+            | ToDevice::Keys { .. }
             | ToDevice::Link { .. }
             | ToDevice::DiskSize { .. } => {}
             message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {

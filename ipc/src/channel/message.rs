@@ -337,8 +337,14 @@ pub enum ToDevice {
         /// The size that it is to have.
         target: Option<u32>,
     },
-    /// Keys are pressed and released on a keyboard, in this order.
-    Keys(Vec<Key>),
+    /// Keys are pressed and released on a keyboard, in this order. Answered by [`FromDevice::KeysTaken`]; until then they are sent again to a
+    /// successor.
+    Keys {
+        /// Counts these messages, from 1 on.
+        number: u64,
+        /// The keys.
+        keys: Vec<Key>,
+    },
     /// Plug the cable of a network card in, or pull it out.
     Link {
         /// In.
@@ -432,6 +438,8 @@ pub enum FromDevice {
     Left(Left),
     /// The watchdog has run out.
     Expired,
+    /// The keys of [`ToDevice::Keys`] up to this number are kept: a successor knows them.
+    KeysTaken(u64),
 }
 
 /// A balloon and what the guest says of its memory.

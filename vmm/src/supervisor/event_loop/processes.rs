@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
 use crate::supervisor::api::EventKind;
 use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::{KEYBOARD, PORTS};
 use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::heap;
 use crate::supervisor::launch::advice;
@@ -46,6 +47,7 @@ pub(super) enum Message {
     Left(Left),
     Balloon(BalloonReport),
     Expired,
+    KeysTaken(u64),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -69,6 +71,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Balloon(report), _) => Message::Balloon(report),
             (FromDevice::Expired, _) => Message::Expired,
+            (FromDevice::KeysTaken(number), _) => Message::KeysTaken(number),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -152,6 +155,7 @@ impl EventLoop<'_> {
             Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Expired => self.watchdog_expired(index),
+            Message::KeysTaken(number) => self.keys_taken(&id, number),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
@@ -425,8 +429,10 @@ impl EventLoop<'_> {
 
     /// A device that was started anew gets the peer that its predecessor had.
     pub(super) fn attach_again(&self, device: &str) {
-        if device == crate::supervisor::config::PORTS {
-            self.attach_ports_again();
+        match device {
+            PORTS => self.attach_ports_again(),
+            KEYBOARD => self.strike_again(),
+            _ => {}
         }
         let attachments = self.environment.server.attachments();
         let attached = attachments.filter(|it| it.device == device).map(|it| it.stream.as_fd());
