@@ -170,8 +170,10 @@ impl Resources {
             transmit: limits(config.transmit),
             link: config.link,
             announce: config.successor,
+            way: config.way,
         };
-        Ok(Net::new(settings, backend)?)
+        let kept = config.kept.map(|index| self.descriptors.take(index)).transpose()?.map(File::from);
+        Ok(Net::new(settings, backend, kept.as_ref())?)
     }
 
     /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
@@ -223,17 +225,8 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
-                Control::Net(net) => {
-                    let Some(Left { input, output }) = net.left() else { return Ok(()) };
-                    // Said even of nothing: the stream stands between two packets then.
-                    if input.is_empty() && output.is_empty() {
-                        let left = Left { input, output };
-                        return Ok(channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT)?);
-                    }
-                    leave(channel, &input, &output)
-                }
+                _ => Ok(()),
             }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
@@ -513,12 +506,12 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
     match (message, control) {
         (ToDevice::Stop, _) => return Ok(false),
         (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
-        (ToDevice::Attach, Control::Console(_) | Control::Net(_)) => {
-            match (<[OwnedFd; 1]>::try_from(descriptors), control) {
-                (Ok([stream]), Control::Console(console)) => console.attach(stream),
-                (Ok([stream]), Control::Net(net)) => net.attach(stream),
-                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_)) => {}
-                (Err(descriptors), _) => {
+        (message @ (ToDevice::Attach | ToDevice::AttachWay(_)), Control::Console(_) | Control::Net(_)) => {
+            match (<[OwnedFd; 1]>::try_from(descriptors), message, control) {
+                (Ok([stream]), ToDevice::Attach, Control::Console(console)) => console.attach(stream),
+                (Ok([stream]), ToDevice::AttachWay(way), Control::Net(net)) => net.attach(stream, way),
+                (Ok(_), message, _) => warn!(?message, "a control message that this device does not know"),
+                (Err(descriptors), ..) => {
                     warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
                 }
             }
@@ -532,10 +525,6 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
         }
         (ToDevice::Take(left), Control::Console(console)) => {
             console.take(left.output);
-            daemon.wake_workers();
-        }
-        (ToDevice::Take(left), Control::Net(net)) => {
-            net.take(left);
             daemon.wake_workers();
         }
         (ToDevice::Resize { columns, rows }, Control::Console(console)) => {

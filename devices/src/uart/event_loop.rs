@@ -162,6 +162,7 @@ impl<'a> EventLoop<'a> {
             ToDevice::Stop => return Ok(Turn::Stop),
             ToDevice::Take(left) => self.inherited.extend(left.input),
             ToDevice::Resize { .. }
+            | ToDevice::AttachWay(_)
             | ToDevice::Keys { .. }
             | ToDevice::Link { .. }
             | ToDevice::DiskSize { .. } => {}

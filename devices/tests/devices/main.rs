@@ -30,6 +30,7 @@ mod rng;
 mod services;
 mod storm;
 mod storm_fs;
+mod storm_net;
 mod storm_queues;
 mod storm_registers;
 mod supervised;

@@ -138,11 +138,6 @@ impl Supervised {
         assert!(self.ending().starts_with("Ok(Code(0))"));
     }
 
-    /// Waits for the end of a process that was told to.
-    pub fn stop_again(mut self) {
-        assert!(self.ending().starts_with("Ok(Code(0))"));
-    }
-
     /// Private dirty memory, KiB.
     fn private_dirty(&self) -> u64 {
         let path = format!("/proc/{}/smaps_rollup", self.process.pid());

@@ -27,7 +27,14 @@ pub struct NetConfig {
     pub link: bool,
     /// The guest knows the device from a predecessor of the process.
     pub successor: bool,
+    /// Memory that outlives the process, [`NET_KEPT`] bytes for each pair of queues: packets on their way.
+    pub kept: Option<FdIndex>,
+    /// Number of the way that packets go, from 1 on. What is kept of another way counts for nothing.
+    pub way: u64,
 }
+
+/// Size of the memory for a pair of queues that outlives a network card's process, in bytes.
+pub const NET_KEPT: u64 = 401_408;
 
 /// Where a network card's packets go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

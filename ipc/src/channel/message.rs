@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
-    FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
-    WatchdogConfig,
+    FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NET_KEPT, NetBackend, NetConfig,
+    NetLimits, PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig,
+    VsockConfig, WatchdogConfig,
 };
 
 use crate::channel::ChannelError;
@@ -317,8 +317,10 @@ pub enum Input {
 pub enum ToDevice {
     /// Serve this device.
     Start(DeviceStart),
-    /// A new peer of a console, serial line or network card; its stream is the only descriptor (index 0).
+    /// A new peer of a console or serial line; its stream is the only descriptor (index 0).
     Attach,
+    /// A new peer of a network card, with the number of this way ([`NetConfig::way`]); its stream is the only descriptor (index 0).
+    AttachWay(u64),
     /// The terminal's new size in characters.
     Resize {
         /// Width.
@@ -454,7 +456,6 @@ pub struct BalloonReport {
 }
 
 /// Bytes that a console or serial line has taken from one side and not passed to the other.
-/// Bytes that a console, serial line or the stream of a network card has taken from one side and not passed to the other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// For the guest.

@@ -439,6 +439,8 @@ fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
         ip_filter: config.ip_filter.clone(),
         link: config.link,
         successor,
+        kept: Some(fds.add(&nic.kept)),
+        way: nic.way_number,
     }
 }
 

@@ -225,6 +225,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
                     kept.extend(fd.map(|fd| fds.take(fd).unwrap()));
                 }
             }
+            drop(net.kept.map(|kept| fds.take(kept).unwrap()));
             PolicyName::NetMain
         }
         DeviceConfig::Relay(relay) => {
@@ -297,7 +298,7 @@ fn serve(control: &Control, id: &str) {
                 };
                 control.channel.send(&FromDevice::Alive(progress), &[]).unwrap();
             }
-            (ToDevice::Attach, fds) => {
+            (ToDevice::Attach | ToDevice::AttachWay(_), fds) => {
                 let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();
                 peers.push(peer);

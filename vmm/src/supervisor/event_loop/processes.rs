@@ -422,9 +422,19 @@ impl EventLoop<'_> {
 
     /// Hands a new peer of a console or serial port to its device.
     pub(super) fn hand_over(&self, device: &str, stream: BorrowedFd<'_>) -> Result<(), String> {
+        self.hand_over_as(&ToDevice::Attach, device, stream)
+    }
+
+    /// The same by another message.
+    pub(super) fn hand_over_as(
+        &self,
+        message: &ToDevice,
+        device: &str,
+        stream: BorrowedFd<'_>,
+    ) -> Result<(), String> {
         let alive = |process: &&Process| process.id == device && process.state != State::Ended;
         let process = self.processes.iter().find(alive).ok_or("the device has ended")?;
-        process.channel.send(&ToDevice::Attach, &[stream]).map_err(|error| error.to_string())
+        process.channel.send(message, &[stream]).map_err(|error| error.to_string())
     }
 
     /// A device that was started anew gets the peer that its predecessor had.
