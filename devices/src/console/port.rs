@@ -181,7 +181,11 @@ impl Port {
             let result = buffer.read_from(input);
             match self.peer.settle_read(result) {
                 0 => ring.put_back(head),
-                count => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
+                count => {
+                    ring.finish(head, u32::try_from(count).unwrap_or(segment.len));
+                    // At once: what was read of the peer and is not in the used ring is lost with this process.
+                    ring.publish();
+                }
             }
             budget = budget.saturating_sub(1);
             if budget == 0 {

@@ -31,6 +31,7 @@ mod services;
 mod storm;
 mod storm_fs;
 mod storm_net;
+mod storm_passt;
 mod storm_queues;
 mod storm_registers;
 mod supervised;
