@@ -298,7 +298,8 @@ fn serve(control: &Control, id: &str) {
                 };
                 control.channel.send(&FromDevice::Alive(progress), &[]).unwrap();
             }
-            (ToDevice::Attach | ToDevice::AttachWay(_), fds) => {
+            (ToDevice::AttachWay(number), _) => eprintln!("INFO stand-in: way {number} of {id}"),
+            (ToDevice::Attach, fds) => {
                 let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();
                 peers.push(peer);

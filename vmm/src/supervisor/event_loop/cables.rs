@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead_ipc::channel::message::ToDevice;
 
 use super::EventLoop;
-use crate::supervisor::api::Response;
+use crate::supervisor::api::{EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::nearest::hint;
 use crate::supervisor::poller::Source;
@@ -63,7 +63,9 @@ impl EventLoop<'_> {
             self.cables.push((id.clone(), Instant::now() + PAUSE));
         }
         let why = if why.is_empty() { String::new() } else { format!(": {why}") };
-        self.say(LogLevel::Warn, &format!("{id}: the other end of its stream has gone{why}"));
+        let text = format!("{id}: the other end of its stream has gone{why}");
+        self.say(LogLevel::Warn, &text);
+        self.note_cable(EventKind::Disconnected, &id, Some(text));
         self.watch_cables();
     }
 
@@ -92,7 +94,14 @@ impl EventLoop<'_> {
             Ok(()) => format!("{id}: connected"),
             Err(reason) => format!("{id}: connected, but {reason}"),
         };
+        let id = id.clone();
         self.say(LogLevel::Info, &text);
+        self.note_cable(EventKind::Connected, &id, None);
+    }
+
+    fn note_cable(&mut self, kind: EventKind, id: &str, reason: Option<String>) {
+        let index = self.processes.iter().position(|process| process.id == id);
+        self.note(kind, index, |entry| (entry.pid, entry.reason) = (None, reason));
     }
 
     /// A successor that was made ready earlier gets the stream of today; it knows it by its number if it has it.
