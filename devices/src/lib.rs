@@ -5,6 +5,7 @@ pub mod blk;
 pub mod console;
 pub mod flash;
 pub mod fs;
+mod kept;
 pub mod keyboard;
 pub mod net;
 pub mod pmem;

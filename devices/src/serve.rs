@@ -32,7 +32,7 @@ use crate::pmem::Pmem;
 use crate::rate_limit::{Rate, RateLimits};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
-use crate::stream::Ends;
+use crate::stream::{Ends, KEPT, Typed};
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
 use crate::watchdog::{self, Watchdog, WatchdogError};
@@ -99,6 +99,9 @@ pub enum ServeError {
     /// What the device was given is not what it should be.
     #[error("{0}")]
     Open(String),
+    /// The memory for a successor.
+    #[error("memory for what came for the guest: {0}")]
+    Memory(#[from] io::Error),
 }
 
 /// A sealed process, ready to serve.
@@ -145,6 +148,13 @@ impl Resources {
     fn ends(&mut self, input: Option<FdIndex>, output: Option<FdIndex>) -> Result<Ends, ChannelError> {
         let mut take = |index: Option<_>| index.map(|index| self.take(index)).transpose();
         Ok(Ends::new(take(input)?, take(output)?))
+    }
+
+    /// These ends, with memory for what comes for the guest.
+    fn keeping(&mut self, ends: Ends, typed: Option<FdIndex>) -> Result<Ends, ServeError> {
+        let Some(index) = typed else { return Ok(ends) };
+        let file = File::from(self.descriptors.take(index)?);
+        Ok(ends.keeping(Typed::new(Some(&file), 0)?))
     }
 
     /// A network card with its descriptors.
@@ -319,7 +329,8 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             })
         }
         DeviceConfig::Console(config) => {
-            let device = Console::new(resources.ends(config.input, config.output)?, config.size);
+            let ends = resources.ends(config.input, config.output)?;
+            let device = Console::new(resources.keeping(ends, config.typed)?, config.size);
             let control = Control::Console(device.controller());
             let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
             Some(Parts { device: Box::new(device), main, queue, control })
@@ -384,6 +395,7 @@ fn without_queues<'a>(
     match config {
         DeviceConfig::Uart(config) => {
             let ends = resources.ends(config.input, config.output)?;
+            let ends = resources.keeping(ends, config.typed)?;
             resources.finish(channel)?;
             let events = uart::open(socket, ends, channel)?;
             seal(PolicyName::UartMain, &events.descriptors(), channel)?;
@@ -422,10 +434,14 @@ fn without_queues<'a>(
 }
 
 /// Named ports and who is at them.
-fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ChannelError> {
+fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ServeError> {
     let mut named = Vec::with_capacity(config.ports.len());
-    for port in &config.ports {
-        let ends = resources.ends(port.input, port.output)?;
+    let typed = config.typed.map(|index| resources.descriptors.take(index)).transpose()?.map(File::from);
+    for (number, port) in (0_u64..).zip(&config.ports) {
+        let mut ends = resources.ends(port.input, port.output)?;
+        if let Some(file) = &typed {
+            ends = ends.keeping(Typed::new(Some(file), number.saturating_mul(KEPT as u64))?);
+        }
         named.push(NamedPort { name: port.name.clone(), console: port.console, ends });
     }
     let state = config.state.map(|index| resources.take(index)).transpose()?;

@@ -13,8 +13,8 @@ use bulkhead_ipc::tap::VNET_HEADER;
 use nix::errno::Errno;
 use nix::unistd::read;
 
-use super::kept::{HEAD, Kept};
 use super::port::{Header, LARGEST, LENGTH, Port, SMALLEST};
+use crate::kept::{HEAD, Kept};
 
 /// Bytes taken from a stream at once. There are two areas of that size: what is left of one goes to the beginning of the other.
 const AREA: usize = 128 << 10;

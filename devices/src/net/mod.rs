@@ -4,7 +4,7 @@
 //! - `control`: commands of the control queue;
 //! - `filter`: which addresses packets may come from and be for;
 //! - `port`: taps and sockets;
-//! - `kept`, `inbox`, `outbox`: packets on their way, in memory that outlives the process;
+//! - `inbox`, `outbox`: packets on their way, in memory that outlives the process;
 //! - `queue`: a pair of queues on its thread;
 //! - `metrics`: what is counted;
 //! - `service`: its options as a service.
@@ -18,7 +18,6 @@ mod config;
 mod control;
 mod filter;
 mod inbox;
-mod kept;
 mod metrics;
 mod outbox;
 mod port;

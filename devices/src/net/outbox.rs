@@ -7,8 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
-use super::kept::{HEAD, Kept};
 use super::port::{LENGTH, Output, Port};
+use crate::kept::{HEAD, Kept};
 
 /// Bytes collected for a stream before the guest has to wait.
 const ROOM: usize = 128 << 10;

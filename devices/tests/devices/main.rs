@@ -34,5 +34,6 @@ mod storm_net;
 mod storm_passt;
 mod storm_queues;
 mod storm_registers;
+mod storm_typed;
 mod supervised;
 mod vsock;

@@ -20,20 +20,21 @@ use crate::driver::Random;
 use crate::storm::{OTHER_KILLS, check_pause};
 use crate::supervised::{LIMIT, Supervised};
 
-struct Victim<'a> {
+/// A device that is killed by a thread while it is accessed.
+pub struct Victim<'a> {
     kind: &'static str,
     config: DeviceConfig,
     resources: &'a [&'a OwnedFd],
     process: Supervised,
     client: Client,
     killer: Option<JoinHandle<Instant>>,
-    kills: u32,
+    pub kills: u32,
     longest: Duration,
     random: Random,
 }
 
 impl<'a> Victim<'a> {
-    fn new(kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd]) -> Self {
+    pub fn new(kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd]) -> Self {
         let (process, client) = Self::start(kind, &config, resources);
         let random = Random(0x7777_1234_8888_4321);
         let mut victim = Self {
@@ -70,7 +71,7 @@ impl<'a> Victim<'a> {
     }
 
     /// An access that is answered, or the start of a successor.
-    fn access(&mut self, access: impl FnOnce(&mut Client) -> bool) -> bool {
+    pub fn access(&mut self, access: impl FnOnce(&mut Client) -> bool) -> bool {
         if access(&mut self.client) {
             return true;
         }
@@ -83,7 +84,7 @@ impl<'a> Victim<'a> {
         false
     }
 
-    fn end(self, what: &str) {
+    pub fn end(self, what: &str) {
         println!("{}: {OTHER_KILLS} kills under {what}: pause at most {:.1?}", self.kind, self.longest);
         check_pause(self.longest);
         self.process.stop();

@@ -205,7 +205,12 @@ pub struct ConsoleConfig {
     pub output: Option<FdIndex>,
     /// Columns and rows.
     pub size: Option<(u16, u16)>,
+    /// Memory that outlives the process, [`TYPED`] bytes: what came for the guest and it has not got.
+    pub typed: Option<FdIndex>,
 }
+
+/// Size of the memory of a byte stream that outlives its device's process, in bytes.
+pub const TYPED: u64 = 8192;
 
 /// A virtio console of named ports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,6 +219,8 @@ pub struct PortsConfig {
     pub ports: Vec<PortConfig>,
     /// A file without a name in which the device notes what a successor must know; empty at the start.
     pub state: Option<FdIndex>,
+    /// As a console's, for each port.
+    pub typed: Option<FdIndex>,
 }
 
 /// A named port.
@@ -236,6 +243,8 @@ pub struct UartConfig {
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
+    /// As a console's.
+    pub typed: Option<FdIndex>,
 }
 
 /// A flash chip.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
     FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NET_KEPT, NetBackend, NetConfig,
-    NetLimits, PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig,
+    NetLimits, PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, TYPED, UartConfig,
     VsockConfig, WatchdogConfig,
 };
 

@@ -326,6 +326,7 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
+                typed: stream.typed.as_ref().map(|fd| fds.add(fd)),
             }),
             Self::Ports(ports) => DeviceConfig::Ports(ports_config(ports, fds)),
             Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
@@ -359,6 +360,7 @@ impl<'a> Plan<'a> {
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
+                typed: stream.typed.as_ref().map(|fd| fds.add(fd)),
             }),
             Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
                 back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
@@ -453,7 +455,8 @@ fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
         output: end(&port.stream.output),
     };
     let named = ports.ports.iter().map(port).collect();
-    PortsConfig { ports: named, state: Some(fds.add(&ports.state)) }
+    let typed = Some(fds.add(&ports.typed));
+    PortsConfig { ports: named, state: Some(fds.add(&ports.state)), typed }
 }
 
 /// Connects to a Unix socket without waiting for one that does not accept.

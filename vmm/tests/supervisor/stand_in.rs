@@ -183,6 +183,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.extend(
                 [console.input, console.output].into_iter().flatten().map(|fd| fds.take(fd).unwrap()),
             );
+            drop(console.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::ConsoleMain
         }
         DeviceConfig::Uart(uart) => {
@@ -192,6 +193,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
                 kept.push(output.into());
             }
             kept.extend(uart.input.map(|input| fds.take(input).unwrap()));
+            drop(uart.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::UartMain
         }
         DeviceConfig::Flash(flash) => {
@@ -214,6 +216,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
         DeviceConfig::Ports(ports) => {
             let ends = ports.ports.iter().flat_map(|port| [port.input, port.output]);
             kept.extend(ends.chain([ports.state]).flatten().map(|fd| fds.take(fd).unwrap()));
+            drop(ports.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::ConsoleMain
         }
         DeviceConfig::Net(net) => {

@@ -91,6 +91,11 @@ impl Kept {
         self.long(WAY).load(Ordering::Acquire)
     }
 
+    /// Stores a second word, where nothing is asked about ways out.
+    pub fn set_way(&self, way: u64) {
+        self.long(WAY).store(way, Ordering::SeqCst);
+    }
+
     /// Forgets everything and begins with another way out.
     pub fn begin(&self, way: u64) {
         self.long(WAY).store(0, Ordering::SeqCst);
