@@ -53,7 +53,7 @@ pub const MAX_PAIRS: u16 = 32;
 /// Least MTU of IPv4, and the largest there is.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65_535;
 
-const _: () = assert!(inbox::KEPT + outbox::KEPT == NET_KEPT as usize);
+const _: () = assert!((inbox::KEPT + outbox::KEPT) as u64 == NET_KEPT);
 
 /// Why a network card cannot be served.
 #[derive(Debug, Error)]

@@ -275,7 +275,7 @@ mod tests {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                let value = if random % 4 == 0 { u64::MAX } else { random >> (random % 64) };
+                let value = if random.is_multiple_of(4) { u64::MAX } else { random >> (random % 64) };
                 file.write_all_at(&value.to_le_bytes(), at).unwrap();
             }
             let mut inbox = inbox_of(&port, Some(&file));

@@ -22,7 +22,7 @@ const ROOM: usize = 4096;
 /// Bytes of the memory that outlives the process.
 pub const KEPT: usize = HEAD + ROOM;
 
-const _: () = assert!(KEPT == TYPED as usize);
+const _: () = assert!(KEPT as u64 == TYPED);
 
 /// No byte of UTF-8.
 const MARK: u8 = 0xFF;

@@ -188,7 +188,7 @@ fn a_storm_of_kills_breaks_no_connection_through_passt() {
     assert!(passt.try_wait().unwrap().is_none(), "passt has ended");
     println!(
         "passt: {OTHER_KILLS} kills under one connection that brought {} KiB: pause at most {longest:.1?}",
-        came * PIECE as u64 >> 10
+        (came * PIECE as u64) >> 10
     );
     check_pause(longest);
     passt.kill().unwrap();
