@@ -93,6 +93,8 @@ impl<'a> EventLoop<'a> {
                 Err(error) => break Err(error),
             }
         };
+        // What the guest has read is not to come again.
+        self.device.settle_received();
         // The reader has a moment to take what the guest said last.
         self.device.line.finish(FINAL_FLUSH);
         self.device.pump();
