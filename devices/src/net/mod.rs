@@ -26,10 +26,9 @@ mod service;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use bulkhead_ipc::channel::message::NET_KEPT;
 use bulkhead_ipc::memory::Direction;
@@ -38,7 +37,7 @@ use bulkhead_ipc::vhost_user::backend::{QueueWorker, VirtioDevice};
 use thiserror::Error;
 use tracing::warn;
 
-use crate::rate_limit::{RateLimit, RateLimits};
+use crate::rate_limit::{Group, Limit, RateLimits};
 use config::{CONTROL_QUEUE, MULTI_QUEUE};
 pub use filter::Filter;
 use inbox::Inbox;
@@ -98,6 +97,8 @@ pub struct Settings {
     pub announce: bool,
     /// Number of the way that packets go, from 1 on: another when a stream was made anew, or the machine was.
     pub way: u64,
+    /// What may pass both ways together with other devices.
+    pub group: Option<Arc<Group>>,
 }
 
 impl Default for Settings {
@@ -113,6 +114,7 @@ impl Default for Settings {
             link: true,
             announce: false,
             way: 1,
+            group: None,
         }
     }
 }
@@ -148,13 +150,13 @@ struct Shared {
     link: AtomicBool,
     announce: AtomicBool,
     /// A lock is taken only where there is a limit.
-    receive: Option<Mutex<RateLimit>>,
-    transmit: Option<Mutex<RateLimit>>,
+    receive: Option<Limit>,
+    transmit: Option<Limit>,
     metrics: Metrics,
 }
 
 impl Shared {
-    fn limit(&self, direction: Direction) -> Option<&Mutex<RateLimit>> {
+    fn limit(&self, direction: Direction) -> Option<&Limit> {
         if direction.writes() { self.receive.as_ref() } else { self.transmit.as_ref() }
     }
 
@@ -247,17 +249,14 @@ impl Net {
             Ok((port, inbox, outbox))
         };
         let ports = (0..).zip(ports).map(with_memory).collect::<std::io::Result<_>>()?;
-        let now = Instant::now();
-        let limit =
-            |limits: RateLimits| (!limits.is_unlimited()).then(|| Mutex::new(RateLimit::new(limits, now)));
         let shared = Shared {
             taps,
             features: AtomicU64::new(0),
             mac: AtomicU64::new(0),
             link: AtomicBool::new(settings.link),
             announce: AtomicBool::new(settings.announce),
-            receive: limit(settings.receive),
-            transmit: limit(settings.transmit),
+            receive: Limit::new(settings.receive, settings.group.clone()),
+            transmit: Limit::new(settings.transmit, settings.group.clone()),
             metrics: Metrics::default(),
             settings,
         };

@@ -93,5 +93,6 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
         successor: false,
         kept: None,
         way: 1,
+        group: None,
     }))
 }

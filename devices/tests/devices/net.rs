@@ -247,6 +247,7 @@ pub fn config() -> NetConfig {
         successor: false,
         kept: None,
         way: 1,
+        group: None,
     }
 }
 

@@ -10,10 +10,10 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 
 pub use super::device_config::{
-    BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
-    FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NET_KEPT, NetBackend, NetConfig,
-    NetLimits, PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, TYPED, UartConfig,
-    VsockConfig, WatchdogConfig,
+    BackingImage, BalloonConfig, BlkConfig, BlkOptions, ConsoleConfig, Durability, ErrorAction, FlashConfig,
+    FsCache, FsConfig, FsOwners, GroupConfig, ImageFormat, KeyboardConfig, NET_KEPT, NetBackend, NetConfig,
+    NetLimits, PmemConfig, PortConfig, PortsConfig, Rates, RelayConfig, RngConfig, RngLimit, TYPED,
+    UartConfig, VsockConfig, WatchdogConfig,
 };
 
 use crate::channel::ChannelError;
@@ -352,7 +352,7 @@ pub enum ToDevice {
         /// In.
         up: bool,
     },
-    /// A raw disk's file has another size.
+    /// A raw disk's file has another size; an image in a format is to have it, and the answer is [`FromDevice::DiskSize`].
     DiskSize {
         /// Bytes.
         bytes: u64,
@@ -442,6 +442,8 @@ pub enum FromDevice {
     Expired,
     /// The keys of [`ToDevice::Keys`] up to this number are kept: a successor knows them.
     KeysTaken(u64),
+    /// The answer to [`ToDevice::DiskSize`] of a disk whose image says how large it is: its size in bytes, or why not the other.
+    DiskSize(Result<u64, String>),
 }
 
 /// A balloon and what the guest says of its memory.

@@ -48,6 +48,7 @@ pub(super) enum Message {
     Balloon(BalloonReport),
     Expired,
     KeysTaken(u64),
+    DiskSize(Result<u64, String>),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -72,6 +73,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Balloon(report), _) => Message::Balloon(report),
             (FromDevice::Expired, _) => Message::Expired,
             (FromDevice::KeysTaken(number), _) => Message::KeysTaken(number),
+            (FromDevice::DiskSize(size), _) => Message::DiskSize(size.map_err(|reason| harmless(&reason))),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -156,6 +158,7 @@ impl EventLoop<'_> {
             Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Expired => self.watchdog_expired(index),
             Message::KeysTaken(number) => self.keys_taken(&id, number),
+            Message::DiskSize(size) => self.image_resized(&id, size),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
