@@ -210,7 +210,6 @@ fn a_storm_of_kills_loses_no_key_and_strikes_none_twice() {
         (0x33, 0x23),
     ];
     let state = tempfile::tempfile().unwrap();
-    state.set_len(4096).unwrap();
     let state: OwnedFd = state.into();
     let resources = [&state];
     let config = DeviceConfig::Keyboard(KeyboardConfig { state: FdIndex(1) });
