@@ -35,7 +35,7 @@ use crate::rate_limit::{Group, Rate, RateLimits};
 use crate::registers::{DeviceProcess, Registers, RegistersError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
-use crate::stream::Ends;
+use crate::stream::{Ends, KEPT, Typed};
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
 use crate::watchdog::WatchdogDevice;
@@ -99,6 +99,9 @@ pub enum ServeError {
     /// What the device was given is not what it should be.
     #[error("{0}")]
     Open(String),
+    /// The memory for a successor.
+    #[error("memory for what came for the guest: {0}")]
+    Memory(#[from] io::Error),
 }
 
 /// A sealed process, ready to serve.
@@ -145,6 +148,13 @@ impl Resources {
         Ok(Ends::new(take(input)?, take(output)?))
     }
 
+    /// These ends, with memory for what comes for the guest.
+    fn keeping(&mut self, ends: Ends, typed: Option<FdIndex>) -> Result<Ends, ServeError> {
+        let Some(index) = typed else { return Ok(ends) };
+        let file = File::from(self.descriptors.take(index)?);
+        Ok(ends.keeping(Typed::new(Some(&file), 0)?))
+    }
+
     /// A network card with its descriptors.
     fn net(&mut self, config: &NetConfig) -> Result<Net, ServeError> {
         let peer = |this: &mut Self, index: &Option<FdIndex>| index.map(|index| this.take(index)).transpose();
@@ -168,9 +178,11 @@ impl Resources {
             transmit: limits(config.transmit),
             link: config.link,
             announce: config.successor,
+            way: config.way,
             group: self.group(config.group.as_deref())?,
         };
-        Ok(Net::new(settings, backend)?)
+        let kept = config.kept.map(|index| self.descriptors.take(index)).transpose()?.map(File::from);
+        Ok(Net::new(settings, backend, kept.as_ref())?)
     }
 
     /// A limit group. Only the mappings are kept.
@@ -231,17 +243,8 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_) => Ok(()),
                 Control::Console(console) => leave(channel, &[], &console.left()),
-                Control::Net(net) => {
-                    let Some(Left { input, output }) = net.left() else { return Ok(()) };
-                    // Said even of nothing: the stream stands between two packets then.
-                    if input.is_empty() && output.is_empty() {
-                        let left = Left { input, output };
-                        return Ok(channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT)?);
-                    }
-                    leave(channel, &input, &output)
-                }
+                _ => Ok(()),
             }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
@@ -333,7 +336,8 @@ fn virtio(config: &DeviceConfig, resources: &mut Resources) -> Result<Option<Par
             })
         }
         DeviceConfig::Console(config) => {
-            let device = Console::new(resources.ends(config.input, config.output)?, config.size);
+            let ends = resources.ends(config.input, config.output)?;
+            let device = Console::new(resources.keeping(ends, config.typed)?, config.size);
             let control = Control::Console(device.controller());
             let (main, queue) = (PolicyName::ConsoleMain, PolicyName::ConsoleQueue);
             Some(Parts { device: Box::new(device), main, queue, control })
@@ -398,6 +402,7 @@ fn without_queues<'a>(
     match config {
         DeviceConfig::Uart(config) => {
             let ends = resources.ends(config.input, config.output)?;
+            let ends = resources.keeping(ends, config.typed)?;
             resources.finish(channel)?;
             let events = uart::open(socket, ends, channel)?;
             seal(PolicyName::UartMain, &events.descriptors(), channel)?;
@@ -410,7 +415,7 @@ fn without_queues<'a>(
         }
         DeviceConfig::Keyboard(config) => {
             let state = resources.take(config.state)?.into();
-            let chip = Box::new(KeyboardDevice::open(state).map_err(RegistersError::File)?);
+            let chip = Box::new(KeyboardDevice::new(state));
             registers(PolicyName::KeyboardMain, chip, socket, resources, channel)
         }
         DeviceConfig::Watchdog(config) => {
@@ -444,10 +449,14 @@ fn registers<'a>(
 }
 
 /// Named ports and who is at them.
-fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ChannelError> {
+fn ports(config: &PortsConfig, resources: &mut Resources) -> Result<Ports, ServeError> {
     let mut named = Vec::with_capacity(config.ports.len());
-    for port in &config.ports {
-        let ends = resources.ends(port.input, port.output)?;
+    let typed = config.typed.map(|index| resources.descriptors.take(index)).transpose()?.map(File::from);
+    for (number, port) in (0_u64..).zip(&config.ports) {
+        let mut ends = resources.ends(port.input, port.output)?;
+        if let Some(file) = &typed {
+            ends = ends.keeping(Typed::new(Some(file), number.saturating_mul(KEPT as u64))?);
+        }
         named.push(NamedPort { name: port.name.clone(), console: port.console, ends });
     }
     let state = config.state.map(|index| resources.take(index)).transpose()?;
@@ -530,12 +539,12 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
     match (message, control) {
         (ToDevice::Stop, _) => return Ok(false),
         (ToDevice::Ping, _) => channel.send(&FromDevice::Alive(daemon.progress()), &[])?,
-        (ToDevice::Attach, Control::Console(_) | Control::Net(_)) => {
-            match (<[OwnedFd; 1]>::try_from(descriptors), control) {
-                (Ok([stream]), Control::Console(console)) => console.attach(stream),
-                (Ok([stream]), Control::Net(net)) => net.attach(stream),
-                (Ok(_), Control::None | Control::Blk(_) | Control::Balloon(_) | Control::Ports(_)) => {}
-                (Err(descriptors), _) => {
+        (message @ (ToDevice::Attach | ToDevice::AttachWay(_)), Control::Console(_) | Control::Net(_)) => {
+            match (<[OwnedFd; 1]>::try_from(descriptors), message, control) {
+                (Ok([stream]), ToDevice::Attach, Control::Console(console)) => console.attach(stream),
+                (Ok([stream]), ToDevice::AttachWay(way), Control::Net(net)) => net.attach(stream, way),
+                (Ok(_), message, _) => warn!(?message, "a control message that this device does not know"),
+                (Err(descriptors), ..) => {
                     warn!(descriptors = descriptors.len(), "an attach message needs one descriptor");
                 }
             }
@@ -549,10 +558,6 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
         }
         (ToDevice::Take(left), Control::Console(console)) => {
             console.take(left.output);
-            daemon.wake_workers();
-        }
-        (ToDevice::Take(left), Control::Net(net)) => {
-            net.take(left);
             daemon.wake_workers();
         }
         (ToDevice::Resize { columns, rows }, Control::Console(console)) => {

@@ -133,7 +133,7 @@ impl Bench {
     fn machine(&self, mut command: Command, name: &str) -> Command {
         command.arg("run");
         command.args(
-            "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1"
+            "--config machine.toml --firmware firmware --firmware-vars variables --memory 16M --cpus 1 --hang-deadline 60"
                 .split(' '),
         );
         let cid = std::process::id().wrapping_add(0x1000_0000);

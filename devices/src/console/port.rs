@@ -1,6 +1,5 @@
 //! The two queues of a port: bytes from the guest to its peer, and from the peer to the guest.
 
-use bulkhead_ipc::memory::Direction;
 use bulkhead_ipc::vhost_user::backend::{Chain, Vring, VringError};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -157,7 +156,7 @@ impl Port {
     /// Peer to guest, as long as there are bytes and buffers. True: there is more.
     pub(super) fn receive(&mut self, ring: &mut Vring) -> bool {
         let mut budget = BATCH;
-        while let Some(input) = self.peer.ready_input() {
+        while !self.peer.input(0, PIECE, Some(ring.used_index())).is_empty() {
             if !ring.next(&mut self.receive) {
                 // The guest has no buffer: it kicks when it has one.
                 if ring.enable_kicks() {
@@ -168,21 +167,23 @@ impl Port {
             let head = self.receive.head();
             let Some(segment) = self.receive.writable().first() else {
                 ring.finish(head, 0);
+                // Nothing is finished but not shown when bytes are given.
+                ring.publish();
                 continue;
             };
-            let buffer = match ring.ram().lend(segment.address, u64::from(segment.len), Direction::Write) {
-                Ok(buffer) => buffer,
-                Err(error) => {
-                    ring.fail(&error.into());
-                    ring.finish(head, 0);
-                    break;
-                }
-            };
-            let result = buffer.read_from(input);
-            match self.peer.settle_read(result) {
-                0 => ring.put_back(head),
-                count => ring.finish(head, u32::try_from(count).unwrap_or(segment.len)),
+            let used = ring.used_index();
+            let most = usize::try_from(segment.len).unwrap_or(PIECE).min(PIECE);
+            let bytes = self.peer.input(0, most, Some(used));
+            let count = bytes.len();
+            if ring.ram().memory().write_slice(bytes, GuestAddress(segment.address)).is_err() {
+                ring.fail(&VringError::Request("a console's buffer does not lie in guest memory"));
+                ring.finish(head, 0);
+                break;
             }
+            self.peer.give(count, used, || {
+                ring.finish(head, u32::try_from(count).unwrap_or(0));
+                ring.publish();
+            });
             budget = budget.saturating_sub(1);
             if budget == 0 {
                 ring.signal();

@@ -29,7 +29,7 @@ fn prepare(outfit: &mut Outfit) -> Result<DeviceConfig, StandaloneError> {
     // Where the output goes is the user's business, a file of any size too.
     outfit.may_write(None);
     let (input, output) = (Some(outfit.add(input)), Some(outfit.add(output)));
-    Ok(DeviceConfig::Console(ConsoleConfig { input, output, size: None }))
+    Ok(DeviceConfig::Console(ConsoleConfig { input, output, size: None, typed: None }))
 }
 
 /// Standard input and output. A terminal is opened anew for the output, so that it can be made non-blocking without a change of

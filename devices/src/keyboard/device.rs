@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_ipc::channel::message::{Key, ToDevice};
+use bulkhead_ipc::channel::message::{FromDevice, Key, ToDevice};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
 use serde::{Deserialize, Serialize};
 
@@ -25,32 +25,37 @@ struct State {
     /// Number of the access carried out last, and what it answered.
     number: u8,
     answer: u8,
+    /// Number of the keys taken last.
+    taken: u64,
 }
 
 /// The controller as a process serves it.
 #[derive(Debug)]
 pub struct KeyboardDevice {
     state: State,
+    /// The state is that of the file: the predecessor, if there was one, changes it no more.
+    begun: bool,
     file: StateFile,
     interrupt: Interrupt,
 }
 
 impl KeyboardDevice {
-    /// The controller as a predecessor left it in the file; an empty file is one after its reset.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn open(file: File) -> io::Result<Self> {
-        let file = StateFile::from(file);
-        let state = file.load()?.unwrap_or_default();
-        Ok(Self { state, file, interrupt: Interrupt::default() })
+    /// A controller whose state is in `file`.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        Self { state: State::default(), begun: false, file: file.into(), interrupt: Interrupt::default() }
     }
 
-    /// Keys are pressed or released.
-    pub fn press(&mut self, keys: &[Key]) {
-        self.state.controller.press(keys);
-        self.store();
-        self.signal();
+    /// Keys are pressed or released, unless a predecessor was told of them. Returns the number of those taken last.
+    pub fn press(&mut self, number: u64, keys: &[Key]) -> u64 {
+        if number > self.state.taken {
+            self.state.controller.press(keys);
+            // Together with what they made of the controller.
+            self.state.taken = number;
+            self.store();
+            self.signal();
+        }
+        self.state.taken
     }
 
     /// Carries out an access, unless a predecessor has.
@@ -90,10 +95,22 @@ impl DeviceProcess for KeyboardDevice {
         vec![self.file.as_fd()]
     }
 
-    fn order(&mut self, message: ToDevice) {
+    /// Not earlier, for a successor is made ready while its predecessor serves.
+    fn begin(&mut self) -> io::Result<()> {
+        if !self.begun {
+            self.state = self.file.load()?.unwrap_or_default();
+            self.begun = true;
+        }
+        Ok(())
+    }
+
+    fn order(&mut self, message: ToDevice) -> Option<FromDevice> {
         match message {
-            ToDevice::Keys(keys) => self.press(&keys),
-            message => tracing::warn!(?message, "a control message that this device does not know"),
+            ToDevice::Keys { number, keys } => Some(FromDevice::KeysTaken(self.press(number, &keys))),
+            message => {
+                tracing::warn!(?message, "a control message that this device does not know");
+                None
+            }
         }
     }
 
@@ -160,11 +177,23 @@ mod tests {
     struct Guest {
         device: KeyboardDevice,
         number: u8,
+        keys: u64,
+    }
+
+    fn begun(file: &File) -> KeyboardDevice {
+        let mut device = KeyboardDevice::new(file.try_clone().unwrap());
+        device.begin().unwrap();
+        device
     }
 
     impl Guest {
         fn new(file: &File) -> Self {
-            Self { device: KeyboardDevice::open(file.try_clone().unwrap()).unwrap(), number: 0 }
+            Self { device: begun(file), number: 0, keys: 0 }
+        }
+
+        fn press(&mut self, keys: &[Key]) {
+            self.keys += 1;
+            assert_eq!(self.device.press(self.keys, keys), self.keys);
         }
 
         fn offset(&self, port: u64) -> u64 {
@@ -190,8 +219,25 @@ mod tests {
         }
 
         fn succeed(&mut self, file: &File) {
-            self.device = KeyboardDevice::open(file.try_clone().unwrap()).unwrap();
+            self.device = begun(file);
         }
+    }
+
+    #[test]
+    fn keys_that_a_predecessor_has_taken_are_not_struck_again() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        guest.write(0x60, 0x41);
+        // Made ready while its predecessor serves.
+        let mut successor = KeyboardDevice::new(file.try_clone().unwrap());
+        guest.press(&[A]);
+        successor.begin().unwrap();
+        guest.device = successor;
+        assert_eq!(guest.device.press(1, &[A]), 1);
+        guest.press(&[B]);
+        assert_eq!([guest.read(0x60), guest.read(0x60)], [0x1E, 0x30]);
+        assert_eq!(guest.read(0x64) & 1, 0);
     }
 
     #[test]
@@ -201,7 +247,7 @@ mod tests {
         guest.write(0x64, 0x60);
         guest.succeed(&file);
         guest.write(0x60, 0x41);
-        guest.device.press(&[A, B]);
+        guest.press(&[A, B]);
         guest.succeed(&file);
         assert_eq!(guest.read(0x60), 0x1E);
         // The answer was lost with the process.
@@ -217,14 +263,14 @@ mod tests {
         let mut guest = Guest::new(&file);
         guest.write(0x64, 0x60);
         guest.write(0x60, 0x41);
-        guest.device.press(&[A]);
+        guest.press(&[A]);
         guest.succeed(&file);
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         guest.device.set_irq(0, 0, Some(event.as_fd().try_clone_to_owned().unwrap())).unwrap();
         assert_eq!(event.read(), Ok(1));
         guest.read(0x60);
         assert!(event.read().is_err());
-        guest.device.press(&[B]);
+        guest.press(&[B]);
         assert_eq!(event.read(), Ok(1));
     }
 
@@ -240,7 +286,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let mut guest = Guest::new(&file);
         for _ in 0..100 {
-            guest.device.press(&[Key { code: u16::MAX, pressed: true }; 100]);
+            guest.press(&[Key { code: u16::MAX, pressed: true }; 100]);
         }
         assert!(guest.device.take_failure().is_none());
         let state = guest.device.state.clone();

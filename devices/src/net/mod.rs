@@ -4,28 +4,33 @@
 //! - `control`: commands of the control queue;
 //! - `filter`: which addresses packets may come from and be for;
 //! - `port`: taps and sockets;
+//! - `inbox`, `outbox`: packets on their way, in memory that outlives the process;
 //! - `queue`: a pair of queues on its thread;
 //! - `metrics`: what is counted;
 //! - `service`: its options as a service.
 //!
 //! A packet that was taken from the guest is in the used ring when it was handed on, and buffers for packets are used in the order
-//! in which they were taken: a successor needs no note of what is in flight. What a death loses is packets, as on any network.
+//! in which they were taken: a successor needs no note of what is in flight. It may hand a packet on that its predecessor had handed
+//! on already, as any network may. None is lost, and the guest gets none twice: what was taken from the host lies in memory
+//! that a successor finds, as does what a stream has not taken.
 
 mod config;
 mod control;
 mod filter;
+mod inbox;
 mod metrics;
+mod outbox;
 mod port;
 mod queue;
 mod service;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use bulkhead_ipc::channel::message::Left;
+use bulkhead_ipc::channel::message::NET_KEPT;
 use bulkhead_ipc::memory::Direction;
 use bulkhead_ipc::tap::{self, Tap, attach_tap_queue, set_tap_offloads};
 use bulkhead_ipc::vhost_user::backend::{QueueWorker, VirtioDevice};
@@ -35,7 +40,9 @@ use tracing::warn;
 use crate::rate_limit::{Group, Limit, RateLimits};
 use config::{CONTROL_QUEUE, MULTI_QUEUE};
 pub use filter::Filter;
+use inbox::Inbox;
 pub use metrics::Metrics;
+use outbox::Outbox;
 use port::Port;
 use queue::Pair;
 pub use service::SERVICE;
@@ -44,6 +51,8 @@ pub use service::SERVICE;
 pub const MAX_PAIRS: u16 = 32;
 /// Least MTU of IPv4, and the largest there is.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65_535;
+
+const _: () = assert!((inbox::KEPT + outbox::KEPT) as u64 == NET_KEPT);
 
 /// Why a network card cannot be served.
 #[derive(Debug, Error)]
@@ -60,6 +69,9 @@ pub enum NetError {
     /// The tap.
     #[error(transparent)]
     Tap(#[from] tap::TapError),
+    /// The memory for a successor.
+    #[error("memory for packets on their way: {0}")]
+    Memory(#[from] std::io::Error),
 }
 
 /// What a network card is to be.
@@ -83,6 +95,8 @@ pub struct Settings {
     pub link: bool,
     /// The driver is to tell the network where it is: another process served it before.
     pub announce: bool,
+    /// Number of the way that packets go, from 1 on: another when a stream was made anew, or the machine was.
+    pub way: u64,
     /// What may pass both ways together with other devices.
     pub group: Option<Arc<Group>>,
 }
@@ -99,6 +113,7 @@ impl Default for Settings {
             transmit: RateLimits::default(),
             link: true,
             announce: false,
+            way: 1,
             group: None,
         }
     }
@@ -115,10 +130,12 @@ pub enum Backend {
     Datagrams(Option<OwnedFd>),
 }
 
-/// What comes by the control channel.
-enum Arrival {
-    Peer(OwnedFd),
-    Left(Left),
+/// Another peer of a socket.
+#[derive(Debug)]
+struct Peer {
+    socket: OwnedFd,
+    /// Number of this way.
+    way: u64,
 }
 
 /// What the device and its threads share.
@@ -136,7 +153,6 @@ struct Shared {
     receive: Option<Limit>,
     transmit: Option<Limit>,
     metrics: Metrics,
-    left: Mutex<Option<Left>>,
 }
 
 impl Shared {
@@ -181,10 +197,6 @@ impl Shared {
             warn!(%error, offloads, "the tap does not take these offloads");
         }
     }
-
-    fn leave(&self, left: Left) {
-        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(left);
-    }
 }
 
 /// A network card.
@@ -192,9 +204,9 @@ impl Shared {
 pub struct Net {
     shared: Arc<Shared>,
     offloads: u32,
-    ports: Vec<Port>,
-    arrivals: Sender<Arrival>,
-    arriving: Option<Receiver<Arrival>>,
+    ports: Vec<(Port, Inbox, Outbox)>,
+    arrivals: Sender<Peer>,
+    arriving: Option<Receiver<Peer>>,
     /// A driver has begun.
     begun: bool,
     /// It has ended, and the next one begins anew. A driver that a successor takes over does not.
@@ -202,11 +214,11 @@ pub struct Net {
 }
 
 impl Net {
-    /// A network card at `backend`.
+    /// A network card at `backend`. `kept`: memory that outlives the process, [`NET_KEPT`] bytes for each pair of queues.
     ///
     /// # Errors
     /// [`NetError`].
-    pub fn new(mut settings: Settings, backend: Backend) -> Result<Self, NetError> {
+    pub fn new(mut settings: Settings, backend: Backend, kept: Option<&File>) -> Result<Self, NetError> {
         let pairs = settings.pairs;
         let one = !matches!(backend, Backend::Tap(_));
         if pairs == 0 || pairs > MAX_PAIRS || one && pairs > 1 {
@@ -229,6 +241,14 @@ impl Net {
             Backend::Stream(peer) => (Vec::new(), 0, vec![Port::Stream(peer)]),
             Backend::Datagrams(peer) => (Vec::new(), 0, vec![Port::Datagrams(peer)]),
         };
+        let with_memory = |(number, port): (u64, Port)| {
+            let at = number.saturating_mul(NET_KEPT);
+            let inbox = Inbox::new(&port, inbox::memory(&port, kept, at)?);
+            let at = at.saturating_add(inbox::KEPT as u64);
+            let outbox = Outbox::new(outbox::memory(&port, kept, at)?);
+            Ok((port, inbox, outbox))
+        };
+        let ports = (0..).zip(ports).map(with_memory).collect::<std::io::Result<_>>()?;
         let shared = Shared {
             taps,
             features: AtomicU64::new(0),
@@ -238,7 +258,6 @@ impl Net {
             receive: Limit::new(settings.receive, settings.group.clone()),
             transmit: Limit::new(settings.transmit, settings.group.clone()),
             metrics: Metrics::default(),
-            left: Mutex::new(None),
             settings,
         };
         shared.set_mac(shared.settings.mac);
@@ -265,23 +284,13 @@ impl Net {
 #[derive(Clone, Debug)]
 pub struct Controller {
     shared: Arc<Shared>,
-    arrivals: Sender<Arrival>,
+    arrivals: Sender<Peer>,
 }
 
 impl Controller {
-    /// Another peer of the socket.
-    pub fn attach(&self, peer: OwnedFd) {
-        let _ = self.arrivals.send(Arrival::Peer(peer));
-    }
-
-    /// What a predecessor has read of the stream, and not sent.
-    pub fn take(&self, left: Left) {
-        let _ = self.arrivals.send(Arrival::Left(left));
-    }
-
-    /// What a successor needs of the stream, once the worker has ended.
-    pub fn left(&self) -> Option<Left> {
-        self.shared.left.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// Another peer of the socket, with the number of this way.
+    pub fn attach(&self, socket: OwnedFd, way: u64) {
+        let _ = self.arrivals.send(Peer { socket, way });
     }
 
     /// Plugs the cable in, or pulls it out.
@@ -322,9 +331,10 @@ impl VirtioDevice for Net {
     fn workers(&mut self) -> Vec<Box<dyn QueueWorker>> {
         let ports = std::mem::take(&mut self.ports);
         let mut arriving = self.arriving.take();
-        let pair = |(number, port)| {
+        let pair = |(number, (port, inbox, outbox))| {
             let arrivals = if matches!(port, Port::Tap(_)) { None } else { arriving.take() };
-            Box::new(Pair::new(self.shared.clone(), number, port, arrivals)) as Box<dyn QueueWorker>
+            let shared = self.shared.clone();
+            Box::new(Pair::new(shared, number, port, (inbox, outbox), arrivals)) as Box<dyn QueueWorker>
         };
         (0..).zip(ports).map(pair).collect()
     }

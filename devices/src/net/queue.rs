@@ -18,8 +18,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::config::{self, MERGEABLE};
 use super::control::{self, Command};
 use super::filter::LOOKS_AT;
-use super::port::{Inbox, Input, LARGEST, Outbox, Output, Pieces, Port, SMALLEST, send_to_tap};
-use super::{Arrival, Left, Shared};
+use super::inbox::{Inbox, Input};
+use super::outbox::Outbox;
+use super::port::{LARGEST, Output, Pieces, Port, SMALLEST, send_to_tap};
+use super::{Peer, Shared};
 
 /// Tags of the epoll; a ring's is its index.
 const WAKE: u64 = u64::MAX;
@@ -49,13 +51,17 @@ pub struct Pair {
     shared: Arc<Shared>,
     number: u16,
     port: Port,
-    arrivals: Option<Receiver<Arrival>>,
+    arrivals: Option<Receiver<Peer>>,
     epoll: Option<Epoll>,
     receive: Option<Vring>,
     transmit: Option<Vring>,
     control: Option<Vring>,
     inbox: Inbox,
     outbox: Outbox,
+    /// Number of the way out.
+    way: u64,
+    /// A ring has run: no predecessor works any more.
+    begun: bool,
     /// Something may be there to be read.
     readable: bool,
     /// The port has no room; its event brings us back.
@@ -134,9 +140,10 @@ impl Pair {
         shared: Arc<Shared>,
         number: u16,
         port: Port,
-        arrivals: Option<Receiver<Arrival>>,
+        (inbox, outbox): (Inbox, Outbox),
+        arrivals: Option<Receiver<Peer>>,
     ) -> Self {
-        let inbox = Inbox::new(&port);
+        let way = shared.settings.way;
         Self {
             shared,
             number,
@@ -147,7 +154,9 @@ impl Pair {
             transmit: None,
             control: None,
             inbox,
-            outbox: Outbox::default(),
+            outbox,
+            way,
+            begun: false,
             readable: true,
             full: false,
             waits_for_room: false,
@@ -185,21 +194,6 @@ impl Pair {
         }
     }
 
-    fn arrive(&mut self, arrival: Arrival) -> io::Result<()> {
-        match arrival {
-            Arrival::Peer(peer) => {
-                self.replace_peer(Some(peer));
-                self.watch()?;
-            }
-            Arrival::Left(left) => {
-                self.inbox.restart(&left.input);
-                self.outbox.restart(&left.output);
-            }
-        }
-        self.readable = true;
-        Ok(())
-    }
-
     fn replace_peer(&mut self, peer: Option<OwnedFd>) {
         if let (Some(epoll), Some(fd)) = (&self.epoll, self.port.fd()) {
             let _ = epoll.delete(fd);
@@ -207,13 +201,16 @@ impl Pair {
         if let Port::Stream(place) | Port::Datagrams(place) = &mut self.port {
             *place = peer;
         }
-        self.inbox.restart(&[]);
-        self.outbox.restart(&[]);
+        if self.begun {
+            self.inbox.restart(self.way);
+            self.outbox.restart(self.way);
+        }
         (self.full, self.paid_in, self.paid_out, self.readable) = (false, false, false, true);
     }
 
     fn lose_peer(&mut self) {
         info!("the peer has gone: packets are dropped until there is another");
+        self.port.hang_up();
         self.replace_peer(None);
     }
 
@@ -425,6 +422,7 @@ impl Pair {
         });
         match outcome {
             Ok(Placed::Done) => {
+                self.inbox.give(ring.used_index());
                 ring.finish_together(&self.done);
                 Placed::Done
             }
@@ -514,8 +512,12 @@ impl Pair {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        while let Some(arrival) = self.arrivals.as_ref().and_then(|arrivals| arrivals.try_recv().ok()) {
-            self.arrive(arrival)?;
+        while let Some(peer) = self.arrivals.as_ref().and_then(|arrivals| arrivals.try_recv().ok()) {
+            if std::mem::replace(&mut self.way, peer.way) == peer.way {
+                continue;
+            }
+            self.replace_peer(Some(peer.socket));
+            self.watch()?;
         }
         self.resume = None;
         self.serve_control();
@@ -568,6 +570,11 @@ impl QueueWorker for Pair {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, index.into());
         self.epoll.as_ref().ok_or(io::ErrorKind::NotConnected)?.add(ring.kick(), event)?;
         self.attach(index, true);
+        if index == self.number.saturating_mul(2) {
+            self.inbox.begin(self.way, ring.used_index());
+        }
+        self.outbox.begin(self.way);
+        self.begun = true;
         *self.slot(index).ok_or(io::ErrorKind::InvalidInput)? = Some(ring);
         self.more = true;
         Ok(())
@@ -612,14 +619,5 @@ impl QueueWorker for Pair {
             }
         }
         self.serve()
-    }
-}
-
-impl Drop for Pair {
-    fn drop(&mut self) {
-        if matches!(self.port, Port::Stream(Some(_))) {
-            let left = Left { input: self.inbox.left().to_vec(), output: self.outbox.left().to_vec() };
-            self.shared.leave(left);
-        }
     }
 }

@@ -91,6 +91,8 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
         ip_filter: Vec::new(),
         link: true,
         successor: false,
+        kept: None,
+        way: 1,
         group: None,
     }))
 }

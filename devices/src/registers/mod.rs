@@ -68,9 +68,10 @@ pub trait DeviceProcess: RegisterDevice {
         Ok(())
     }
 
-    /// An order of the supervisor that is for this device only.
-    fn order(&mut self, message: ToDevice) {
+    /// An order of the supervisor that is for this device only; what it is answered.
+    fn order(&mut self, message: ToDevice) -> Option<FromDevice> {
         tracing::warn!(?message, "a control message that this device does not know");
+        None
     }
 
     /// Why the file can no longer be written, once.
@@ -153,7 +154,13 @@ impl<'a> Registers<'a> {
         match self.channel.recv::<ToDevice>(Some(Duration::ZERO)) {
             Ok((ToDevice::Stop, _)) | Err(ChannelError::PeerClosed) => return Ok(false),
             Ok((ToDevice::Ping, _)) => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
-            Ok((message, _)) => self.device.order(message),
+            Ok((message, _)) => {
+                // Nobody gives orders to one whose predecessor serves.
+                self.device.begin()?;
+                if let Some(answer) = self.device.order(message) {
+                    self.channel.send(&answer, &[])?;
+                }
+            }
             Err(ChannelError::Deadline) => {}
             Err(error) => return Err(error.into()),
         }

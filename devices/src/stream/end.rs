@@ -73,6 +73,11 @@ impl End {
         }
     }
 
+    /// Whether it is a socket.
+    pub fn is_socket(&self) -> bool {
+        self.manner == Manner::Socket
+    }
+
     /// Whether both are the same descriptor.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.fd, &other.fd)

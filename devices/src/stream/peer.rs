@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::backlog::Backlog;
 use super::end::End;
+use super::typed::Typed;
 use super::watch::{Tag, Watches};
 
 /// Time between two attempts at the last output, milliseconds.
@@ -23,12 +24,20 @@ pub struct Ends {
     pub input: Option<End>,
     /// Where bytes from the guest go.
     pub output: Option<End>,
+    /// Where bytes for the guest wait for it.
+    pub typed: Option<Typed>,
 }
 
 impl Ends {
     /// Two descriptors, or one, or none.
     pub fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
-        Self { input: input.map(End::new), output: output.map(End::new) }
+        Self { input: input.map(End::new), output: output.map(End::new), typed: None }
+    }
+
+    /// The same, with bytes for the guest in memory that outlives the process.
+    #[must_use]
+    pub fn keeping(self, typed: Typed) -> Self {
+        Self { typed: Some(typed), ..self }
     }
 }
 
@@ -95,12 +104,15 @@ pub struct Peer {
     quiet: bool,
     /// The guest waits for a peer that does not read for as long as it takes.
     patient: bool,
+    /// What the peer has sent; none where memory for it could not be had.
+    typed: Option<Typed>,
 }
 
 impl Peer {
     /// A stream with its first ends.
-    pub fn new(first: Ends) -> Self {
-        let mut this = Self { places: Places { first, attached: None }, ..Self::default() };
+    pub fn new(mut first: Ends) -> Self {
+        let typed = first.typed.take().or_else(|| Typed::new(None, 0).ok());
+        let mut this = Self { places: Places { first, attached: None }, typed, ..Self::default() };
         this.places_changed();
         this
     }
@@ -165,6 +177,39 @@ impl Peer {
         let input = self.places.input()?;
         self.quiet = input.poll(PollFlags::POLLIN).is_empty();
         if self.quiet { None } else { Some(input.as_fd()) }
+    }
+
+    /// Bytes of the peer behind the first `known` that the guest has not got, `most` at most; if there are none, they are read
+    /// now. `used`: index of the guest's used ring, if it has one; its ring, or what stands for it, must run.
+    pub fn input(&mut self, known: usize, most: usize, used: Option<u16>) -> &[u8] {
+        let there = self.typed.as_mut().map_or(0, |typed| {
+            typed.begin(used);
+            typed.unread().len()
+        });
+        if there <= known && most > 0 && self.ready_input().is_some() {
+            let input = self.places.input().cloned();
+            if let (Some(input), Some(typed)) = (input, &mut self.typed) {
+                let result = typed.fill(&input, most);
+                self.settle_read(result);
+            }
+        }
+        let unread = self.typed.as_ref().and_then(|typed| typed.unread().get(known..)).unwrap_or_default();
+        unread.get(..most).unwrap_or(unread)
+    }
+
+    /// The guest has got so many of these bytes.
+    pub fn taken(&mut self, count: usize) {
+        if let Some(typed) = self.typed.as_mut().filter(|_| count > 0) {
+            typed.taken(count);
+        }
+    }
+
+    /// So many of these bytes are given to the guest by `publish`, before which its used ring has this index.
+    pub fn give(&mut self, count: usize, used: u16, publish: impl FnOnce()) {
+        match &mut self.typed {
+            Some(typed) => typed.give(count, used, publish),
+            None => publish(),
+        }
     }
 
     /// Takes note of what reading the input came to; returns the number of bytes, none at its end or after an error.

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use bulkhead_ipc::vfio_user::shadow::{SHADOW_SIZE, ShadowPage, ShadowState};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
 
+use super::fifo::DEPTH;
 use super::model::{Line, Uart16550};
 use super::registers::{PORTS, Register, lsr, msr};
 use crate::registers::Interrupt;
@@ -32,6 +33,8 @@ pub struct UartDevice {
     sent: u64,
     delivered: u64,
     published: u64,
+    /// Characters of the line in the receiver.
+    received: usize,
 }
 
 impl UartDevice {
@@ -68,9 +71,29 @@ impl UartDevice {
         self.update();
     }
 
-    /// Takes the characters away that the guest has not read.
-    pub fn take_received(&mut self) -> Vec<u8> {
-        self.uart.take_received()
+    /// Fetches characters from the line; false: none is there, or there is no room.
+    pub fn fetch(&mut self) -> bool {
+        self.settle_received();
+        let (mut bytes, room) = ([0; DEPTH], self.receive_room().min(DEPTH));
+        if room == 0 {
+            return false;
+        }
+        let came = self.line.input(self.received, room, None);
+        let count = came.len();
+        let Some(place) = bytes.get_mut(..count) else { return false };
+        place.copy_from_slice(came);
+        if count > 0 {
+            self.received = self.received.saturating_add(count);
+            self.receive(place, count < room);
+        }
+        count > 0
+    }
+
+    /// What the guest has read, or thrown away, need not be kept for a successor any more.
+    pub fn settle_received(&mut self) {
+        let left = self.uart.received().min(self.received);
+        self.line.taken(self.received.saturating_sub(left));
+        self.received = left;
     }
 
     /// Whether a character timeout is running.

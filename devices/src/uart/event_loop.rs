@@ -1,6 +1,5 @@
 //! The one thread of a UART process.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,6 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::UartError;
 use super::device::UartDevice;
-use super::fifo::DEPTH;
 use crate::stream::End;
 
 const CORE: u64 = 0;
@@ -40,8 +38,6 @@ pub struct EventLoop<'a> {
     device: UartDevice,
     channel: &'a Channel,
     timeout_at: Option<Instant>,
-    /// Characters that a predecessor had received and the guest had not read.
-    inherited: VecDeque<u8>,
 }
 
 impl<'a> EventLoop<'a> {
@@ -58,7 +54,7 @@ impl<'a> EventLoop<'a> {
                 .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
                 .map_err(UartError::system("epoll_ctl"))?;
         }
-        Ok(Self { epoll, connection, device, channel, timeout_at: None, inherited: VecDeque::new() })
+        Ok(Self { epoll, connection, device, channel, timeout_at: None })
     }
 
     /// Asks the scheduler not to interrupt the vCPU for each posted write where both share a CPU (SCHED_BATCH, sched(7)): the
@@ -97,16 +93,14 @@ impl<'a> EventLoop<'a> {
                 Err(error) => break Err(error),
             }
         };
+        // What the guest has read is not to come again.
+        self.device.settle_received();
         // The reader has a moment to take what the guest said last.
         self.device.line.finish(FINAL_FLUSH);
         self.device.pump();
         self.device.line.flush();
         // What was not read in time the core has, too, and sends to a successor.
         self.device.publish_delivered();
-        if result.is_ok() {
-            let unread = self.device.take_received().into_iter().chain(self.inherited).collect::<Vec<_>>();
-            let _no_successor = crate::serve::leave(self.channel, &unread, &[]);
-        }
         result
     }
 
@@ -135,6 +129,7 @@ impl<'a> EventLoop<'a> {
 
     /// Moves characters both ways as far as they go. `woken`: the line was reported.
     fn move_characters(&mut self, woken: bool) {
+        self.device.settle_received();
         self.fetch(woken);
         self.device.line.flush();
         self.device.pump();
@@ -160,9 +155,10 @@ impl<'a> EventLoop<'a> {
             }
             ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
-            ToDevice::Take(left) => self.inherited.extend(left.input),
-            ToDevice::Resize { .. }
-            | ToDevice::Keys(_)
+            ToDevice::Take(_)
+            | ToDevice::Resize { .. }
+            | ToDevice::AttachWay(_)
+            | ToDevice::Keys { .. }
             | ToDevice::Link { .. }
             | ToDevice::DiskSize { .. } => {}
             message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {
@@ -180,26 +176,8 @@ impl<'a> EventLoop<'a> {
         }
         while woken || self.device.receive_low() {
             woken = false;
-            let mut bytes = [0; DEPTH];
-            let room = self.device.receive_room().min(DEPTH);
-            if !self.inherited.is_empty() {
-                let count = room.min(self.inherited.len());
-                let inherited: Vec<u8> = self.inherited.drain(..count).collect();
-                self.device.receive(&inherited, count < room);
-                if count == 0 {
-                    return;
-                }
-                continue;
-            }
-            let Some(input) = self.device.line.ready_input() else { return };
-            let space = bytes.get_mut(..room).unwrap_or_default();
-            if space.is_empty() {
+            if !self.device.fetch() {
                 return;
-            }
-            let result = nix::unistd::read(input, space).map_err(std::io::Error::from);
-            let count = self.device.line.settle_read(result);
-            if count > 0 {
-                self.device.receive(bytes.get(..count).unwrap_or_default(), count < room);
             }
         }
     }

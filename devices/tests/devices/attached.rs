@@ -86,8 +86,10 @@ impl Rig {
         let first = input.as_ref().map(|_| FdIndex(1));
         let second = output.as_ref().map(|_| FdIndex(resources.len() as u8));
         let config = match kind {
-            "console" => DeviceConfig::Console(ConsoleConfig { input: first, output: second, size: None }),
-            _ => DeviceConfig::Uart(UartConfig { input: first, output: second }),
+            "console" => {
+                DeviceConfig::Console(ConsoleConfig { input: first, output: second, size: None, typed: None })
+            }
+            _ => DeviceConfig::Uart(UartConfig { input: first, output: second, typed: None }),
         };
         let mut device = Supervised::start(kind, config, &resources, Enforcement::Standalone);
         let guest = if kind == "console" {

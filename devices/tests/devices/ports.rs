@@ -32,7 +32,7 @@ fn state() -> OwnedFd {
 fn start(state: &OwnedFd) -> Supervised {
     let port =
         |name: &str| PortConfig { name: name.to_owned(), console: name == "b", input: None, output: None };
-    let config = PortsConfig { ports: vec![port("a"), port("b")], state: Some(FdIndex(1)) };
+    let config = PortsConfig { ports: vec![port("a"), port("b")], state: Some(FdIndex(1)), typed: None };
     Supervised::start("console", DeviceConfig::Ports(config), &[state], Enforcement::Supervised)
 }
 

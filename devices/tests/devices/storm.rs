@@ -444,7 +444,7 @@ fn a_storm_of_kills_takes_nothing_from_what_a_console_prints() {
         File::from(reader).read_to_end(&mut all).map(|_| all)
     });
     let resources = [&writer];
-    let config = ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None };
+    let config = ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None, typed: None };
     let mut victim = Victim::new("console", DeviceConfig::Console(config), &resources, 2);
     let mut random = Random(0x0f1e_2d3c_4b5a_6978);
     let (mut said, mut back, mut longest) = (0_u64, 0_u64, Duration::ZERO);

@@ -1,4 +1,4 @@
-//! Kills of devices whose requests leave a trace outside the rings: a network card, a balloon, persistent memory.
+//! Kills of devices whose requests leave a trace outside the rings: a balloon, persistent memory.
 //!
 //! Contains unsafe code: a system call that tells what of a file is not written back.
 
@@ -6,177 +6,14 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{
-    BalloonConfig, DeviceConfig, FdIndex, NetBackend, NetConfig, NetLimits, PmemConfig,
-};
+use bulkhead_ipc::channel::message::{BalloonConfig, DeviceConfig, FdIndex, PmemConfig};
 
 use crate::driver::{BUFFERS, Driver, Random};
 use crate::storm::{OTHER_KILLS, Victim, check_pause};
 
 const PAGE: u64 = 4096;
-
-/// Bytes of a frame.
-const FRAME: usize = 1000;
-/// Of `struct virtio_net_hdr_v1`.
-const HEADER: u64 = 12;
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
-/// Frames in flight, and buffers that wait for one.
-const DEPTH: u64 = 32;
-/// Where buffers for frames to the guest lie; those from it lie before.
-const IN: u64 = BUFFERS + DEPTH * PAGE;
-
-/// What a frame of this number looks like.
-fn frame(number: u64) -> Vec<u8> {
-    let seed = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let words = (0..FRAME as u64 / 8).flat_map(|word| seed.wrapping_add(word).to_le_bytes());
-    let mut bytes: Vec<u8> = words.collect();
-    bytes[..14].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
-    bytes[14..22].copy_from_slice(&number.to_le_bytes());
-    bytes
-}
-
-fn number_of(bytes: &[u8]) -> u64 {
-    let number = u64::from_le_bytes(bytes[14..22].try_into().unwrap());
-    assert!(bytes == frame(number), "a corrupted frame");
-    number
-}
-
-/// Both ends of a network card's frames.
-struct Frames {
-    wire: UnixDatagram,
-    /// Frames that the guest has sent, those of them that came back, and the next that the wire is to show.
-    sent: u64,
-    back: u64,
-    next: u64,
-    twice: u64,
-    /// Frames for the guest: sent, the next that it may see, and those that were lost.
-    given: u64,
-    may_come: u64,
-    lost: u64,
-    posted: HashMap<u16, u64>,
-    free: Vec<u64>,
-}
-
-impl Frames {
-    fn done(&mut self, driver: &Driver, queue: usize, (head, len): (u16, u32)) {
-        if queue == TRANSMIT {
-            self.back += 1;
-            return;
-        }
-        let address = self.posted.remove(&head).expect("a buffer comes back twice");
-        let number = number_of(&driver.get(address, len as usize)[HEADER as usize..]);
-        assert!(number >= self.may_come, "frame {number} came twice, or after its time");
-        self.lost += number - self.may_come;
-        self.may_come = number + 1;
-        self.free.push(address);
-    }
-
-    fn look_at_wire(&mut self) {
-        let mut bytes = [0; 2 * FRAME];
-        while let Ok(len) = self.wire.recv(&mut bytes) {
-            match number_of(&bytes[..len]) {
-                number if number == self.next => self.next += 1,
-                number if number < self.next => self.twice += 1,
-                number => panic!("frame {number} instead of {}: one is lost", self.next),
-            }
-        }
-    }
-
-    /// Keeps both directions busy.
-    fn turn(&mut self, driver: &mut Driver, more: bool) {
-        while more && self.sent - self.back < DEPTH {
-            let at = BUFFERS + self.sent % DEPTH * PAGE;
-            driver.put(at, &[&[0; HEADER as usize][..], &frame(self.sent)].concat());
-            driver.queues[TRANSMIT].submit(&driver.ram, &[(at, HEADER as u32 + FRAME as u32, false)]);
-            self.sent += 1;
-        }
-        while let Some(address) = self.free.pop() {
-            let head = driver.queues[RECEIVE].submit(&driver.ram, &[(address, PAGE as u32, true)]);
-            self.posted.insert(head, address);
-        }
-        [RECEIVE, TRANSMIT].iter().for_each(|queue| driver.queues[*queue].kick());
-        while more && self.wire.send(&frame(self.given)).is_ok() {
-            self.given += 1;
-        }
-        self.look_at_wire();
-        let ram = driver.ram.clone();
-        for queue in [RECEIVE, TRANSMIT] {
-            while let Some(finished) = driver.queues[queue].finished(&ram) {
-                self.done(driver, queue, finished);
-            }
-        }
-    }
-}
-
-#[test]
-fn a_storm_of_kills_costs_frames_and_corrupts_none() {
-    let (wire, theirs) = UnixDatagram::pair().unwrap();
-    wire.set_nonblocking(true).unwrap();
-    let theirs: OwnedFd = theirs.into();
-    let resources = [&theirs];
-    let config = NetConfig {
-        backend: NetBackend::Datagrams(Some(FdIndex(1))),
-        mac: [2, 0, 0, 0, 0, 1],
-        mtu: None,
-        receive: NetLimits::default(),
-        transmit: NetLimits::default(),
-        mac_filter: false,
-        ip_filter: Vec::new(),
-        link: true,
-        successor: false,
-        group: None,
-    };
-    let mut victim = Victim::new("net", DeviceConfig::Net(config), &resources, 3);
-    let mut frames = Frames {
-        wire,
-        sent: 0,
-        back: 0,
-        next: 0,
-        twice: 0,
-        given: 0,
-        may_come: 0,
-        lost: 0,
-        posted: HashMap::new(),
-        free: (0..DEPTH).map(|slot| IN + slot * PAGE).collect(),
-    };
-    let mut random = Random(0x0bad_cafe_1234_5678);
-    let mut longest = Duration::ZERO;
-    for _ in 0..OTHER_KILLS {
-        let end = Instant::now() + Duration::from_micros(random.below(5000));
-        loop {
-            frames.turn(&mut victim.driver, true);
-            if Instant::now() >= end {
-                break;
-            }
-        }
-        longest = longest.max(victim.kill(|driver, queue, done| frames.done(driver, queue, done)));
-    }
-    // Every frame of the guest arrives, and what is given to the card when nobody dies.
-    let end = Instant::now() + Duration::from_secs(20);
-    while frames.next < frames.sent || frames.back < frames.sent {
-        frames.turn(&mut victim.driver, false);
-        assert!(Instant::now() < end, "{} of {} frames", frames.next, frames.sent);
-    }
-    // Frames come in order: when one arrives that was given now, it is known which of the others were lost.
-    let before = frames.given;
-    while frames.may_come < before + 100 {
-        frames.turn(&mut victim.driver, frames.given < before + 100);
-        assert!(Instant::now() < end, "the guest hears nothing more");
-    }
-    let lost = frames.lost;
-    println!(
-        "net: {OTHER_KILLS} kills under {} frames from the guest, none lost, {} came twice, and {before} to it, {lost} lost: pause at most {longest:.1?}",
-        frames.sent, frames.twice
-    );
-    check_pause(longest);
-    // What a death may cost: what the process had in hand.
-    assert!(lost <= u64::from(OTHER_KILLS) * 2, "{lost} frames lost");
-    victim.process.stop();
-}
 
 /// Pages of a batch, and batches.
 const PAGES: u64 = 32;

@@ -138,11 +138,6 @@ impl Supervised {
         assert!(self.ending().starts_with("Ok(Code(0))"));
     }
 
-    /// Waits for the end of a process that was told to.
-    pub fn stop_again(mut self) {
-        assert!(self.ending().starts_with("Ok(Code(0))"));
-    }
-
     /// Private dirty memory, KiB.
     fn private_dirty(&self) -> u64 {
         let path = format!("/proc/{}/smaps_rollup", self.process.pid());
@@ -252,7 +247,12 @@ fn a_jailed_entropy_device_serves() {
 
 #[test]
 fn a_jailed_console_changes_its_peer_and_its_size() {
-    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: Some((100, 30)) });
+    let config = DeviceConfig::Console(ConsoleConfig {
+        input: None,
+        output: None,
+        size: Some((100, 30)),
+        typed: None,
+    });
     let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
     let mut driver = process.driver(2);
     driver.put(BUFFERS, b"before");
@@ -308,7 +308,7 @@ fn a_device_that_works_or_waits_for_its_guest_reports_no_stall() {
     }
     process.stop();
 
-    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None });
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None, typed: None });
     let mut process = Supervised::start("console", config, &[], Enforcement::Supervised);
     let mut driver = process.driver(2);
     // Buffers for input that nobody types.
@@ -357,7 +357,12 @@ fn a_thread_that_does_nothing_about_its_queue_is_reported() {
 #[test]
 fn a_console_whose_reader_is_slow_waits_for_the_host() {
     let (_reader, writer) = nix::unistd::pipe().unwrap();
-    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None });
+    let config = DeviceConfig::Console(ConsoleConfig {
+        input: None,
+        output: Some(FdIndex(1)),
+        size: None,
+        typed: None,
+    });
     let mut process = Supervised::start("console", config, &[&writer], Enforcement::Supervised);
     let mut driver = process.driver(2);
     // More than pipe and backlog hold.
@@ -383,7 +388,7 @@ fn left(process: &Supervised) -> Left {
 
 #[test]
 fn what_nobody_has_read_on_a_console_is_left_to_the_successor() {
-    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None });
+    let config = DeviceConfig::Console(ConsoleConfig { input: None, output: None, size: None, typed: None });
     let said: Vec<u8> =
         (0..40_000_u32).flat_map(|number| [b'a' + u8::try_from(number % 26).unwrap()]).collect();
     let mut process = Supervised::start("console", config.clone(), &[], Enforcement::Supervised);

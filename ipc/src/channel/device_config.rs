@@ -27,9 +27,16 @@ pub struct NetConfig {
     pub link: bool,
     /// The guest knows the device from a predecessor of the process.
     pub successor: bool,
+    /// Memory that outlives the process, [`NET_KEPT`] bytes for each pair of queues: packets on their way.
+    pub kept: Option<FdIndex>,
+    /// Number of the way that packets go, from 1 on. What is kept of another way counts for nothing.
+    pub way: u64,
     /// What may pass in both directions together with other devices.
     pub group: Option<Box<GroupConfig>>,
 }
+
+/// Size of the memory for a pair of queues that outlives a network card's process, in bytes.
+pub const NET_KEPT: u64 = 401_408;
 
 /// Where a network card's packets go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,7 +222,12 @@ pub struct ConsoleConfig {
     pub output: Option<FdIndex>,
     /// Columns and rows.
     pub size: Option<(u16, u16)>,
+    /// Memory that outlives the process, [`TYPED`] bytes: what came for the guest and it has not got.
+    pub typed: Option<FdIndex>,
 }
+
+/// Size of the memory of a byte stream that outlives its device's process, in bytes.
+pub const TYPED: u64 = 8192;
 
 /// A virtio console of named ports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,6 +236,8 @@ pub struct PortsConfig {
     pub ports: Vec<PortConfig>,
     /// A file without a name in which the device notes what a successor must know; empty at the start.
     pub state: Option<FdIndex>,
+    /// As a console's, for each port.
+    pub typed: Option<FdIndex>,
 }
 
 /// A named port.
@@ -246,6 +260,8 @@ pub struct UartConfig {
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
+    /// As a console's.
+    pub typed: Option<FdIndex>,
 }
 
 /// A flash chip.

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 pub use super::device_config::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, ConsoleConfig, Durability, ErrorAction, FlashConfig,
-    FsCache, FsConfig, FsOwners, GroupConfig, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PmemConfig, PortConfig, PortsConfig, Rates, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
-    WatchdogConfig,
+    FsCache, FsConfig, FsOwners, GroupConfig, ImageFormat, KeyboardConfig, NET_KEPT, NetBackend, NetConfig,
+    NetLimits, PmemConfig, PortConfig, PortsConfig, Rates, RelayConfig, RngConfig, RngLimit, TYPED,
+    UartConfig, VsockConfig, WatchdogConfig,
 };
 
 use crate::channel::ChannelError;
@@ -317,8 +317,10 @@ pub enum Input {
 pub enum ToDevice {
     /// Serve this device.
     Start(DeviceStart),
-    /// A new peer of a console, serial line or network card; its stream is the only descriptor (index 0).
+    /// A new peer of a console or serial line; its stream is the only descriptor (index 0).
     Attach,
+    /// A new peer of a network card, with the number of this way ([`NetConfig::way`]); its stream is the only descriptor (index 0).
+    AttachWay(u64),
     /// The terminal's new size in characters.
     Resize {
         /// Width.
@@ -337,8 +339,14 @@ pub enum ToDevice {
         /// The size that it is to have.
         target: Option<u32>,
     },
-    /// Keys are pressed and released on a keyboard, in this order.
-    Keys(Vec<Key>),
+    /// Keys are pressed and released on a keyboard, in this order. Answered by [`FromDevice::KeysTaken`]; until then they are sent again to a
+    /// successor.
+    Keys {
+        /// Counts these messages, from 1 on.
+        number: u64,
+        /// The keys.
+        keys: Vec<Key>,
+    },
     /// Plug the cable of a network card in, or pull it out.
     Link {
         /// In.
@@ -432,6 +440,8 @@ pub enum FromDevice {
     Left(Left),
     /// The watchdog has run out.
     Expired,
+    /// The keys of [`ToDevice::Keys`] up to this number are kept: a successor knows them.
+    KeysTaken(u64),
     /// The answer to [`ToDevice::DiskSize`] of a disk whose image says how large it is: its size in bytes, or why not the other.
     DiskSize(Result<u64, String>),
 }
@@ -448,7 +458,6 @@ pub struct BalloonReport {
 }
 
 /// Bytes that a console or serial line has taken from one side and not passed to the other.
-/// Bytes that a console, serial line or the stream of a network card has taken from one side and not passed to the other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// For the guest.

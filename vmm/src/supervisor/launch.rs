@@ -325,6 +325,7 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 size: stream.keyboard.as_ref().and_then(|_| terminal::size(io::stdin())),
+                typed: stream.typed.as_ref().map(|fd| fds.add(fd)),
             }),
             Self::Ports(ports) => DeviceConfig::Ports(ports_config(ports, fds)),
             Self::Flash(variables) => DeviceConfig::Flash(FlashConfig {
@@ -358,6 +359,7 @@ impl<'a> Plan<'a> {
             Self::Uart(stream) => DeviceConfig::Uart(UartConfig {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
+                typed: stream.typed.as_ref().map(|fd| fds.add(fd)),
             }),
             Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
                 back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
@@ -439,6 +441,8 @@ fn net<'a>(nic: &'a Nic, successor: bool, groups: &'a LimitGroups, fds: &mut Fds
         ip_filter: config.ip_filter.clone(),
         link: config.link,
         successor,
+        kept: Some(fds.add(&nic.kept)),
+        way: nic.way_number,
         group: groups.config(&config.id, fds),
     }
 }
@@ -452,7 +456,8 @@ fn ports_config<'a>(ports: &'a Ports, fds: &mut Fds<'a>) -> PortsConfig {
         output: end(&port.stream.output),
     };
     let named = ports.ports.iter().map(port).collect();
-    PortsConfig { ports: named, state: Some(fds.add(&ports.state)) }
+    let typed = Some(fds.add(&ports.typed));
+    PortsConfig { ports: named, state: Some(fds.add(&ports.state)), typed }
 }
 
 /// Connects to a Unix socket without waiting for one that does not accept.

@@ -430,7 +430,8 @@ impl Resources {
     /// The kernel refuses.
     pub fn reset(&self) -> io::Result<()> {
         self.watchdog.as_ref().map_or(Ok(()), Watchdog::reset)?;
-        self.ports.as_ref().map_or(Ok(()), |ports| ports.state.set_len(0))?;
+        self.ports.as_ref().map_or(Ok(()), Ports::reset)?;
+        [&self.serial, &self.console].into_iter().flatten().try_for_each(Stream::reset)?;
         self.keyboard.as_ref().map_or(Ok(()), |state| Ok(ftruncate(state, 0)?))
     }
 }

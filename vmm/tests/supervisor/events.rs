@@ -1,17 +1,22 @@
 //! `bulkhead events`.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
+use std::process::Command;
 
-use nix::sys::signal::Signal;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::{Bench, finish, signal, wait_for};
+use crate::harness::{Bench, finish, signal, skip, wait_for};
 use crate::restart::{count, murder};
 
 pub const CASES: &[(&str, fn())] = &[
     ("events_tell_the_life_of_each_process", lives),
     ("events_name_what_broke_a_policy_or_hung", reasons),
     ("a_follower_hears_of_the_end", follower),
+    ("passt_that_dies_is_started_anew_and_the_card_is_told", passt),
 ];
 
 fn events(bench: &Bench) -> Vec<Value> {
@@ -75,6 +80,48 @@ fn reasons() {
     assert!(list.contains("failed") && list.contains("sethostname") && list.contains("queue 1"), "{list}");
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
+}
+
+/// The process of passt that a supervisor has started.
+fn passt_of(supervisor: u32) -> Option<Pid> {
+    let parent = format!("PPid:\t{supervisor}\n");
+    let mut found = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let status = fs::read_to_string(entry.path().join("status")).ok()?;
+        let passt =
+            status.starts_with("Name:\tpasst") && status.contains(&parent) && !status.contains("State:\tZ");
+        passt.then(|| entry.file_name().to_string_lossy().parse().ok())?
+    });
+    found.next().map(Pid::from_raw)
+}
+
+fn passt() {
+    // passt takes addresses from the interface with the default route, or is told them.
+    let told = "address=10.0.2.15/24,gateway=10.0.2.2";
+    if Command::new("passt").arg("--version").output().is_err() {
+        skip("passt is not installed");
+        return;
+    }
+    let bench = Bench::new();
+    let child = bench.start(&format!("--net user,{told} --restart always --log-file log"), "");
+    for round in 1..=2 {
+        let first = passt_of(child.id()).expect("no passt");
+        kill(first, Signal::SIGKILL).unwrap();
+        wait_for("the way", || count(&bench, &format!("way {} of net", round + 1)) == 1);
+        assert_ne!(passt_of(child.id()), Some(first));
+        assert_eq!(count(&bench, "the other end of its stream has gone"), round);
+    }
+    // The process of the card is another matter: passt outlives it.
+    let before = passt_of(child.id());
+    murder(&bench, "net0");
+    wait_for("the successor", || count(&bench, "net0 was replaced within") == 1);
+    assert_eq!(passt_of(child.id()), before);
+    let kinds = kinds(&events(&bench), "net0").join(" ");
+    let wanted =
+        "start ready disconnected connected disconnected connected death restart start ready replaced";
+    assert_eq!(kinds, wanted);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+    assert_eq!(before.map(|pid| kill(pid, None)), Some(Err(Errno::ESRCH)), "passt is left");
 }
 
 fn follower() {

@@ -23,6 +23,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("never_is_for_the_devices_it_is_said_of", never),
     ("peers_outlive_the_process_that_serves_them", peers),
     ("an_end_during_a_restart_leaves_nothing", end_meanwhile),
+    ("keys_that_nobody_has_read_are_struck_at_the_successor", keys),
 ];
 
 const OFTEN: &str = "kernel = 'kernel'\nrestart = { max = 1000, window = 1, backoff = 0 }\n";
@@ -173,6 +174,27 @@ fn peers() {
         murder(&bench, "serial");
         expect();
     }
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn keys() {
+    let bench = Bench::new();
+    let child = bench.start("--keyboard --restart always --log-file log", "");
+    let told = |number: u32| count(&bench, &format!("message {number} of 2 strokes for keyboard"));
+    kill(Pid::from_raw(bench.pid("keyboard")), Signal::SIGSTOP).unwrap();
+    let run = bench.ask("sendkey NAME a");
+    assert_eq!(run.code, 0, "{}", run.err);
+    murder(&bench, "keyboard");
+    wait_for("the key", || told(1) == 1);
+    assert_eq!(bench.ask("sendkey NAME b").code, 0);
+    wait_for("another key", || told(2) == 1);
+    wait_for("the first successor", || count(&bench, "keyboard was replaced within") == 1);
+    murder(&bench, "keyboard");
+    wait_for("the second successor", || count(&bench, "keyboard was replaced within") == 2);
+    assert_eq!(bench.ask("sendkey NAME c").code, 0);
+    wait_for("the last key", || told(3) == 1);
+    assert_eq!([told(1), told(2)], [1, 1], "what was taken is not struck again");
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

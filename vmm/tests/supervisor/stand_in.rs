@@ -183,6 +183,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
             kept.extend(
                 [console.input, console.output].into_iter().flatten().map(|fd| fds.take(fd).unwrap()),
             );
+            drop(console.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::ConsoleMain
         }
         DeviceConfig::Uart(uart) => {
@@ -192,6 +193,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
                 kept.push(output.into());
             }
             kept.extend(uart.input.map(|input| fds.take(input).unwrap()));
+            drop(uart.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::UartMain
         }
         DeviceConfig::Flash(flash) => {
@@ -214,6 +216,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
         DeviceConfig::Ports(ports) => {
             let ends = ports.ports.iter().flat_map(|port| [port.input, port.output]);
             kept.extend(ends.chain([ports.state]).flatten().map(|fd| fds.take(fd).unwrap()));
+            drop(ports.typed.map(|typed| fds.take(typed).unwrap()));
             PolicyName::ConsoleMain
         }
         DeviceConfig::Net(net) => {
@@ -225,6 +228,7 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
                     kept.extend(fd.map(|fd| fds.take(fd).unwrap()));
                 }
             }
+            drop(net.kept.map(|kept| fds.take(kept).unwrap()));
             PolicyName::NetMain
         }
         DeviceConfig::Relay(relay) => {
@@ -297,6 +301,7 @@ fn serve(control: &Control, id: &str) {
                 };
                 control.channel.send(&FromDevice::Alive(progress), &[]).unwrap();
             }
+            (ToDevice::AttachWay(number), _) => eprintln!("INFO stand-in: way {number} of {id}"),
             (ToDevice::Attach, fds) => {
                 let mut peer = File::from(fds.into_iter().next().unwrap());
                 peer.write_all(format!("attached to {id}\r\n").as_bytes()).unwrap();
@@ -312,7 +317,10 @@ fn serve(control: &Control, id: &str) {
             }
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
-            (ToDevice::Keys(keys), _) => eprintln!("INFO stand-in: {} strokes for {id}", keys.len()),
+            (ToDevice::Keys { number, keys }, _) => {
+                eprintln!("INFO stand-in: message {number} of {} strokes for {id}", keys.len());
+                control.channel.send(&FromDevice::KeysTaken(number), &[]).unwrap();
+            }
         }
     }
 }

@@ -224,6 +224,11 @@ impl Vring {
         self.next_available.0.wrapping_sub(pending)
     }
 
+    /// Index of the used ring as the driver sees it.
+    pub fn used_index(&self) -> u16 {
+        self.published.0
+    }
+
     /// Requests taken and not finished.
     pub fn in_flight(&self) -> u32 {
         self.taken

@@ -24,6 +24,12 @@ pub fn cases() -> Vec<Case> {
         ),
         Case::new("bare", "so does a killed supervisor", 30, |context| bare_killed(context, "supervisor")),
         Case::new("bare", "so does one that the host's OOM killer ends", 30, out_of_memory),
+        // The lab has cgroup v2, whatever it runs on.
+        Case::new("stock", "so does one that the OOM killer ends in the lab's cgroup v2", 30, |context| {
+            let two = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+            ensure!(two || std::env::var_os("BULKHEAD_IN_LAB").is_none(), "the lab has no cgroup v2");
+            out_of_memory(context)
+        }),
         Case::new("bare", "stopped core is found and ends the machine, by name", 60, stopped_core),
         Case::new("stock", "power button lets the guest shut down", 120, power_button),
         Case::new("stock", "stop --force ends at once", 120, stop_forced),

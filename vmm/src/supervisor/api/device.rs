@@ -183,6 +183,10 @@ pub enum EventKind {
     Restart,
     /// The successor serves the guest; `took_us` since the predecessor stopped.
     Replaced,
+    /// The other end of a network card's stream has gone: passt, or another machine. What passt knew of connections is lost with it.
+    Disconnected,
+    /// There is one again.
+    Connected,
     /// A user asked for a restart or upgrade of the device.
     Asked,
     /// What a user asked for was not possible; the device goes on as before.

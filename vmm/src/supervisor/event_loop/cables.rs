@@ -1,7 +1,7 @@
 //! The streams of network cards: passt that ends, and another machine that comes and goes.
 //!
-//! A device process that ends in order leaves to its successor where its stream stands. After a death nobody knows, so the stream is
-//! made anew.
+//! A device process that ends, in order or not, leaves its stream to its successor in memory that outlives it: nobody at the other end
+//! hears of it.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead_ipc::channel::message::ToDevice;
 
 use super::EventLoop;
-use crate::supervisor::api::Response;
+use crate::supervisor::api::{EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::nearest::hint;
 use crate::supervisor::poller::Source;
@@ -63,7 +63,9 @@ impl EventLoop<'_> {
             self.cables.push((id.clone(), Instant::now() + PAUSE));
         }
         let why = if why.is_empty() { String::new() } else { format!(": {why}") };
-        self.say(LogLevel::Warn, &format!("{id}: the other end of its stream has gone{why}"));
+        let text = format!("{id}: the other end of its stream has gone{why}");
+        self.say(LogLevel::Warn, &text);
+        self.note_cable(EventKind::Disconnected, &id, Some(text));
         self.watch_cables();
     }
 
@@ -87,11 +89,28 @@ impl EventLoop<'_> {
         let Some(end) = nic.end() else { return };
         let id = &nic.config.id;
         // One that has ended gets it with its start.
-        let text = match self.hand_over(id, end.as_fd()) {
+        let message = ToDevice::AttachWay(nic.way_number);
+        let text = match self.hand_over_as(&message, id, end.as_fd()) {
             Ok(()) => format!("{id}: connected"),
             Err(reason) => format!("{id}: connected, but {reason}"),
         };
+        let id = id.clone();
         self.say(LogLevel::Info, &text);
+        self.note_cable(EventKind::Connected, &id, None);
+    }
+
+    fn note_cable(&mut self, kind: EventKind, id: &str, reason: Option<String>) {
+        let index = self.processes.iter().position(|process| process.id == id);
+        self.note(kind, index, |entry| (entry.pid, entry.reason) = (None, reason));
+    }
+
+    /// A successor that was made ready earlier gets the stream of today; it knows it by its number if it has it.
+    pub(super) fn hand_over_cable_again(&self, id: &str) {
+        let nic = self.resources.nics.iter().find(|nic| nic.config.id == id);
+        if let Some((nic, end)) = nic.and_then(|nic| Some((nic, nic.end()?))) {
+            // One that has ended gets it with its start.
+            let _gone = self.hand_over_as(&ToDevice::AttachWay(nic.way_number), id, end);
+        }
     }
 
     /// Makes streams anew that are due.
@@ -121,22 +140,6 @@ impl EventLoop<'_> {
         let level = if matches!(error, NicError::Socket { .. }) { LogLevel::Debug } else { LogLevel::Warn };
         self.say(level, &error.to_string());
         self.cables.push((id, now + PAUSE));
-    }
-
-    /// The process of a card died: nobody knows where its stream stands. `attach`: a process waits for the new one.
-    pub(super) fn renew_cable(&mut self, id: &str, attach: bool) {
-        let Some(number) = self.resources.nics.iter().position(|nic| nic.config.id == id) else { return };
-        if self.resources.nics.get(number).and_then(Nic::stream).is_none() {
-            return;
-        }
-        self.unwatch_cables();
-        let result = self.resources.nics.get_mut(number).map_or(Ok(()), Nic::reconnect);
-        self.watch_cables();
-        match result {
-            Ok(()) if attach => self.hand_over_cable(number),
-            Ok(()) => {}
-            Err(error) => self.cable_fails(id.to_owned(), Instant::now(), &error),
-        }
     }
 
     /// A user plugs a cable in, or pulls it out.

@@ -11,6 +11,7 @@ mod cpus;
 mod disks;
 mod early;
 mod hotplug;
+mod keyboard;
 mod liveness;
 mod orders;
 mod ports;
@@ -47,6 +48,7 @@ use super::terminal::{self, Escapes, Key, RawTerminal};
 use cables::Cables;
 use cpus::Cpus;
 use hotplug::Change;
+use keyboard::Unread;
 use orders::Order;
 use recovery::Recovery;
 
@@ -232,6 +234,8 @@ pub struct EventLoop<'a> {
     changes: Vec<Change>,
     /// Streams of network cards that are to be made anew.
     cables: Cables,
+    /// Keys that the keyboard's process has not taken.
+    unread_keys: Unread,
     /// The CPUs that are plugged in, and what was asked about them.
     cpus: Cpus,
     started: Instant,
@@ -282,6 +286,7 @@ impl<'a> EventLoop<'a> {
             port_peers: Vec::new(),
             changes: Vec::new(),
             cables: Cables::new(),
+            unread_keys: Unread::default(),
             cpus,
             started,
             phase,

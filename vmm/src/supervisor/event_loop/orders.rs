@@ -287,12 +287,8 @@ impl EventLoop<'_> {
             self.condemn(index, EventKind::Failure, &format!("{id} cannot be watched: {error}"));
             return;
         }
-        // Where a card's stream stands, only one that has ended in order can say.
-        let unsaid = self.recoveries.get(index).is_some_and(|recovery| recovery.left.is_empty());
         self.pass_on(index);
-        if unsaid {
-            self.renew_cable(&id, true);
-        }
+        self.hand_over_cable_again(&id);
         self.attach_again(&id);
         if ready {
             self.hand_to_core(index, &id);

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use super::{End, EventLoop, KILL_DEADLINE, Phase, STOP_DEADLINE, WORD_DEADLINE};
 use crate::supervisor::api::EventKind;
 use crate::supervisor::cli::LogLevel;
+use crate::supervisor::config::{KEYBOARD, PORTS};
 use crate::supervisor::exit_code::ExitCode;
 use crate::supervisor::heap;
 use crate::supervisor::launch::advice;
@@ -46,6 +47,7 @@ pub(super) enum Message {
     Left(Left),
     Balloon(BalloonReport),
     Expired,
+    KeysTaken(u64),
     DiskSize(Result<u64, String>),
 }
 
@@ -70,6 +72,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Balloon(report), _) => Message::Balloon(report),
             (FromDevice::Expired, _) => Message::Expired,
+            (FromDevice::KeysTaken(number), _) => Message::KeysTaken(number),
             (FromDevice::DiskSize(size), _) => Message::DiskSize(size.map_err(|reason| harmless(&reason))),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
@@ -154,6 +157,7 @@ impl EventLoop<'_> {
             Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Expired => self.watchdog_expired(index),
+            Message::KeysTaken(number) => self.keys_taken(&id, number),
             Message::DiskSize(size) => self.image_resized(&id, size),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
@@ -421,15 +425,27 @@ impl EventLoop<'_> {
 
     /// Hands a new peer of a console or serial port to its device.
     pub(super) fn hand_over(&self, device: &str, stream: BorrowedFd<'_>) -> Result<(), String> {
+        self.hand_over_as(&ToDevice::Attach, device, stream)
+    }
+
+    /// The same by another message.
+    pub(super) fn hand_over_as(
+        &self,
+        message: &ToDevice,
+        device: &str,
+        stream: BorrowedFd<'_>,
+    ) -> Result<(), String> {
         let alive = |process: &&Process| process.id == device && process.state != State::Ended;
         let process = self.processes.iter().find(alive).ok_or("the device has ended")?;
-        process.channel.send(&ToDevice::Attach, &[stream]).map_err(|error| error.to_string())
+        process.channel.send(message, &[stream]).map_err(|error| error.to_string())
     }
 
     /// A device that was started anew gets the peer that its predecessor had.
     pub(super) fn attach_again(&self, device: &str) {
-        if device == crate::supervisor::config::PORTS {
-            self.attach_ports_again();
+        match device {
+            PORTS => self.attach_ports_again(),
+            KEYBOARD => self.strike_again(),
+            _ => {}
         }
         let attachments = self.environment.server.attachments();
         let attached = attachments.filter(|it| it.device == device).map(|it| it.stream.as_fd());

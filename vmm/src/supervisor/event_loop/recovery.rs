@@ -373,7 +373,6 @@ impl EventLoop<'_> {
 
     /// Starts a successor in the place of a process that was reaped.
     fn restart(&mut self, index: usize, id: &str) {
-        self.renew_cable(id, false);
         let candidate = self.recoveries.get(index).and_then(|recovery| recovery.candidate.clone());
         let program = candidate
             .as_ref()

@@ -13,8 +13,7 @@ use crate::supervisor::api::{
     DeviceEntry, DeviceState, DeviceStats, MachineEntry, ProcessEntry, ProgramInfo, Request, Response,
 };
 use crate::supervisor::cli::LogLevel;
-use crate::supervisor::config::{CONSOLE, KEYBOARD, SERIAL, SUPERVISOR};
-use crate::supervisor::keys::strokes;
+use crate::supervisor::config::{CONSOLE, SERIAL, SUPERVISOR};
 use crate::supervisor::process::{Role, State};
 use crate::supervisor::programs::DeviceProgram;
 
@@ -70,19 +69,6 @@ impl EventLoop<'_> {
         if let Some(response) = answer.unwrap_or_else(|message| Some(Response::Error { message })) {
             self.environment.server.respond(client, &response, &self.environment.poller);
         }
-    }
-
-    fn strike(&self, keys: &[String]) -> Result<Response, String> {
-        let keys = strokes(keys)?;
-        let keyboard = self.processes.iter().find(|process| process.id == KEYBOARD);
-        let keyboard = keyboard.ok_or("this machine has no keyboard: start it with --keyboard")?;
-        match keyboard.state {
-            State::Ready => {
-                keyboard.channel.send(&ToDevice::Keys(keys), &[]).map_err(|error| error.to_string())?
-            }
-            State::Starting | State::Ended => return Err("the keyboard does not serve now".to_owned()),
-        }
-        Ok(Response::Done)
     }
 
     fn devices(&self) -> Vec<DeviceEntry> {

@@ -11,8 +11,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use bulkhead_ipc::channel::message::NET_KEPT;
 use bulkhead_ipc::tap::{Tap, TapError, attach_tap_queue};
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::unistd::pipe2;
 use thiserror::Error;
@@ -57,6 +59,14 @@ pub enum NicError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The memory for packets on their way.
+    #[error("{id}: memory for packets on their way: {source}")]
+    Memory {
+        /// The card.
+        id: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The socket.
     #[error("{id}: the socket '{path}': {reason}")]
     Socket {
@@ -86,6 +96,10 @@ pub struct Nic {
     pub config: NicConfig,
     /// The way out.
     pub way: Way,
+    /// Its number: another when a stream was made anew, or the machine was.
+    pub way_number: u64,
+    /// Packets on their way, which outlive the process that serves it.
+    pub kept: OwnedFd,
     /// A machine had it before.
     used: bool,
 }
@@ -173,6 +187,15 @@ impl Passt {
     }
 }
 
+/// Memory of this size, which stays so: whoever maps it is safe.
+fn memory(size: u64) -> io::Result<OwnedFd> {
+    let memory = File::from(memfd_create(c"net", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    memory.set_len(size)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(memory.into())
+}
+
 /// A port that somebody else has is better said before passt is started, which says it to nobody.
 fn check_ports(id: &str, forwards: &[Forward]) -> Result<(), NicError> {
     for forward in forwards {
@@ -229,7 +252,10 @@ impl Nic {
         if let Way::Tap(tap) = &way {
             tap.configure(config.mtu).map_err(tap_error)?;
         }
-        Ok(Self { config: config.clone(), way, used: false })
+        let pairs = if let Way::Tap(tap) = &way { tap.queues.len() as u64 } else { 1 };
+        let kept = memory(pairs.saturating_mul(NET_KEPT))
+            .map_err(|source| NicError::Memory { id: id.clone(), source })?;
+        Ok(Self { config: config.clone(), way, way_number: 1, kept, used: false })
     }
 
     /// A machine starts: its guest begins with one queue, and a stream at its beginning.
@@ -244,7 +270,11 @@ impl Nic {
                 let _as_it_was = attach_tap_queue(queue.as_fd(), number == 0);
             }
         }
-        if std::mem::replace(&mut self.used, true) { self.reconnect() } else { Ok(()) }
+        if std::mem::replace(&mut self.used, true) {
+            self.way_number = self.way_number.saturating_add(1);
+            return self.reconnect();
+        }
+        Ok(())
     }
 
     /// The stream, if packets go by one.
@@ -254,12 +284,13 @@ impl Nic {
 
     /// Another peer has connected.
     pub fn connected(&mut self, peer: UnixStream) {
+        self.way_number = self.way_number.saturating_add(1);
         if let Way::Stream(stream) = &mut self.way {
             stream.end = Some(peer.into());
         }
     }
 
-    /// The stream has ended, or nobody knows where it stands. Why, as far as it is known.
+    /// The stream has ended. Why, as far as it is known.
     pub fn disconnect(&mut self) -> String {
         let Way::Stream(stream) = &mut self.way else { return String::new() };
         stream.end = None;
@@ -280,6 +311,7 @@ impl Nic {
     pub fn reconnect(&mut self) -> Result<(), NicError> {
         let id = self.config.id.clone();
         self.disconnect();
+        self.way_number = self.way_number.saturating_add(1);
         let Way::Stream(stream) = &mut self.way else { return Ok(()) };
         match &self.config.target {
             NetTarget::User(user) => *stream = Stream::user(&id, user)?,

@@ -4,6 +4,7 @@ use std::fs::File;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::stream::{forget, typed};
 use super::{ResourceError, Stream};
 use crate::supervisor::config::{PORTS, PortSpec};
 
@@ -28,6 +29,8 @@ pub struct Ports {
     pub ports: Vec<Port>,
     /// What their process leaves to its successor.
     pub state: File,
+    /// What came for the guest and it has not got.
+    pub typed: File,
 }
 
 impl Ports {
@@ -45,6 +48,17 @@ impl Ports {
         let state = memfd_create(c"ports", MFdFlags::MFD_CLOEXEC);
         let state =
             state.map_err(|errno| ResourceError::Host { what: PORTS.to_owned(), reason: errno.into() })?;
-        Ok(Some(Self { ports, state: state.into() }))
+        let typed = typed(ports.len() as u64);
+        let typed = typed.map_err(|reason| ResourceError::Host { what: PORTS.to_owned(), reason })?;
+        Ok(Some(Self { ports, state: state.into(), typed }))
+    }
+
+    /// Forgets what a guest was told: the machine starts anew.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn reset(&self) -> std::io::Result<()> {
+        self.state.set_len(0)?;
+        forget(&self.typed)
     }
 }

@@ -3,13 +3,15 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use bulkhead_ipc::channel::message::TYPED;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, SealFlag, fcntl};
 use nix::pty::{OpenptyResult, openpty};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
 use super::{ResourceError, append};
@@ -36,6 +38,8 @@ pub struct Stream {
     /// The other side of the pseudo terminal, held open so that the device does not see a hang-up before, between and
     /// after users of it.
     _pty_user: Option<OwnedFd>,
+    /// What came for the guest and it has not got, which outlives the process of the device; none of named ports, which share one.
+    pub typed: Option<File>,
 }
 
 /// The way of the keys from this terminal to the device process.
@@ -64,6 +68,7 @@ impl Stream {
             writes_file: false,
             pty: None,
             _pty_user: None,
+            typed: None,
         }
     }
 
@@ -85,7 +90,16 @@ impl Stream {
                 Self { listener: Some(Listener::bind(field, path)?), attachable: true, ..Self::empty() }
             }
         };
-        Ok(Some(stream))
+        let typed = Some(typed(1).map_err(host("memory for what is typed"))?);
+        Ok(Some(Self { typed, ..stream }))
+    }
+
+    /// Forgets what was typed: the machine starts anew.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn reset(&self) -> io::Result<()> {
+        self.typed.as_ref().map_or(Ok(()), forget)
     }
 
     fn stdio() -> io::Result<Self> {
@@ -137,6 +151,27 @@ impl Stream {
             ..Self::empty()
         })
     }
+}
+
+/// Memory for what is typed at so many streams; it does not get smaller, so that whoever maps it is safe.
+///
+/// # Errors
+/// The kernel has none.
+pub fn typed(streams: u64) -> io::Result<File> {
+    let memory = File::from(memfd_create(c"typed", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    memory.set_len(streams.saturating_mul(TYPED))?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(memory)
+}
+
+/// Empties such memory.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn forget(memory: &File) -> io::Result<()> {
+    let length = usize::try_from(memory.metadata()?.len()).map_err(io::Error::other)?;
+    memory.write_all_at(&vec![0; length], 0)
 }
 
 /// A listening Unix socket whose path goes away with it.

@@ -138,7 +138,7 @@ impl Rig {
         let (core_end, device_end) = UnixStream::pair().map_err(text)?;
         let (console, console_channel) =
             start(context, "bulkhead-device", &["bulkhead-device", "console"], Limits::default())?;
-        let config = ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None };
+        let config = ConsoleConfig { input: None, output: Some(FdIndex(1)), size: None, typed: None };
         let message = ToDevice::Start(DeviceStart {
             id: "console".into(),
             machine: "hostile".into(),
