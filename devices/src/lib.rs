@@ -10,6 +10,7 @@ pub mod keyboard;
 pub mod net;
 pub mod pmem;
 pub mod rate_limit;
+pub mod registers;
 pub mod relay;
 pub mod rng;
 pub mod segments;
