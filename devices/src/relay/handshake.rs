@@ -371,7 +371,7 @@ mod tests {
         );
         let space = Some(vec![1, 2, 3, 4]);
         let mut handshake = Handshake::new(RelayConfig { config: space, own_features: 0x20, ..config() });
-        let with = mq | VhostUserProtocolFeatures::CONFIG.bits();
+        let with = (VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK).bits() | mq;
         assert_eq!(ask(&mut handshake, FrontendReq::GET_PROTOCOL_FEATURES, mq), Ok(with));
         assert_eq!(ask(&mut handshake, FrontendReq::GET_FEATURES, GOOD), Ok(GOOD | 0x20));
         let mut set = |request: FrontendReq, value: u64| {
