@@ -125,10 +125,11 @@ impl Handshake {
         Self { config, asked: None, wanted: 0, offered: 0, acknowledges_for_it: false, unacknowledged: None }
     }
 
-    /// The question that the back end has not answered.
+    /// The question that the back end has not answered, or the request that it has not finished.
     #[must_use]
     pub fn asked(&self) -> Option<String> {
-        self.asked.map(|request| format!("{request:?}"))
+        let unfinished = self.unacknowledged.and_then(|request| FrontendReq::try_from(request).ok());
+        self.asked.or(unfinished).map(|request| format!("{request:?}"))
     }
 
     /// Protocol features that stay between the core and this process. Without a configuration space of its own a back end has
