@@ -167,8 +167,10 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
         }
         Entrance::Listening(door) => {
             // The socket exists already, so that a front end that is started at the same time waits and is not refused.
-            service.rehearse(notify::ready)?;
-            service.listen(door.listener())
+            match service.rehearse(notify::ready)? {
+                Served::Left => service.listen(door.listener()),
+                Served::Stopped => Ok(()),
+            }
         }
     }
 }
@@ -176,13 +178,13 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
 impl Service {
     /// Starts and seals a process for nobody: what is wrong with the device or the host's jails is known before a front end comes.
     /// Then does this, while the process ends.
-    fn rehearse(&self, when_sealed: fn()) -> Result<(), StandaloneError> {
+    fn rehearse(&self, when_sealed: fn()) -> Result<Served, StandaloneError> {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| StandaloneError::System("a socket pair", error))?;
         drop(ours);
         // A front end that leaves at once is no news here.
         let process = self.recipe.start(&OwnedFd::from(theirs), self.recipe.log().min(LogLevel::Warn))?;
-        self.finish(process.when_ready(when_sealed)).map(drop)
+        self.finish(process.when_ready(when_sealed))
     }
 
     fn listen(&self, listener: &UnixListener) -> Result<(), StandaloneError> {

@@ -1,6 +1,7 @@
 //! Programs that others wrote to find faults of file systems, on our shared directory in a stock guest.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::guest::{Guest, Service};
 use crate::ours::device;
@@ -66,6 +67,7 @@ fn fsx(qemu: Peer) -> Outcome {
 fn pjdfstest(qemu: Peer) -> Outcome {
     let folder = tempfile::tempdir().map_err(text)?;
     let (_service, mut guest) = boot(qemu, &folder, "pjdfstest")?;
+    guest.set_patience(Duration::from_secs(150));
     guest.run("printf '[features]\\n[dummy_auth]\\nentries = [[\"nobody\", \"nobody\"], [\"tests\", \"tests\"]]\\n' >/tmp/config; mkdir /mnt/work")?;
     // What fails on a file system of the kernel itself is no fault of ours.
     for place in ["/tmp", "/mnt"] {

@@ -24,7 +24,7 @@ const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tm
      stty -echo 2>/dev/null; true";
 
 /// The rest of the kernel's command line: a shell is its first process.
-pub const SHELL: &str = "quiet nosoftlockup panic=-1 rdinit=/bin/busybox -- sh";
+pub const SHELL: &str = "quiet nosoftlockup no_timer_check panic=-1 rdinit=/bin/busybox -- sh";
 /// Begins the error of a guest whose kernel has died.
 pub const DIED: &str = "the guest's kernel has died: ";
 /// What a kernel says then.

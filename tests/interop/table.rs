@@ -1,7 +1,5 @@
 //! `docs/interop.md`.
 
-use std::fmt::Write;
-
 use std::time::Duration;
 
 use crate::Outcome;
@@ -78,19 +76,36 @@ Known limits of the peers:
   neither (entropy, for one) passes for any type that needs neither.
 ";
 
-/// Writes the table into the repository.
-pub fn write(rows: &[Row]) {
-    let mut text = HEAD.to_owned();
-    for Row { ours, peer, version, what, result, .. } in rows {
-        let version = version.as_deref().unwrap_or("-");
-        let result = match result {
+impl Row {
+    /// Its row of the table, up to its result.
+    fn name(&self) -> String {
+        let version = self.version.as_deref().unwrap_or("-");
+        format!("| {} | {} | {version} | {} |", self.ours, self.peer, self.what)
+    }
+
+    fn line(&self) -> String {
+        let result = match &self.result {
             Ok(text) => text.clone(),
             Err(text) => format!("**{}**", text.lines().next().unwrap_or("failed")),
         };
-        let result = result.replace('|', "\\|");
-        let _infallible = writeln!(text, "| {ours} | {peer} | {version} | {what} | {result} |");
+        format!("{} {} |", self.name(), result.replace('|', "\\|"))
     }
-    text.push_str(TAIL);
+}
+
+/// Writes the table into the repository. Of a run that is not `whole` only its own rows are new.
+pub fn write(rows: &[Row], whole: bool) {
     let path = crate::root().join("docs/interop.md");
-    std::fs::write(path, text).unwrap();
+    let before = std::fs::read_to_string(&path).unwrap_or_default();
+    let table = before.lines().skip_while(|line| !line.starts_with("| ---")).skip(1);
+    let mut lines: Vec<String> = table.take_while(|line| line.starts_with('|')).map(str::to_owned).collect();
+    if whole {
+        lines.clear();
+    }
+    for row in rows {
+        match lines.iter_mut().find(|line| line.starts_with(&row.name())) {
+            Some(line) => *line = row.line(),
+            None => lines.push(row.line()),
+        }
+    }
+    std::fs::write(path, format!("{HEAD}{}\n{TAIL}", lines.join("\n"))).unwrap();
 }

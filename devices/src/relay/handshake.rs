@@ -125,10 +125,11 @@ impl Handshake {
         Self { config, asked: None, wanted: 0, offered: 0, acknowledges_for_it: false, unacknowledged: None }
     }
 
-    /// The question that the back end has not answered.
+    /// The question that the back end has not answered, or the request that it has not finished.
     #[must_use]
     pub fn asked(&self) -> Option<String> {
-        self.asked.map(|request| format!("{request:?}"))
+        let unfinished = self.unacknowledged.and_then(|request| FrontendReq::try_from(request).ok());
+        self.asked.or(unfinished).map(|request| format!("{request:?}"))
     }
 
     /// Protocol features that stay between the core and this process. Without a configuration space of its own a back end has
@@ -371,7 +372,7 @@ mod tests {
         );
         let space = Some(vec![1, 2, 3, 4]);
         let mut handshake = Handshake::new(RelayConfig { config: space, own_features: 0x20, ..config() });
-        let with = mq | VhostUserProtocolFeatures::CONFIG.bits();
+        let with = (VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK).bits() | mq;
         assert_eq!(ask(&mut handshake, FrontendReq::GET_PROTOCOL_FEATURES, mq), Ok(with));
         assert_eq!(ask(&mut handshake, FrontendReq::GET_FEATURES, GOOD), Ok(GOOD | 0x20));
         let mut set = |request: FrontendReq, value: u64| {
