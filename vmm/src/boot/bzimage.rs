@@ -49,7 +49,7 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
     let command_line = write_command_line(ram, source.command_line, u64::from(cmdline_size))?;
     let map = memory_map(ram, source.reserved);
     let limit = low_ram_end(ram).min(u64::from(initrd_addr_max).saturating_add(1));
-    let initrd = initrd::load(ram, source, end, limit)?;
+    let initrd = initrd::load(ram, source, end, load_address, limit)?;
     image.load(ram, offset, length, load_address)?;
     // Before it unpacks, the kernel moves to the end of what it needs.
     let start = end.saturating_sub(length) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
@@ -74,7 +74,11 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
         code: Segment::CODE_64,
         data: Segment::DATA,
         task: Segment::TASK,
-        unpacking: Some(Unpacking { above: end, size: end.saturating_sub(load_address) }),
+        unpacking: Some(Unpacking {
+            // A huge page lies in one slot.
+            above: end.checked_next_multiple_of(HUGE_PAGE_SIZE).unwrap_or(end),
+            size: end.saturating_sub(load_address),
+        }),
     })
 }
 

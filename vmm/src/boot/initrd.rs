@@ -8,6 +8,9 @@ use super::{BootError, BootSource};
 /// Bytes of tables that Linux makes before its allocator works, beside page descriptors.
 const FIRST_TABLES: u64 = 8 << 20;
 
+/// Bytes from which Linux takes its first pages: by the first process of a small system it has used so many, and seldom fewer.
+const FIRST_PAGES: u64 = 28 << 20;
+
 /// An initrd in guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Initrd {
@@ -17,26 +20,31 @@ pub(super) struct Initrd {
     pub size: u64,
 }
 
-/// Loads the initrd, if there is one, on the highest page from which it ends at or below `limit`, above `kernel_end`.
+/// Loads the initrd, if there is one, on the highest page from which it ends at or below `limit`, above `kernel_end`. What the
+/// kernel leaves free when it runs begins at `free`, if not lower.
 pub(super) fn load(
     ram: &GuestRam,
     source: &BootSource<'_>,
     kernel_end: u64,
+    free: u64,
     limit: u64,
 ) -> Result<Option<Initrd>, BootError> {
     let Some(file) = source.initrd else { return Ok(None) };
     let image = Image::new(file, "initrd")?;
     let initrd = place(image.size(), kernel_end, limit)?;
-    back_with_huge_pages(ram, initrd.address, limit);
+    back_with_huge_pages(ram, initrd.address, free, limit);
     image.load(ram, 0, initrd.size, initrd.address)?;
     Ok(Some(initrd))
 }
 
-/// Puts what the guest fills at once on huge pages: the initrd with its neighbours, and the top of RAM. Whoever takes an
-/// initrd is a system, and Linux lays its array of page descriptors (64 bytes for each page) and its first tables at the top.
-fn back_with_huge_pages(ram: &GuestRam, initrd: u64, limit: u64) {
+/// Puts what the guest fills at once on huge pages: the initrd with its neighbours, the lowest free memory, and the top of RAM.
+/// Whoever takes an initrd is a system, and Linux lays its array of page descriptors (64 bytes for each page) and its first
+/// tables at the top; later it gives out pages from below.
+fn back_with_huge_pages(ram: &GuestRam, initrd: u64, free: u64, limit: u64) {
     let start = initrd - initrd % HUGE_PAGE_SIZE;
     ram.back_with_huge_pages(start, limit.saturating_sub(start));
+    let first = free - free % HUGE_PAGE_SIZE;
+    ram.back_with_huge_pages(first, FIRST_PAGES.min(ram.size() / 8).min(start.saturating_sub(first)));
     if let Some(last) = ram.regions().last() {
         let tables = (ram.size() / PAGE_SIZE * 64).saturating_add(FIRST_TABLES).min(last.size);
         let end = last.guest_address.saturating_add(last.size);

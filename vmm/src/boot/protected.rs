@@ -56,7 +56,7 @@ pub(super) fn boot(
     let ram_end = low_ram_end(ram);
     let command_line = write_command_line(ram, source.command_line, protocol.command_line_limit)?;
     let kernel = (protocol.load)(ram, image, ram_end)?;
-    let initrd = initrd::load(ram, source, kernel.end, ram_end)?;
+    let initrd = initrd::load(ram, source, kernel.end, kernel.end, ram_end)?;
     let map = memory_map(ram, source.reserved);
     let entries: Vec<Vec<u8>> = map.iter().map(protocol.map_entry).collect();
     let room = PAGE_SIZE.saturating_sub(protocol.map);
