@@ -37,7 +37,7 @@ pub(super) enum Step {
 
 /// One vCPU, owned by its thread while it runs.
 pub struct Vcpu {
-    apic_id: u8,
+    apic_id: u32,
     fd: VcpuFd,
     machine: Arc<Machine>,
     ram: GuestRam,
@@ -51,7 +51,7 @@ impl Vcpu {
     pub fn create(
         vm: &Vm,
         processors: &Processors,
-        apic_id: u8,
+        apic_id: u32,
         machine: Arc<Machine>,
     ) -> Result<Self, KvmError> {
         let fd = vm.fd.create_vcpu(u64::from(apic_id)).map_err(call("KVM_CREATE_VCPU"))?;

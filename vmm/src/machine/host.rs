@@ -83,7 +83,7 @@ pub trait Host: Send + Sync {
     fn pci_ejected(&self, _slot: u8) {}
 
     /// The guest let a CPU go, the index of which is given: it must run no more.
-    fn cpu_ejected(&self, _cpu: u8) {}
+    fn cpu_ejected(&self, _cpu: u16) {}
 
     /// The memory map changed: these are all slots now, by address, none overlapping another. When this returns the guest sees
     /// them. While one is replaced no vCPU may be in the guest, and none of its dirty pages may be lost.

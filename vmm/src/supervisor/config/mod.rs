@@ -124,7 +124,7 @@ pub struct MachineConfig {
     /// There is a debug exit port.
     pub debug_exit: bool,
     /// Number of virtual CPUs at the start.
-    pub cpus: u8,
+    pub cpus: u16,
     /// All that there may be, and how they sit together.
     pub topology: Topology,
     /// `host`, or a model that the processors are reduced to.
