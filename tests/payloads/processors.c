@@ -176,7 +176,7 @@ void payload(void)
     print_number(last);
     print("\n");
     for (u32 slot = 2; slot < 8; slot++) {
-        if (pci_read(slot, 0, 0) != 0x10441af4) continue;
+        if (pci_read(slot, 0, 0) != 0x10441af4 || !last) continue;
         request(slot, last);
         wait_for("message", last, 3);
         print("a message reached it\n");

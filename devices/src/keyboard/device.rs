@@ -20,6 +20,8 @@ use super::i8042::{I8042, Port};
 pub const REGION_SIZE: u64 = 1 << 16;
 /// Size of the file, in bytes: a page, so that the kernel writes all of the state or nothing of it.
 pub const STATE_SIZE: usize = 4096;
+/// The most strokes that are kept until the state is there.
+const MOST_EARLY: usize = 256;
 
 /// What a successor needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,27 +36,41 @@ struct State {
 #[derive(Debug)]
 pub struct KeyboardDevice {
     state: State,
+    /// The state is this process's own: no predecessor changes it any more.
+    begun: bool,
+    /// What was struck before.
+    early: Vec<Key>,
     file: File,
     event: Option<OwnedFd>,
     failure: Option<io::Error>,
 }
 
 impl KeyboardDevice {
-    /// The controller as a predecessor left it in the file; an empty file is one after its reset.
+    /// A controller that keeps its state in this file.
+    pub fn new(file: File) -> Self {
+        let state = State::default();
+        Self { state, begun: false, early: Vec::new(), file, event: None, failure: None }
+    }
+
+    /// The core has come: from here on no predecessor changes the state, which is as it left it. An empty file is the state after
+    /// a reset.
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn open(file: File) -> io::Result<Self> {
+    pub fn begin(&mut self) -> io::Result<()> {
+        if self.begun {
+            return Ok(());
+        }
         let mut bytes = [0; STATE_SIZE];
         let mut filled = 0;
         while let Some(space) = bytes.get_mut(filled..).filter(|space| !space.is_empty()) {
-            match file.read_at(space, filled as u64)? {
+            match self.file.read_at(space, filled as u64)? {
                 0 => break,
                 count => filled = filled.saturating_add(count),
             }
         }
         let stored = bytes.get(..filled).unwrap_or_default();
-        let state = if stored.iter().all(|byte| *byte == 0) {
+        self.state = if stored.iter().all(|byte| *byte == 0) {
             State::default()
         } else {
             // The predecessor may have been broken into.
@@ -64,7 +80,10 @@ impl KeyboardDevice {
                 )
                 .unwrap_or_default()
         };
-        Ok(Self { state, file, event: None, failure: None })
+        self.begun = true;
+        let early = std::mem::take(&mut self.early);
+        self.press(&early);
+        Ok(())
     }
 
     /// Descriptors that the device holds.
@@ -74,6 +93,14 @@ impl KeyboardDevice {
 
     /// Keys are pressed or released.
     pub fn press(&mut self, keys: &[Key]) {
+        if !self.begun {
+            let room = MOST_EARLY.saturating_sub(self.early.len());
+            self.early.extend(keys.iter().take(room));
+            return;
+        }
+        if keys.is_empty() {
+            return;
+        }
         self.state.controller.press(keys);
         self.store();
         self.signal();
@@ -184,6 +211,12 @@ mod tests {
     const A: Key = Key { code: 0x1C, pressed: true };
     const B: Key = Key { code: 0x32, pressed: true };
 
+    fn begun(file: &File) -> KeyboardDevice {
+        let mut device = KeyboardDevice::new(file.try_clone().unwrap());
+        device.begin().unwrap();
+        device
+    }
+
     struct Guest {
         device: KeyboardDevice,
         number: u8,
@@ -191,7 +224,7 @@ mod tests {
 
     impl Guest {
         fn new(file: &File) -> Self {
-            Self { device: KeyboardDevice::open(file.try_clone().unwrap()).unwrap(), number: 0 }
+            Self { device: begun(file), number: 0 }
         }
 
         fn offset(&self, port: u64) -> u64 {
@@ -217,7 +250,7 @@ mod tests {
         }
 
         fn succeed(&mut self, file: &File) {
-            self.device = KeyboardDevice::open(file.try_clone().unwrap()).unwrap();
+            self.device = begun(file);
         }
     }
 
@@ -234,6 +267,24 @@ mod tests {
         // The answer was lost with the process.
         guest.succeed(&file);
         assert_eq!(guest.again(0x60), 0x1E);
+        assert_eq!(guest.read(0x60), 0x30);
+        assert_eq!(guest.read(0x64) & 1, 0);
+    }
+
+    #[test]
+    fn a_successor_that_started_early_has_the_last_state_and_its_own_keys() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        let mut standby = KeyboardDevice::new(file.try_clone().unwrap());
+        standby.press(&[B]);
+        // What its predecessor still does while it waits.
+        guest.write(0x60, 0x41);
+        guest.device.press(&[A]);
+        standby.begin().unwrap();
+        standby.begin().unwrap();
+        guest.device = standby;
+        assert_eq!(guest.read(0x60), 0x1E);
         assert_eq!(guest.read(0x60), 0x30);
         assert_eq!(guest.read(0x64) & 1, 0);
     }

@@ -54,9 +54,9 @@ pub struct Keyboard<'a> {
 /// A controller with the state that is in its file. To be called before the process is sealed.
 ///
 /// # Errors
-/// The file cannot be read, or the socket is none.
+/// The socket is none.
 pub fn open(socket: OwnedFd, state: File, channel: &Channel) -> Result<Keyboard<'_>, KeyboardError> {
-    let device = KeyboardDevice::open(state)?;
+    let device = KeyboardDevice::new(state);
     Ok(Keyboard { connection: Connection::new(socket, REPLY_DEADLINE)?, device, channel })
 }
 
@@ -80,8 +80,11 @@ impl Keyboard<'_> {
                 Err(errno) => return Err(KeyboardError::Poll(errno)),
             }
             let [control, core] = fds.map(|fd| fd.any().unwrap_or(true));
-            if core && self.connection.serve(&mut self.device)? == Served::Closed {
-                return Ok(());
+            if core {
+                self.device.begin()?;
+                if self.connection.serve(&mut self.device)? == Served::Closed {
+                    return Ok(());
+                }
             }
             if control && !self.control()? {
                 return Ok(());

@@ -32,6 +32,8 @@ impl Space {
 pub enum ResetSource {
     /// The reset control register of the PIIX3, port CF9 (290550).
     ResetControl,
+    /// The turbo reset control register of the 82441FX, configuration register 93 (290549, section 3.2.26).
+    TurboResetControl,
     /// System control port A, port 92 bit 0.
     Port92,
     /// A pulse on output P2.0 of the keyboard controller, command FE at port 64.

@@ -97,7 +97,7 @@ impl Machine {
         let router = InterruptRouter::new(host.clone());
         let isa = Arc::new(IsaBus::new(topology.clone()));
         let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
-        let host_bridge = Arc::new(HostBridge::new(config.apic_ids.len(), topology.clone())?);
+        let host_bridge = Arc::new(HostBridge::new(config.apic_ids.len(), host.clone(), topology.clone())?);
         let chips = config.firmware.clone();
         let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));

@@ -260,7 +260,8 @@ pub struct RunArgs {
     /// Give the guest a port (F4) by which it ends the machine: V written there is exit code 2·V+1
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub debug_exit: Option<Switch>,
-    /// Virtual CPUs: how many, how many there may be, and how they sit together [default: 1]
+    /// Virtual CPUs: how many, how many there may be, and how they sit together; a kernel on more than 255 gets
+    /// irqaffinity=, for ISA interrupts reach no others [default: 1]
     #[arg(long, value_name = "N[,max=N][,sockets=N][,cores=N][,threads=N]")]
     pub cpus: Option<CpuSpec>,
     /// What the CPUs can do: host, x86-64-v2, x86-64-v3, or a file of CPUID masks [default: host]

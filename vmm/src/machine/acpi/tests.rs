@@ -2,8 +2,8 @@
 
 use bulkhead_ipc::memory::GuestRam;
 
-use super::super::testing::Recorder;
 use super::super::config::MAX_CPUS;
+use super::super::testing::Recorder;
 use super::super::{Machine, MachineConfig};
 use super::*;
 
@@ -116,7 +116,9 @@ fn processors_with_ids_from_255_on_have_structures_of_their_own() {
 /// Nothing is placed over SMBIOS, whatever there is room for.
 #[test]
 fn tables_of_many_processors_end_below_smbios() {
-    for (present, possible, address) in [(255, 255, 0xE_0000), (1024, 1024, 0xC_0000), (1, MAX_CPUS, 0xC_0000)] {
+    for (present, possible, address) in
+        [(255, 255, 0xE_0000), (1024, 1024, 0xE_0000), (MAX_CPUS, MAX_CPUS, 0xC_0000), (1, 1536, 0xC_0000)]
+    {
         let config = MachineConfig { cpus: present, ..MachineConfig::new(possible, 40) };
         let machine = Machine::new(config, GuestRam::create(4 << 20).unwrap(), Recorder::new()).unwrap();
         let tables = machine.acpi_tables();

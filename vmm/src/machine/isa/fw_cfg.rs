@@ -147,7 +147,8 @@ impl FwCfg {
         state.set_item(key::NB_CPUS, cpus.to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
         // Not a number of CPUs but one above the last APIC id.
-        let apic_ids = apic_ids.last().map_or(0, |last| u16::try_from(*last).unwrap_or(u16::MAX).saturating_add(1));
+        let apic_ids =
+            apic_ids.last().map_or(0, |last| u16::try_from(*last).unwrap_or(u16::MAX).saturating_add(1));
         state.set_item(key::MAX_CPUS, apic_ids.to_le_bytes().to_vec());
         let mut e820 = Vec::new();
         for range in memory {

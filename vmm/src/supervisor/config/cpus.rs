@@ -15,6 +15,8 @@ const LAST_IO_APIC_ID: u32 = 254;
 /// The most CPUs: what the names of their ACPI objects tell apart. However they sit together, their APIC ids have no more than the
 /// 15 bits that an interrupt message has for its destination.
 const MOST_CPUS: u32 = 1 << 12;
+/// The most where some come later: the ACPI tables of a direct boot lie below 1 MiB.
+const MOST_WITH_ROOM: u32 = 1536;
 /// The most of anything that a text is read as.
 const MOST: u32 = 1 << 16;
 
@@ -77,6 +79,9 @@ pub enum CpuSpecError {
     /// More than there can be.
     #[error("cpus: {0} is too many; this machine type goes up to {MOST_CPUS}")]
     TooMany(u32),
+    /// More than there can be when some come later.
+    #[error("cpus: room for {0} is too much; up to {MOST_WITH_ROOM} may come while a machine runs")]
+    TooMuchRoom(u32),
 }
 
 impl From<u32> for CpuSpec {
@@ -176,6 +181,9 @@ impl CpuSpec {
             return Err(CpuSpecError::Product { sockets, cores, threads, product, max });
         }
         let topology = Topology { sockets, cores, threads };
+        if max > count && (MOST_WITH_ROOM..MOST_CPUS).contains(&max.saturating_sub(1)) {
+            return Err(CpuSpecError::TooMuchRoom(max));
+        }
         match u16::try_from(count) {
             Ok(count) if max <= MOST_CPUS => Ok((count, topology)),
             _ => Err(CpuSpecError::TooMany(max)),
@@ -282,14 +290,22 @@ mod tests {
         assert!(refusal("60000").contains("60000 is too many"));
         assert!(refusal("4097").contains("goes up to 4096"));
         assert!(refusal("1,max=4100").contains("4100 is too many"));
+        assert!(refusal("1,max=1537").contains("room for 1537"));
+        assert_eq!(resolved("1,max=1536"), (1, 1, 1536, 1));
         assert!(refusal("4294967295").contains("not a number of CPUs"));
     }
 
     #[test]
     fn ids_are_unique_ascending_and_tell_the_place() {
-        for text in
-            ["1", "3", "6,sockets=2", "12,sockets=2,cores=3,threads=2", "255", "120,threads=8", "4095,sockets=91,cores=9,threads=5"]
-        {
+        for text in [
+            "1",
+            "3",
+            "6,sockets=2",
+            "12,sockets=2,cores=3,threads=2",
+            "255",
+            "120,threads=8",
+            "4095,sockets=91,cores=9,threads=5",
+        ] {
             let (_, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
             let ids = topology.apic_ids();
             assert_eq!(ids.len(), usize::try_from(topology.count()).unwrap(), "{text}");

@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use kvm_bindings as kvm;
 use crate::supervisor::config::Topology;
+use kvm_bindings as kvm;
 use thiserror::Error;
 
 /// The device.
@@ -160,9 +160,8 @@ pub fn open() -> Result<File, KvmError> {
 /// Refuses a KVM that lacks what this machine needs, or allows fewer CPUs than wanted.
 pub fn check(kvm: &File, topology: &Topology) -> Result<(), KvmError> {
     let wide = topology.reached_by_io_apic().is_some();
-    let needed = |capability: &&Capability| {
-        capability.needed || wide && capability.number == kvm::KVM_CAP_X2APIC_API
-    };
+    let needed =
+        |capability: &&Capability| capability.needed || wide && capability.number == kvm::KVM_CAP_X2APIC_API;
     let missing: Vec<String> = CAPABILITIES
         .iter()
         .filter(needed)
