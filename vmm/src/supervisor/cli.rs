@@ -498,7 +498,7 @@ pub struct ResizeArgs {
     /// The machine
     pub name: String,
     /// How many CPUs it is to have, from 1 to the max= of its --cpus
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub cpus: u16,
     /// Seconds for the guest to let go of CPUs
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
