@@ -8,14 +8,16 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
-    Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
+    GroupConfig, Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
-use bulkhead_ipc::metrics::{Metrics, MetricsError};
+use bulkhead_ipc::limit_group::GroupView;
+use bulkhead_ipc::metrics::Metrics;
 use bulkhead_ipc::tap::Tap;
 use bulkhead_ipc::vhost_user::backend::{Daemon, DaemonError, EnterThread, VirtioDevice, WorkerError};
 use bulkhead_ipc::vhost_user::connection::{Connection, ConnectionError};
+use bulkhead_ipc::words::WordsError;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
@@ -24,18 +26,19 @@ use tracing::{info, warn};
 use crate::balloon::{self, Balloon};
 use crate::blk::{self, Blk, BlkError, Files, Layer};
 use crate::console::{Console, Controller, NamedPort, Ports, Sockets};
-use crate::flash::{self, Flash, FlashError};
+use crate::flash::{FlashDevice, FlashError};
 use crate::fs::{Fs, FsError};
-use crate::keyboard::{self, Keyboard, KeyboardError};
+use crate::keyboard::KeyboardDevice;
 use crate::net::{self, Net, NetError};
 use crate::pmem::Pmem;
-use crate::rate_limit::{Rate, RateLimits};
+use crate::rate_limit::{Group, Rate, RateLimits};
+use crate::registers::{DeviceProcess, Registers, RegistersError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
 use crate::stream::Ends;
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
-use crate::watchdog::{self, Watchdog, WatchdogError};
+use crate::watchdog::WatchdogDevice;
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -55,24 +58,21 @@ pub enum ServeError {
     /// The UART ended.
     #[error(transparent)]
     Uart(#[from] UartError),
-    /// The flash chip ended.
+    /// The flash chip cannot be made.
     #[error(transparent)]
     Flash(#[from] FlashError),
-    /// The keyboard ended.
+    /// A flash chip, a keyboard or a watchdog ended.
     #[error(transparent)]
-    Keyboard(#[from] KeyboardError),
-    /// The watchdog ended.
-    #[error(transparent)]
-    Watchdog(#[from] WatchdogError),
+    Registers(#[from] RegistersError),
     /// The network card cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
     /// The relay ended.
     #[error(transparent)]
     Relay(#[from] RelayError),
-    /// The counters cannot be mapped.
+    /// The counters or a limit group cannot be mapped.
     #[error(transparent)]
-    Metrics(#[from] MetricsError),
+    Words(#[from] WordsError),
     /// The directory cannot be shared.
     #[error(transparent)]
     Fs(#[from] FsError),
@@ -105,9 +105,7 @@ pub enum ServeError {
 enum Prepared<'a> {
     Virtio(Daemon, Control),
     Uart(Box<uart::EventLoop<'a>>),
-    Flash(Box<Flash<'a>>),
-    Keyboard(Box<Keyboard<'a>>),
-    Watchdog(Box<Watchdog<'a>>),
+    Registers(Box<Registers<'a>>),
     Relay(Box<Relay<'a>>),
 }
 
@@ -170,8 +168,18 @@ impl Resources {
             transmit: limits(config.transmit),
             link: config.link,
             announce: config.successor,
+            group: self.group(config.group.as_deref())?,
         };
         Ok(Net::new(settings, backend)?)
+    }
+
+    /// A limit group. Only the mappings are kept.
+    fn group(&mut self, config: Option<&GroupConfig>) -> Result<Option<Arc<Group>>, ServeError> {
+        let Some(GroupConfig { rates, roll, places, own }) = config else { return Ok(None) };
+        let roll = self.descriptors.take(*roll)?;
+        let places: Result<Vec<_>, _> = places.iter().map(|place| self.descriptors.take(*place)).collect();
+        let view = GroupView::map(&roll, &places?, usize::from(*own))?;
+        Ok(Some(Arc::new(Group::new((*rates).into(), view))))
     }
 
     /// Ends the message; the descriptors that the process holds on its account, and the control channel's.
@@ -237,9 +245,7 @@ pub fn run(
             }
         }
         Ok(Prepared::Uart(events)) => Ok(events.run()?),
-        Ok(Prepared::Flash(flash)) => Ok(flash.run()?),
-        Ok(Prepared::Keyboard(keyboard)) => Ok(keyboard.run()?),
-        Ok(Prepared::Watchdog(watchdog)) => Ok(watchdog.run()?),
+        Ok(Prepared::Registers(registers)) => Ok(registers.run()?),
         Ok(Prepared::Relay(relay)) => Ok(relay.run()?),
         Err(error) => {
             refuse(channel, error.to_string())?;
@@ -299,6 +305,7 @@ fn prepare<'a>(
     let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
     daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
+    crate::footprint::release_program();
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
@@ -398,24 +405,18 @@ fn without_queues<'a>(
         }
         DeviceConfig::Flash(config) => {
             let (file, memory) = (resources.take(config.file)?.into(), resources.take(config.memory)?);
-            resources.finish(channel)?;
-            let flash = flash::open(socket, file, memory, config, channel)?;
-            seal(PolicyName::FlashMain, &flash.descriptors(), channel)?;
-            Ok(Prepared::Flash(Box::new(flash)))
+            let chip = Box::new(FlashDevice::open(file, memory, config.size)?);
+            registers(PolicyName::FlashMain, chip, socket, resources, channel)
         }
         DeviceConfig::Keyboard(config) => {
             let state = resources.take(config.state)?.into();
-            resources.finish(channel)?;
-            let keyboard = keyboard::open(socket, state, channel)?;
-            seal(PolicyName::KeyboardMain, &keyboard.descriptors(), channel)?;
-            Ok(Prepared::Keyboard(Box::new(keyboard)))
+            let chip = Box::new(KeyboardDevice::new(state));
+            registers(PolicyName::KeyboardMain, chip, socket, resources, channel)
         }
         DeviceConfig::Watchdog(config) => {
             let state = resources.take(config.state)?.into();
-            resources.finish(channel)?;
-            let watchdog = watchdog::open(socket, state, (config.expired, config.interrupt), channel)?;
-            seal(PolicyName::WatchdogMain, &watchdog.descriptors(), channel)?;
-            Ok(Prepared::Watchdog(Box::new(watchdog)))
+            let chip = Box::new(WatchdogDevice::new(state, config.expired, config.interrupt));
+            registers(PolicyName::WatchdogMain, chip, socket, resources, channel)
         }
         DeviceConfig::Relay(config) => {
             let back_end = resources.take(config.back_end)?;
@@ -426,6 +427,20 @@ fn without_queues<'a>(
         }
         other => Err(ServeError::Type { started: "a device without queues".into(), told: type_name(other) }),
     }
+}
+
+/// A device that is registers, sealed.
+fn registers<'a>(
+    policy: PolicyName,
+    chip: Box<dyn DeviceProcess>,
+    socket: OwnedFd,
+    resources: Resources,
+    channel: &'a Channel,
+) -> Result<Prepared<'a>, ServeError> {
+    resources.finish(channel)?;
+    let registers = Registers::new(socket, chip, channel)?;
+    seal(policy, &registers.descriptors(), channel)?;
+    Ok(Prepared::Registers(Box::new(registers)))
 }
 
 /// Named ports and who is at them.
@@ -449,7 +464,8 @@ fn disk(config: &BlkConfig, resources: &mut Resources) -> Result<Blk, ServeError
     let data = options.data.iter().map(|index| Ok(resources.take(*index)?.into()));
     let data = data.collect::<Result<_, ChannelError>>()?;
     let cached = options.cached.map(|index| resources.take(index)).transpose()?.map(File::from);
-    Ok(Blk::new(config, Files { chain, data }, cached, &enter_by(PolicyName::BlkImage))?)
+    let group = resources.group(options.group.as_deref())?;
+    Ok(Blk::new(config, Files { chain, data }, cached, group, &enter_by(PolicyName::BlkImage))?)
 }
 
 /// What puts a thread under this policy.
@@ -459,6 +475,7 @@ fn enter_by(policy: PolicyName) -> EnterThread {
 
 /// Seals the process with exactly these descriptors and answers `Ready`.
 fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<(), ServeError> {
+    crate::footprint::release_program();
     let sealed = jail::seal(policy, held)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     Ok(())
@@ -543,7 +560,12 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             daemon.config_changed();
         }
         (ToDevice::DiskSize { bytes }, Control::Blk(disk)) => {
-            if disk.resize(bytes) {
+            let grown = disk.grow(bytes);
+            let changed = grown.as_ref().map_or_else(|| disk.resize(bytes), Result::is_ok);
+            if let Some(grown) = grown {
+                channel.send_within(&FromDevice::DiskSize(grown), &[], FAREWELL_LIMIT)?;
+            }
+            if changed {
                 daemon.config_changed();
             }
         }

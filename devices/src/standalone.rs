@@ -167,8 +167,7 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
         }
         Entrance::Listening(door) => {
             // The socket exists already, so that a front end that is started at the same time waits and is not refused.
-            service.rehearse()?;
-            notify::ready();
+            service.rehearse(notify::ready)?;
             service.listen(door.listener())
         }
     }
@@ -176,16 +175,19 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
 
 impl Service {
     /// Starts and seals a process for nobody: what is wrong with the device or the host's jails is known before a front end comes.
-    fn rehearse(&self) -> Result<(), StandaloneError> {
+    /// Then does this, while the process ends.
+    fn rehearse(&self, when_sealed: fn()) -> Result<(), StandaloneError> {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| StandaloneError::System("a socket pair", error))?;
         drop(ours);
         // A front end that leaves at once is no news here.
-        self.serve_at(theirs, self.recipe.log().min(LogLevel::Warn)).map(drop)
+        let process = self.recipe.start(&OwnedFd::from(theirs), self.recipe.log().min(LogLevel::Warn))?;
+        self.finish(process.when_ready(when_sealed)).map(drop)
     }
 
     fn listen(&self, listener: &UnixListener) -> Result<(), StandaloneError> {
         loop {
+            crate::footprint::release_program();
             let stream = match self.hear(listener)? {
                 Heard::FrontEnd(stream) => stream,
                 Heard::Signal => return Ok(()),
@@ -230,11 +232,10 @@ impl Service {
 
     /// Serves one front end until it has gone.
     fn serve(&self, stream: UnixStream) -> Result<Served, StandaloneError> {
-        self.serve_at(stream, self.recipe.log())
+        self.finish(self.recipe.start(&OwnedFd::from(stream), self.recipe.log())?)
     }
 
-    fn serve_at(&self, stream: UnixStream, log: LogLevel) -> Result<Served, StandaloneError> {
-        let process = self.recipe.start(&OwnedFd::from(stream), log)?;
+    fn finish(&self, process: process::Process) -> Result<Served, StandaloneError> {
         let End { served, problem } = process.wait(&self.signals, self.recipe.outfit())?;
         match problem {
             Some(problem) => Err(problem),

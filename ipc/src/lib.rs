@@ -5,6 +5,7 @@
 pub mod channel;
 pub mod connector;
 pub mod jail;
+pub mod limit_group;
 pub mod log;
 pub mod memory;
 pub mod metrics;
@@ -12,3 +13,4 @@ mod rights;
 pub mod tap;
 pub mod vfio_user;
 pub mod vhost_user;
+pub mod words;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::guest::{Guest, Service};
 use crate::ours::device;
-use crate::traffic::{modules, run, text};
+use crate::traffic::{archive, modules, run, text};
 use crate::{Case, Outcome, Peer, QEMU, root};
 
 pub const CASES: &[Case] = &[
@@ -41,7 +41,7 @@ fn boot(qemu: Peer, folder: &tempfile::TempDir, program: &str) -> Result<(Servic
     run("tar", &format!("-rf {} -C {bin} {program}", disk.display()))?;
     let mut options: Vec<String> = device("c", &service, "vhost-user-fs-pci,tag=home");
     options.iter_mut().for_each(|option| *option = option.replace(crate::ours::RECONNECT, ""));
-    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", disk.display())]);
+    options.extend(archive(&disk));
     let mut guest = Guest::start(qemu, folder, program, &options)?;
     guest.boot()?;
     guest.run(

@@ -51,22 +51,23 @@ const LOOP: &[u8] = &[
     0xF4, 0xEB, 0xFD, // hlt; jmp
 ];
 
-pub struct Daemon(Child);
+/// Serves the file `disk` of this folder at `socket` in it.
+pub fn daemon(folder: &Path) -> Command {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let mut command = Command::new(STORAGE_DAEMON.program);
+    command.args(["--blockdev", &format!("driver=file,node-name=d,filename={}", path("disk"))]);
+    command.args(["--export"]).arg(format!(
+        "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={}",
+        path("socket")
+    ));
+    command
+}
+
+struct Daemon(Child);
 
 impl Daemon {
-    /// Serves the file `disk` of this folder at `socket` in it.
-    pub fn start(folder: &Path) -> Result<Self, String> {
-        let path = |name: &str| folder.join(name).display().to_string();
-        let export = format!(
-            "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={}",
-            path("socket")
-        );
-        let child = Command::new(STORAGE_DAEMON.program)
-            .args(["--blockdev", &format!("driver=file,node-name=d,filename={}", path("disk"))])
-            .args(["--export", &export])
-            .stdin(Stdio::null())
-            .spawn()
-            .map_err(|error| error.to_string())?;
+    fn start(folder: &Path) -> Result<Self, String> {
+        let child = daemon(folder).stdin(Stdio::null()).spawn().map_err(|error| error.to_string())?;
         wait("the storage daemon", || Ok(folder.join("socket").exists()))?;
         Ok(Self(child))
     }

@@ -2,203 +2,100 @@
 //! virtualization, or the lab.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::dpdk::testpmd;
-use crate::foreign::Daemon;
-use crate::guest::{Guest, SHELL, kernel, random_file, sha256, wait};
+use crate::foreign_peers::{ALL, Foreign, files};
+use crate::guest::{Guest, SHELL, kernel, wait_within};
 use crate::table::Row;
-use crate::traffic::{modules, run as command, serve_vsock, talk, text};
-use crate::{
-    DEVICE_RNG, DEVICE_VSOCK, NEW_VIRTIOFSD, Outcome, PASST, Peer, STORAGE_DAEMON, TESTPMD, VIRTIOFSD,
-    program, root,
-};
+use crate::traffic::{modules, run as command, text};
+use crate::{Peer, program, root};
 
 /// Seconds for all of it in the lab.
 const LIMIT: &str = "230";
-/// Bytes of the file that comes through passt.
-const FILE: usize = 2 << 20;
+/// For a back end to listen.
+const START: Duration = Duration::from_secs(20);
+/// For the guest to boot.
+const BOOT: Duration = Duration::from_secs(60);
 
-/// A back end that is ended when dropped.
-struct Peers {
-    children: Vec<Child>,
-    folder: PathBuf,
+/// A running back end, ended when dropped.
+struct Running {
+    foreign: Foreign,
+    child: Child,
 }
 
-impl Drop for Peers {
+impl Drop for Running {
     fn drop(&mut self) {
-        for child in &mut self.children {
-            let _ended = child.kill();
-            let _reaped = child.wait();
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+impl Running {
+    fn start(foreign: Foreign, folder: &Path) -> Result<Self, String> {
+        if foreign.peer.version().is_none() {
+            return Err(format!("not run: {} is not there ({})", foreign.peer.program, foreign.peer.package));
         }
-    }
-}
-
-impl Peers {
-    fn start(&mut self, mut command: Command, socket: &str) -> Result<&mut Child, String> {
-        let log = fs::File::create(self.folder.join(format!("{socket}.log"))).map_err(text)?;
-        command.stderr(log).stdout(Stdio::null());
+        let log = fs::File::create(log_of(&foreign, folder)).map_err(text)?;
+        let mut command = (foreign.command)(folder);
+        command.stdin(Stdio::piped()).stdout(log.try_clone().map_err(text)?).stderr(log);
         let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
-        self.children.push(child);
-        let path = self.folder.join(socket);
-        wait(&format!("{socket} of {command:?}"), || Ok(path.exists()))?;
-        self.children.last_mut().ok_or_else(|| "no child".to_owned())
-    }
-
-    fn all(&mut self) -> Outcome {
-        let at = |name: &str| self.folder.join(name).display().to_string();
-        let (one, two) = (at("one"), at("two"));
-        let mut fs = Command::new(VIRTIOFSD.path());
-        fs.args([format!("--socket-path={}", at("fs1.sock")), "-o".to_owned(), format!("source={one}")]);
-        let mut new_fs = Command::new(NEW_VIRTIOFSD.path());
-        new_fs.args(["--socket-path", &at("fs2.sock"), "--shared-dir", &two, "--sandbox", "chroot"]);
-        let mut rng = Command::new(DEVICE_RNG.path());
-        rng.args(["--socket-path", &at("rng.sock")]);
-        let mut vsock = Command::new(DEVICE_VSOCK.path());
-        vsock.args(["--guest-cid", "3", "--socket", &at("vsock.sock"), "--uds-path", &at("v")]);
-        let mut passt = Command::new(PASST.path());
-        passt.args(["--vhost-user", "--foreground", "--runas", "0:0", "-s", &at("passt.sock")]);
-        passt.args(["-a", "10.7.0.5", "-n", "24", "-g", "10.7.0.1", "--map-host-loopback", "10.7.0.1", "-4"]);
-        let mut dpdk = testpmd(TESTPMD, "vhost");
-        dpdk.arg(format!("--vdev=net_vhost0,iface={},queues=1", at("dpdk.sock")));
-        dpdk.args(["--", "--total-num-mbufs=4096", "--no-mlockall", "--forward-mode=icmpecho", "-i"]);
-        self.start(fs, "fs1.sock")?;
-        self.start(new_fs, "fs2.sock")?;
-        self.start(rng, "rng.sock0")?;
-        self.start(vsock, "vsock.sock")?;
-        self.start(passt, "passt.sock")?;
-        self.start(dpdk, "dpdk.sock")?;
-        Ok(String::new())
+        let mut running = Self { foreign, child };
+        let socket = folder.join(foreign.socket);
+        wait_within(START, "its socket", || match running.child.try_wait() {
+            Ok(Some(status)) => Err(format!("it has ended: {status}")),
+            _ => Ok(socket.exists()),
+        })
+        .map_err(|error| format!("{error}; it said: {}", tail(&log_of(&foreign, folder))))?;
+        Ok(running)
     }
 }
 
-fn machine(folder: &Path, modules: &Path) -> Command {
+fn log_of(foreign: &Foreign, folder: &Path) -> PathBuf {
+    folder.join(format!("{}.log", foreign.socket))
+}
+
+/// The last that was said there.
+fn tail(path: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    let lines: Vec<_> = text.lines().rev().take(6).collect();
+    lines.into_iter().rev().collect::<Vec<_>>().join(" / ")
+}
+
+/// The guest, and who serves it.
+pub struct Stage {
+    pub guest: Guest,
+    pub folder: PathBuf,
+    running: Vec<Running>,
+}
+
+impl Stage {
+    /// The standard input of a back end.
+    pub fn keyboard(&mut self, peer: Peer) -> Result<ChildStdin, String> {
+        let running = self.running.iter_mut().find(|running| running.foreign.peer == peer);
+        running.and_then(|running| running.child.stdin.take()).ok_or_else(|| "no keyboard".to_owned())
+    }
+}
+
+fn machine(folder: &Path, modules: &Path, running: &[Running]) -> Command {
     let mut command = Command::new("timeout");
     command.args(["-sKILL", "200"]).arg(program("bulkhead")).args(["run", "--memory", "512M", "--kernel"]);
     command.arg(kernel("vmlinux")).arg("--initrd").arg(kernel("initramfs"));
     command.args(["--cmdline", &format!("console=ttyS0 {SHELL}"), "--name", "interop-lab"]);
     command.args(["--disk", &format!("path={},readonly=on,id=modules", modules.display())]);
-    command.args(["--disk", "vhost-user=socket", "--net", "vhost-user=passt.sock,mac=52:54:00:00:00:01"]);
-    command.args(["--net", "vhost-user=dpdk.sock,mac=52:54:00:00:00:02"]);
-    command.args(["--fs", "tag=one,vhost-user=fs1.sock", "--fs", "tag=two,vhost-user=fs2.sock"]);
-    command.args([
-        "--vhost-user",
-        "type=rng,socket=rng.sock0",
-        "--vhost-user",
-        "type=vsock,socket=vsock.sock",
-    ]);
+    for running in running {
+        command.args(running.foreign.options);
+    }
     command.current_dir(folder).stderr(fs::File::create(folder.join("log")).unwrap());
     command
 }
 
-/// What is shown of each.
-struct Shown<'a> {
-    guest: Guest,
-    folder: &'a Path,
-    rows: Vec<Row>,
-}
-
-impl Shown<'_> {
-    fn row(&mut self, peer: Peer, what: &str, show: impl FnOnce(&mut Guest, &Path) -> Outcome) {
-        let begin = Instant::now();
-        let result = show(&mut self.guest, self.folder);
-        let (ours, what) = ("core".to_owned(), format!("a stock guest: {what}"));
-        let row = Row { ours, peer: peer.name.to_owned(), version: peer.version(), what, result };
-        row.say(begin.elapsed());
-        self.rows.push(row);
-    }
-}
-
-fn disk(guest: &mut Guest, folder: &Path) -> Outcome {
-    let before = sha256(&folder.join("disk"));
-    let read = guest.run("sha256sum </dev/$foreign")?;
-    if !read.contains(&before) {
-        return Err(format!("the guest reads {read}, the image is {before}"));
-    }
-    guest.run("dd if=/dev/urandom of=/dev/$foreign bs=64k count=32 oflag=direct 2>/dev/null; sync")?;
-    let inside = guest.run("echo 3 >/proc/sys/vm/drop_caches; sha256sum </dev/$foreign")?;
-    let after = sha256(&folder.join("disk"));
-    if inside.contains(&after) && after != before {
-        Ok("read and written, SHA-256 equal on both sides".to_owned())
-    } else {
-        Err(format!("the guest reads {inside}, the image is {after}"))
-    }
-}
-
-fn share(tag: &'static str) -> impl FnOnce(&mut Guest, &Path) -> Outcome {
-    move |guest, folder| {
-        let sum = sha256(&folder.join(tag).join("file"));
-        guest.run(&format!("mkdir -p /{tag} && mount -t virtiofs {tag} /{tag}"))?;
-        let read = guest.run(&format!("sha256sum </{tag}/file"))?;
-        if !read.contains(&sum) {
-            return Err(format!("the guest reads {read}, the host has {sum}"));
-        }
-        guest.run(&format!("dd if=/dev/urandom of=/{tag}/new bs=64k count=16 2>/dev/null && mv /{tag}/new /{tag}/moved && sync"))?;
-        let written = guest.run(&format!("sha256sum </{tag}/moved"))?;
-        let host = sha256(&folder.join(tag).join("moved"));
-        if written.contains(&host) {
-            Ok("a file read, one written and renamed, SHA-256 equal on both sides".to_owned())
-        } else {
-            Err(format!("the guest wrote {written}, the host has {host}"))
-        }
-    }
-}
-
-fn rng(guest: &mut Guest, _: &Path) -> Outcome {
-    let current = guest.run("cat /sys/devices/virtual/misc/hw_random/rng_current")?;
-    let one = guest.run("dd if=/dev/hwrng bs=512 count=2 2>/dev/null | sha256sum")?;
-    let two = guest.run("dd if=/dev/hwrng bs=512 count=2 2>/dev/null | sha256sum")?;
-    if current.starts_with("virtio_rng") && one != two {
-        Ok("reads of /dev/hwrng, no two alike".to_owned())
-    } else {
-        Err(format!("{current}: {one}, {two}"))
-    }
-}
-
-fn passt(guest: &mut Guest, folder: &Path) -> Outcome {
-    let listener = std::net::TcpListener::bind("127.0.0.1:8000").map_err(text)?;
-    let bytes = random_file(&folder.join("down"), FILE);
-    thread::spawn(move || listener.incoming().flatten().for_each(|mut to| drop(to.write_all(&bytes))));
-    let sum = sha256(&folder.join("down"));
-    guest.run("ip link set $card up; printf '#!/bin/sh\\n[ \"$1\" = bound ] && ip addr add $ip/24 dev $interface && ip route add default via $router\\ntrue\\n' >/tmp/lease; chmod +x /tmp/lease; \
-        udhcpc -i $card -n -q -t 5 -s /tmp/lease >/dev/null 2>&1")?;
-    let came = guest.run("nc 10.7.0.1 8000 </dev/null | sha256sum")?;
-    if came.contains(&sum) {
-        Ok(format!("an address by DHCP, {} MiB by TCP with equal SHA-256", FILE >> 20))
-    } else {
-        Err(format!("{sum} was sent, {came} came"))
-    }
-}
-
-fn dpdk(guest: &mut Guest, _: &Path) -> Outcome {
-    guest.run("ip link set $other up && ip addr add 10.8.0.2/24 dev $other")?;
-    let said = guest.run("ping -c 10 -i 0.2 -s 1000 10.8.0.9 | grep received")?;
-    if said.contains(" 0% packet loss") {
-        Ok("10 of 10 echoes of 1000 bytes by its icmpecho".to_owned())
-    } else {
-        Err(said)
-    }
-}
-
-/// Boots it and uses them.
-pub fn run(_: &[&String]) -> Vec<Row> {
-    match show() {
-        Ok(rows) => rows,
-        Err(error) => {
-            let (ours, peer, what) = ("core", "all at once", "a stock guest boots with all of them");
-            vec![Row {
-                ours: ours.into(),
-                peer: peer.into(),
-                version: None,
-                what: what.into(),
-                result: Err(error),
-            }]
-        }
-    }
+fn hand_over(foreign: &Foreign, result: crate::Outcome, begin: Instant) {
+    let (ours, peer) = ("core".to_owned(), foreign.peer.name.to_owned());
+    let what = format!("a stock guest: {}", foreign.what);
+    Row { ours, peer, version: foreign.peer.version(), what, result, time: begin.elapsed() }.hand_over();
 }
 
 fn network() -> Result<(), String> {
@@ -213,70 +110,85 @@ fn network() -> Result<(), String> {
     command("ip", "route add default via 10.7.0.1 dev wire")
 }
 
-fn show() -> Result<Vec<Row>, String> {
+/// Boots it and uses those whose names contain one of the words. Rows are handed over as they come.
+pub fn run(words: &[&String]) {
+    let wanted =
+        |foreign: &&Foreign| words.is_empty() || words.iter().any(|word| foreign.peer.name.contains(*word));
+    let all: Vec<Foreign> = ALL.iter().filter(wanted).copied().collect();
+    let begin = Instant::now();
+    let mut left = all.clone();
+    if let Err(error) = show(&all, &mut left) {
+        left.iter().for_each(|foreign| hand_over(foreign, Err(error.clone()), begin));
+    }
+}
+
+/// What is `left` at the end was not shown.
+fn show(all: &[Foreign], left: &mut Vec<Foreign>) -> Result<(), String> {
     network()?;
     let temporary = tempfile::tempdir().map_err(text)?;
     let folder = temporary.path();
-    for tag in ["one", "two"] {
-        fs::create_dir(folder.join(tag)).map_err(text)?;
-        random_file(&folder.join(tag).join("file"), 1 << 20);
-    }
-    random_file(&folder.join("disk"), 8 << 20);
-    serve_vsock(&folder.join("v"))?;
+    files(folder)?;
     let modules = modules(folder)?;
-    let _daemon = Daemon::start(folder)?;
-    let mut peers = Peers { children: Vec::new(), folder: folder.to_owned() };
-    peers.all()?;
-    let guest = Guest::spawn(machine(folder, &modules), folder.join("monitor"))?;
-    let mut shown = Shown { guest, folder, rows: Vec::new() };
-    let log = |error| {
-        let top = Command::new("top").args(["-b", "-n", "1"]).output();
-        let top = top.map(|output| output.stdout).unwrap_or_default();
-        let top: Vec<_> = String::from_utf8_lossy(&top).lines().skip(6).take(8).map(str::to_owned).collect();
-        let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
-        format!("{error}; the log: {log}; at work: {}", top.join(" / "))
-    };
-    shown.guest.boot().map_err(log)?;
-    shown.guest.run("for it in /sys/block/vd*; do name=${it##*/}; if [ \"$(cat $it/serial)\" = modules ]; then tar -xf /dev/$name -C /tmp; else foreign=$name; fi; done; \
-        for it in /sys/class/net/eth*; do case $(cat $it/address) in *01) card=${it##*/} ;; *02) other=${it##*/} ;; esac; done; insmod /tmp/fuse.ko; insmod /tmp/virtiofs.ko")?;
-    shown.row(STORAGE_DAEMON, "its disk", disk);
-    shown.row(VIRTIOFSD, "its directory", share("one"));
-    shown.row(NEW_VIRTIOFSD, "its directory", share("two"));
-    shown.row(DEVICE_VSOCK, "its streams, both ways", |guest, folder| talk(guest, folder, &folder.join("v")));
-    shown.row(PASST, "its network", passt);
-    // Until now its thread slept: from here on it polls.
-    let keyboard = peers.children.last_mut().and_then(|child| child.stdin.as_mut()).ok_or("no testpmd")?;
-    keyboard.write_all(b"start\n").map_err(text)?;
-    thread::sleep(Duration::from_millis(500));
-    shown.row(TESTPMD, "its network card (net_vhost)", dpdk);
-    // Last: a guest that waits for entropy answers no more.
-    shown.row(DEVICE_RNG, "its entropy", rng);
-    Ok(shown.rows)
+    let mut running = Vec::new();
+    for foreign in all {
+        let begin = Instant::now();
+        match Running::start(*foreign, folder) {
+            Ok(started) => running.push(started),
+            Err(error) => {
+                left.retain(|other| other.peer != foreign.peer);
+                hand_over(foreign, Err(error), begin);
+            }
+        }
+    }
+    let machine = machine(folder, &modules, &running);
+    let guest = Guest::spawn(machine, folder.join("monitor"))?;
+    let mut stage = Stage { guest, folder: folder.to_owned(), running };
+    let log = folder.join("log");
+    stage.guest.set_patience(BOOT);
+    stage.guest.boot().map_err(|error| format!("{error}; the log: {}", tail(&log)))?;
+    stage.guest.run("for it in /sys/block/vd*; do name=${it##*/}; if [ \"$(cat $it/serial)\" = modules ]; then tar -xf /dev/$name -C /tmp; else foreign=$name; fi; done; \
+        for it in /sys/class/net/eth*; do case $(cat $it/address) in *01) card=${it##*/} ;; *02) other=${it##*/} ;; esac; done; \
+        export foreign card other; insmod /tmp/fuse.ko; insmod /tmp/virtiofs.ko")?;
+    for foreign in left.clone() {
+        let begin = Instant::now();
+        let result = (foreign.show)(&mut stage).map_err(|error| {
+            let theirs = tail(&log_of(&foreign, folder));
+            format!("{error}; the log: {}; its own: {theirs}", tail(&log))
+        });
+        hand_over(&foreign, result, begin);
+        left.retain(|other| other.peer != foreign.peer);
+    }
+    Ok(())
 }
 
-/// Starts this program in the lab, where there has to be one.
-pub fn in_lab() -> Vec<Row> {
-    let this = std::env::current_exe().unwrap();
-    let output = Command::new(root().join("tools/lab"))
-        .args(["--auto", "--timeout", LIMIT, "--"])
-        .arg(this)
-        .arg("--in-lab")
-        .output();
-    let said = output.map(|output| {
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-    });
-    let said = said.unwrap_or_else(|error| error.to_string());
-    said.lines()
-        .filter(|line| line.contains(" ... ") && !line.contains("row\t"))
-        .for_each(|line| println!("{line}"));
-    let rows: Vec<Row> = said.lines().filter_map(Row::take_over).collect();
-    rows.iter().filter(|row| row.result.is_err()).for_each(|row| row.say(Duration::ZERO));
-    if rows.is_empty() {
-        let from = said.len().saturating_sub(1500);
-        let tail = said.get(from..).unwrap_or_default().to_owned();
-        let (ours, peer, what) =
-            ("core".to_owned(), "all at once".to_owned(), "a stock guest in the lab".to_owned());
-        return vec![Row { ours, peer, version: None, what, result: Err(tail) }];
+/// Starts this program in the lab, where there has to be one. What did not come out of it failed.
+pub fn in_lab(words: &[&String]) -> Vec<Row> {
+    let mut command = Command::new(root().join("tools/lab"));
+    command.args(["--auto", "--timeout", LIMIT, "--"]).arg(std::env::current_exe().unwrap()).arg("--in-lab");
+    command.args(words).stdout(Stdio::piped());
+    let mut rows = Vec::new();
+    let failed = |error: String| Row {
+        ours: "core".to_owned(),
+        peer: "all at once".to_owned(),
+        version: None,
+        what: "a stock guest in the lab".to_owned(),
+        result: Err(error),
+        time: Duration::ZERO,
+    };
+    let mut lab = match command.spawn() {
+        Ok(lab) => lab,
+        Err(error) => return vec![failed(error.to_string())],
+    };
+    let output = lab.stdout.take().map(BufReader::new);
+    for line in output.into_iter().flat_map(BufRead::lines).map_while(Result::ok) {
+        if let Some(row) = Row::take_over(&line) {
+            row.say();
+            rows.push(row);
+        }
+    }
+    match lab.wait() {
+        Ok(status) if status.success() => {}
+        status => rows.push(failed(format!("the lab ended with {status:?}"))),
     }
     rows
 }

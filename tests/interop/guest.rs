@@ -16,7 +16,7 @@ use crate::ours::RECONNECT;
 use crate::{NEW_QEMU, Peer, program, root};
 
 /// For anything that happens in a guest.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(75);
 /// What the guest does first: its folders, and the modules of its devices.
 const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
      export PATH=/bin:/sbin; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev 2>/dev/null; \
@@ -86,6 +86,7 @@ pub struct Guest {
     screen: Receiver<Vec<u8>>,
     seen: String,
     monitor: PathBuf,
+    patience: Duration,
 }
 
 impl Drop for Guest {
@@ -141,26 +142,41 @@ impl Guest {
                 }
             }
         });
-        Ok(Self { child, keyboard, screen, seen: String::new(), monitor })
+        Ok(Self { child, keyboard, screen, seen: String::new(), monitor, patience: PATIENCE })
     }
 
-    /// Waits for the shell and loads the modules.
+    /// Waits for the shell and loads the modules. What is typed from then on goes to a second shell: busybox's takes a child that ends while
+    /// it waits for a line for the end of its input, and the first process inherits the children of others.
     pub fn boot(&mut self) -> Result<(), String> {
         self.until("# ")?;
         self.run(SET_UP)?;
         // What was left of the prompt.
+        self.run("true")?;
+        writeln!(self.keyboard, "sh").map_err(|error| error.to_string())?;
+        self.until("# ")?;
+        self.run("PS1=")?;
         self.run("true").map(drop)
     }
 
+    /// Changes how long it may take for anything from now on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
     fn until(&mut self, word: &str) -> Result<String, String> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         loop {
             if let Some(at) = self.seen.find(word) {
                 let rest = self.seen.split_off(at + word.len());
                 return Ok(std::mem::replace(&mut self.seen, rest));
             }
             let dead = |line: &&str| LAST_WORDS.iter().any(|words| line.contains(words));
-            if let Some(line) = self.seen.lines().find(dead) {
+            if self.seen.lines().any(|line| dead(&line)) {
+                // The rest of the line.
+                while let Ok(bytes) = self.screen.recv_timeout(Duration::from_millis(300)) {
+                    self.seen.push_str(&String::from_utf8_lossy(&bytes));
+                }
+                let line = self.seen.lines().find(dead).unwrap_or_default();
                 return Err(format!("{DIED}{}", line.trim()));
             }
             match self.screen.recv_timeout(end.saturating_duration_since(Instant::now())) {
@@ -195,6 +211,20 @@ impl Guest {
         Ok(text.trim_end_matches('@').replace('\r', "").trim().to_owned())
     }
 
+    /// Runs a line of shell that the guest ends after so many seconds: a device that hangs takes no more of others' time. Variables
+    /// have to be exported.
+    pub fn run_within(&mut self, seconds: u64, line: &str) -> Result<String, String> {
+        let patience = std::mem::replace(&mut self.patience, Duration::from_secs(seconds + 10));
+        let quoted = line.replace('\'', "'\\''");
+        let result = self
+            .run(&format!("printf '%s\\n' '{quoted}' >/tmp/step; timeout -s KILL {seconds} sh /tmp/step"));
+        self.patience = patience;
+        result.map_err(|error| {
+            let told = error.rsplit_once('`').map_or(error.as_str(), |(_, told)| told);
+            format!("`{line}`, within {seconds} s{told}")
+        })
+    }
+
     /// Says a line to QEMU's monitor; what it answers within a moment.
     pub fn monitor(&self, line: &str) -> Result<String, String> {
         let failed = |error: std::io::Error| format!("monitor: {error}");
@@ -221,8 +251,17 @@ impl Guest {
 }
 
 /// Tries until it holds.
-pub fn wait(what: &str, mut holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
-    let end = Instant::now() + PATIENCE;
+pub fn wait(what: &str, holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
+    wait_within(PATIENCE, what, holds)
+}
+
+/// Tries until it holds, so long.
+pub fn wait_within(
+    limit: Duration,
+    what: &str,
+    mut holds: impl FnMut() -> Result<bool, String>,
+) -> Result<(), String> {
+    let end = Instant::now() + limit;
     while !holds()? {
         if Instant::now() > end {
             return Err(format!("waited for {what} in vain"));

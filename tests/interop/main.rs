@@ -1,8 +1,9 @@
 //! The interoperation suite: our device services under QEMU, and back ends of others under our core, with real peers only.
 //!
-//! `interop [--write] [WORD]…` runs the cases whose name contains one of the words; `lab` stands for the stock guest under our core,
-//! which needs hardware virtualization or the lab. With `--write` the whole run goes into `docs/interop.md`, with the versions of
-//! the peers. `interop --compare [ROUNDS]` measures throughput beside that of others instead, for `tools/bench devices`. A peer that is not installed is a case that was not run, by name.
+//! `interop [--write] [WORD]…` runs the cases whose name contains one of the words; `interop lab [WORD]…` a stock guest under our core
+//! with the back ends of others whose name does, which needs hardware virtualization or the lab. With `--write` the whole run goes into `docs/interop.md`, with the versions of
+//! the peers. `interop --compare [ROUNDS] [net|fs|vsock]…`
+//! measures throughput beside that of others instead, for `tools/bench devices`. A peer that is not installed is a case that was not run, by name.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod compare;
@@ -10,6 +11,7 @@ mod dpdk;
 mod exercisers;
 mod foreign;
 mod foreign_guest;
+mod foreign_peers;
 mod guest;
 mod migration;
 mod ours;
@@ -18,7 +20,7 @@ mod traffic;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use table::Row;
 
@@ -104,16 +106,20 @@ fn cases() -> Vec<Case> {
     under_qemu.clone().into_iter().chain(new).chain(others).collect()
 }
 
-fn run(case: Case) -> Row {
+/// After this no further case is begun: a whole run takes no longer than a quarter of an hour.
+const LIMIT: Duration = Duration::from_secs(660);
+
+fn run(case: Case, start: Instant) -> Row {
     let begin = Instant::now();
     let version = case.peer.version();
     let result = match &version {
+        Some(_) if start.elapsed() > LIMIT => Err("not run: the time was used up".to_owned()),
         Some(_) => (case.run)(case.peer),
         None => Err(format!("not run: {} is not there ({})", case.peer.program, case.peer.package)),
     };
-    let row =
-        Row { ours: case.ours.into(), peer: case.peer.name.into(), version, what: case.what.into(), result };
-    row.say(begin.elapsed());
+    let (ours, peer, what) = (case.ours.into(), case.peer.name.into(), case.what.into());
+    let row = Row { ours, peer, version, what, result, time: begin.elapsed() };
+    row.say();
     row
 }
 
@@ -122,20 +128,14 @@ fn main() -> ExitCode {
     let has = |option: &str| arguments.iter().any(|argument| argument == option);
     let words: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
     if has("--in-lab") {
-        foreign_guest::run(&words).iter().for_each(Row::hand_over);
+        foreign_guest::run(&words);
         return ExitCode::SUCCESS;
     }
     if has("--compare") {
-        return match compare::run(words.first().and_then(|word| word.parse().ok()).unwrap_or(5)) {
-            Ok(table) => {
-                println!("{table}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("interop: {error}");
-                ExitCode::FAILURE
-            }
-        };
+        let rounds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(5);
+        let parts: Vec<&String> =
+            words.iter().copied().filter(|word| word.parse::<usize>().is_err()).collect();
+        return if compare::run(rounds, &parts) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let wanted = |ours: &str, peer: &str, version: Option<&str>, what: &str| {
         let name = format!("{ours} / {peer} {}: {what}", version.unwrap_or_default());
@@ -143,9 +143,13 @@ fn main() -> ExitCode {
     };
     let wanted_case =
         |case: &Case| wanted(case.ours, case.peer.name, case.peer.version().as_deref(), case.what);
-    let mut rows: Vec<Row> = cases().into_iter().filter(wanted_case).map(run).collect();
-    if words.is_empty() || words.iter().any(|word| *word == "lab") {
-        rows.extend(foreign_guest::in_lab());
+    let lab: Vec<&String> = words.iter().copied().filter(|word| *word != "lab").collect();
+    let (start, mut rows) = (Instant::now(), Vec::new());
+    if lab.len() == words.len() {
+        rows.extend(cases().into_iter().filter(wanted_case).map(|case| run(case, start)));
+    }
+    if words.is_empty() || lab.len() < words.len() {
+        rows.extend(foreign_guest::in_lab(&lab));
     }
     if has("--write") && words.is_empty() {
         table::write(&rows);

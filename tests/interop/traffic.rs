@@ -7,12 +7,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
 use crate::guest::{Guest, Service, kernel, random_file, sha256, wait};
 use crate::ours::{RECONNECT, device};
-use crate::{Case, Outcome, Peer, QEMU};
+use crate::{Case, Outcome, Peer, QEMU, program};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -27,8 +28,10 @@ pub const CASES: &[Case] = &[
 
 /// Bytes of a file.
 const SIZE: usize = 24 << 20;
-/// Streams of the guest at a time, and KiB of each there and back.
-const STREAMS: &str = "--streams 32 --kib 64";
+/// Streams of the guest at a time.
+const STREAMS: &str = "32";
+/// How long a stream may say nothing.
+const SILENCE: Duration = Duration::from_secs(30);
 
 pub fn text(error: impl ToString) -> String {
     error.to_string()
@@ -113,6 +116,7 @@ fn echo(mut stream: UnixStream) {
 /// Connects to a port of the guest (Firecracker's convention).
 pub fn dial(path: &Path, port: u32) -> Result<UnixStream, String> {
     let mut stream = UnixStream::connect(path).map_err(text)?;
+    stream.set_read_timeout(Some(SILENCE)).map_err(text)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(text)?;
     let (mut line, mut byte) = (Vec::new(), [0]);
     while !line.ends_with(b"\n") {
@@ -136,12 +140,16 @@ pub fn serve_vsock(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Streams both ways between the guest and the host, compared.
-pub fn talk(guest: &mut Guest, folder: &Path, path: &Path) -> Outcome {
-    guest.run("for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
-    guest.run(&format!(": >/tmp/said; guest-vsock {STREAMS} >/tmp/said 2>&1 & true"))?;
-    let ok = "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done";
-    guest.run(ok)?;
+/// Streams both ways between the guest and the host, compared: so many of the guest at a time, one of the host. The disk of [`modules`] is
+/// unpacked in /tmp.
+pub fn talk(guest: &mut Guest, folder: &Path, path: &Path, streams: &str) -> Outcome {
+    guest.run_within(20, "for it in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /modules/$it.ko; done")?;
+    guest.run(&format!(
+        ": >/tmp/said; /tmp/guest-vsock --streams {streams} --kib 64 >/tmp/said 2>&1 & true"
+    ))?;
+    guest
+        .run_within(60, "while [ $(grep -c 'streams ok' /tmp/said) -lt 2 ]; do sleep 0.1; done")
+        .map_err(|error| format!("{error}: {}", guest.run("cat /tmp/said").unwrap_or_default()))?;
     let mut stream = dial(path, 7000)?;
     let bytes = random_file(&folder.join("sent"), 1 << 20);
     let (mut end, sent) = (stream.try_clone().map_err(text)?, bytes.clone());
@@ -153,9 +161,14 @@ pub fn talk(guest: &mut Guest, folder: &Path, path: &Path) -> Outcome {
         return Err("the guest's echo is not what was sent".to_owned());
     }
     drop(dial(path, 7001)?);
-    guest.run("while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said")?;
-    Ok("32 streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
-        .to_owned())
+    guest.run_within(
+        20,
+        "while pidof guest-vsock >/dev/null; do sleep 0.1; done; ! grep -i differ /tmp/said",
+    )?;
+    let streams = streams.split(' ').next().unwrap_or_default();
+    Ok(format!(
+        "{streams} streams of the guest at a time, twice, and 1 MiB through a stream of the host, all compared"
+    ))
 }
 
 fn vsock(qemu: Peer) -> Outcome {
@@ -166,19 +179,42 @@ fn vsock(qemu: Peer) -> Outcome {
     let service = Service::start(folder.path(), "vsock", "vsock.sock", &options);
     // QEMU 7.2 does not connect again for this device.
     let options = device("c", &service, "vhost-user-vsock-pci").into_iter();
-    let options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    let mut options: Vec<String> = options.map(|option| option.replace(RECONNECT, "")).collect();
+    options.extend(archive(&modules(folder.path())?));
     let mut guest = Guest::start(qemu, &folder, "vsock", &options)?;
     guest.boot()?;
-    talk(&mut guest, folder.path(), &path)
+    guest.run("tar -xf /dev/vda -C /tmp")?;
+    talk(&mut guest, folder.path(), &path, STREAMS).map_err(|error| {
+        let said = guest.run("cat /tmp/said").unwrap_or_default();
+        let log = fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+        format!("{error}; the guest's program: {said}; our log: {log}")
+    })
 }
 
-/// The guest's own modules of virtio-fs, for a disk: its initramfs has none.
+/// Modules of the guest's own kernel that its initramfs does not have, for a disk.
+const MODULES: [&str; 3] = ["fs/fuse/fuse.ko", "fs/fuse/virtiofs.ko", "net/core/pktgen.ko"];
+
+/// A disk with [`MODULES`] and `guest-vsock`, an archive.
 pub fn modules(folder: &Path) -> Result<PathBuf, String> {
     let modules = folder.join("modules.tar");
     let release = fs::read_to_string(kernel("kernel/release")).map_err(text)?;
-    let fuse = kernel(&format!("kernel/lib/modules/{}/kernel/fs/fuse", release.trim()));
-    run("tar", &format!("-cf {} -C {} fuse.ko virtiofs.ko", modules.display(), fuse.display()))?;
-    Ok(modules)
+    let all = kernel(&format!("kernel/lib/modules/{}/kernel", release.trim()));
+    let of = |module: &str| all.join(module).display().to_string();
+    let mut command = Command::new("tar");
+    command
+        .arg("-cf")
+        .arg(&modules)
+        .args(["--transform", "s:.*/::"])
+        .args(MODULES.map(of))
+        .arg(program("guest-vsock"));
+    let output = command.output().map_err(text)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(modules) } else { Err(said) }
+}
+
+/// The options of QEMU for the disk of [`modules`].
+pub fn archive(disk: &Path) -> [String; 2] {
+    ["-drive".to_owned(), format!("file={},if=virtio,format=raw,readonly=on", disk.display())]
 }
 
 fn fs(qemu: Peer) -> Outcome {
@@ -194,7 +230,7 @@ fn fs(qemu: Peer) -> Outcome {
     let options = options.map(|option| option.replace(RECONNECT, ""));
     let mut options: Vec<String> =
         options.map(|option| option.replace("fs-pci,", "fs-pci,tag=home,")).collect();
-    options.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw", modules.display())]);
+    options.extend(archive(&modules));
     let mut guest = Guest::start(qemu, &folder, "fs", &options)?;
     guest.boot()?;
     guest.run(

@@ -20,9 +20,12 @@ use imago::raw::Raw;
 use imago::vmdk::Vmdk;
 use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
+mod grow;
 mod storage;
 
 use storage::Given;
+
+pub use grow::GrowError;
 
 /// One image of a chain.
 #[derive(Debug)]
@@ -92,6 +95,29 @@ impl Image {
         }
         let access = below.ok_or("there is no image")?;
         Ok(Self { access: RwLock::new(access) })
+    }
+
+    /// Makes the disk of a chain that nobody has open just now longer: `size` bytes, a multiple of `block`.
+    ///
+    /// # Errors
+    /// [`GrowError`]; the disk is as it was then.
+    pub fn grow(files: &Files, size: u64, block: u64) -> Result<(), GrowError> {
+        let Some((top, below)) = files.chain.split_first() else {
+            return Err(GrowError::Image("there is none"));
+        };
+        if top.format != ImageFormat::Qcow2 {
+            return Err(GrowError::Image("only qcow2 images grow while they are in use"));
+        }
+        let copy = |layer: &Layer| Ok(Layer { file: layer.file.try_clone()?, format: layer.format });
+        let below = below.iter().map(copy).collect::<io::Result<Vec<_>>>()?;
+        let backing = match below.is_empty() {
+            true => None,
+            false => {
+                let below = Self::open(&Files { chain: below, data: Vec::new() }, false);
+                Some(below.map_err(io::Error::other)?.size())
+            }
+        };
+        grow::grow(&top.file, size, block, backing)
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<Given>> {

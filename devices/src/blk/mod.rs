@@ -7,7 +7,6 @@
 //! - `idle`: what a queue does before it sleeps;
 //! - `engine`: io_uring, restricted to a disk's operations;
 //! - `pool` and `image`: threads that serve an image in a format;
-//! - `limit`: rate limits;
 //! - `errors`: what the log hears of failed requests;
 //! - `service`: a disk for front ends that are not ours.
 
@@ -17,7 +16,6 @@ mod engine;
 mod errors;
 mod idle;
 mod image;
-mod limit;
 mod pool;
 mod queue;
 mod request;
@@ -36,10 +34,11 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_
 
 use config::{ConfigSpace, WRITEBACK, bit};
 pub use image::{Files, Layer};
-use limit::Limit;
 use pool::Pool;
 use queue::BlkQueue;
 pub use service::SERVICE;
+
+use crate::rate_limit::{Group, Limit};
 
 /// Longest serial number, bytes.
 const SERIAL: usize = 20;
@@ -128,8 +127,25 @@ impl Controller {
     /// The file has this many bytes now. Requests beyond the end fail from here on; the front end is to be told. False: the disk is
     /// what it was, or an image in a format, which says its size itself.
     pub fn resize(&self, bytes: u64) -> bool {
+        self.shared.raw.is_some() && self.set_size(bytes)
+    }
+
+    /// Makes the disk of an image in a format longer; the front end is to be told if it has become so. `None`: it is none.
+    pub fn grow(&self, bytes: u64) -> Option<Result<u64, String>> {
+        let pool = self.shared.pool.as_ref()?;
+        if self.shared.read_only {
+            return Some(Err("is read-only".into()));
+        }
+        let grown = pool.grow(bytes, u64::from(self.block_size));
+        Some(grown.inspect(|bytes| {
+            self.set_size(*bytes);
+        }))
+    }
+
+    /// True: it had another.
+    fn set_size(&self, bytes: u64) -> bool {
         let capacity = sectors(bytes, self.block_size);
-        self.shared.raw.is_some() && self.shared.capacity.swap(capacity, Ordering::Relaxed) != capacity
+        self.shared.capacity.swap(capacity, Ordering::Relaxed) != capacity
     }
 }
 
@@ -152,6 +168,7 @@ impl Blk {
         config: &BlkConfig,
         files: Files,
         cached: Option<File>,
+        group: Option<Arc<Group>>,
         enter: &EnterThread,
     ) -> Result<Self, BlkError> {
         let BlkConfig { queues, logical_block_size: block_size, read_only, ref serial, ref options, .. } =
@@ -196,7 +213,7 @@ impl Blk {
             writeback: AtomicBool::new(true),
             durability: options.durability,
             discards: !options.no_discard,
-            limit: Limit::new(options.rates),
+            limit: Limit::new(options.rates.into(), group),
             read_error: options.read_error,
             write_error: options.write_error,
         };

@@ -98,6 +98,8 @@ enum Job {
     Io(Box<Io>),
     /// Opens the image (for writing), or closes it; answers its size in bytes.
     Open(Option<bool>, SyncSender<Result<u64, String>>),
+    /// Makes the disk longer, so many bytes in blocks of so many; answers its size in bytes.
+    Grow((u64, u64), SyncSender<Result<u64, String>>),
 }
 
 #[derive(Default)]
@@ -168,8 +170,20 @@ impl Pool {
     }
 
     fn order(&self, open: Option<bool>) -> Result<u64, String> {
+        self.ask(|answer| Job::Open(open, answer))
+    }
+
+    /// Makes the disk longer, whose image no other process has open. Requests wait meanwhile. Answers its size in bytes.
+    ///
+    /// # Errors
+    /// A sentence for a person, which follows the disk's id.
+    pub fn grow(&self, size: u64, block: u64) -> Result<u64, String> {
+        self.ask(|answer| Job::Grow((size, block), answer))
+    }
+
+    fn ask(&self, job: impl FnOnce(SyncSender<Result<u64, String>>) -> Job) -> Result<u64, String> {
         let (answer, result) = sync_channel(1);
-        self.shared.give(Job::Open(open, answer));
+        self.shared.give(job(answer));
         result.recv().unwrap_or_else(|_| Err("the image's threads have ended".into()))
     }
 
@@ -212,6 +226,9 @@ impl Shared {
                 Job::Open(open, answer) => {
                     let _ = answer.send(self.open(open));
                 }
+                Job::Grow((size, block), answer) => {
+                    let _ = answer.send(self.grow(size, block));
+                }
                 Job::Io(io) => self.run(*io, &mut bytes),
             }
         }
@@ -224,6 +241,23 @@ impl Shared {
         let Some(write) = open else { return Ok(0) };
         let opened = Image::open(&self.files, write)?;
         Ok(image.insert(opened).size())
+    }
+
+    fn grow(&self, size: u64, block: u64) -> Result<u64, String> {
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let open = image.take();
+        // What it remembers is written before.
+        let written = open.as_ref().map_or(Ok(()), Image::sync);
+        let was_open = open.is_some();
+        drop(open);
+        let grown = match written {
+            Ok(()) => Image::grow(&self.files, size, block).map_err(|error| error.to_string()),
+            Err(error) => Err(format!("cannot be written: {}", describe(&error))),
+        };
+        let opened = Image::open(&self.files, was_open)?;
+        let size = opened.size();
+        *image = was_open.then_some(opened);
+        grown.map(|()| size)
     }
 
     /// What is wrong with an image has no number; the first few sentences about it are for the log.

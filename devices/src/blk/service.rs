@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 
 use bulkhead_ipc::channel::message::{
-    BackingImage, BlkConfig, BlkOptions, BlkRates, DeviceConfig, Durability, ErrorAction, ImageFormat,
+    BackingImage, BlkConfig, BlkOptions, DeviceConfig, Durability, ErrorAction, ImageFormat, Rates,
 };
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -113,7 +113,8 @@ fn options(given: &Given, outfit: &mut Outfit) -> Result<BlkOptions, StandaloneE
         cached: None,
         durability,
         no_discard: given.flag("--no-discard"),
-        rates: BlkRates { bps, bps_burst, iops, iops_burst },
+        rates: Rates { bps, bps_burst, iops, iops_burst },
+        group: None,
         read_error: word(given, "--read-error", ACTIONS, ErrorAction::Report)?,
         write_error: word(given, "--write-error", ACTIONS, ErrorAction::Report)?,
     })

@@ -10,6 +10,7 @@ use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, Regi
 
 use super::FlashError;
 use super::cfi::{BLOCK, Chip, Store};
+use crate::registers::DeviceProcess;
 
 /// Index of the region that holds the chip's bytes.
 pub const REGION_BYTES: u32 = 0;
@@ -76,23 +77,20 @@ impl FlashDevice {
         }
         Ok(Self { chip: Chip::new(chip_size), contents: Contents { file, memory, size, failure: None } })
     }
+}
 
-    /// Descriptors that the device holds.
-    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+impl DeviceProcess for FlashDevice {
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let memory = self.contents.memory.regions().map(|region| region.fd);
-        memory.chain([self.contents.file.as_fd()])
+        memory.chain([self.contents.file.as_fd()]).collect()
     }
 
-    /// Why the file can no longer be written, once.
-    pub fn take_failure(&mut self) -> Option<io::Error> {
+    fn take_failure(&mut self) -> Option<io::Error> {
         self.contents.failure.take()
     }
 
-    /// Waits until the host has stored everything.
-    ///
-    /// # Errors
-    /// It cannot.
-    pub fn sync(&self) -> io::Result<()> {
+    /// A power failure of the host shall not take what a machine that ended has stored.
+    fn end(&mut self) -> io::Result<()> {
         self.contents.file.sync_data()
     }
 }

@@ -7,19 +7,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 
-use bulkhead_ipc::channel::message::Key;
+use bulkhead_ipc::channel::message::{Key, ToDevice};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::{Deserialize, Serialize};
 
 use super::i8042::{I8042, Port};
+use crate::registers::{DeviceProcess, Interrupt, StateFile};
 
 /// Size of the region with the ports, in bytes.
 pub const REGION_SIZE: u64 = 1 << 16;
-/// Size of the file, in bytes: a page, so that the kernel writes all of the state or nothing of it.
-pub const STATE_SIZE: usize = 4096;
 /// The most strokes that are kept until the state is there.
 const MOST_EARLY: usize = 256;
 
@@ -36,59 +33,20 @@ struct State {
 #[derive(Debug)]
 pub struct KeyboardDevice {
     state: State,
-    /// The state is this process's own: no predecessor changes it any more.
+    /// The core has come: until then a predecessor may change what is in the file.
     begun: bool,
     /// What was struck before.
     early: Vec<Key>,
-    file: File,
-    event: Option<OwnedFd>,
-    failure: Option<io::Error>,
+    file: StateFile,
+    interrupt: Interrupt,
 }
 
 impl KeyboardDevice {
-    /// A controller that keeps its state in this file.
+    /// The controller whose state is in this file; when that is empty, one after its reset.
+    #[must_use]
     pub fn new(file: File) -> Self {
-        let state = State::default();
-        Self { state, begun: false, early: Vec::new(), file, event: None, failure: None }
-    }
-
-    /// The core has come: from here on no predecessor changes the state, which is as it left it. An empty file is the state after
-    /// a reset.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn begin(&mut self) -> io::Result<()> {
-        if self.begun {
-            return Ok(());
-        }
-        let mut bytes = [0; STATE_SIZE];
-        let mut filled = 0;
-        while let Some(space) = bytes.get_mut(filled..).filter(|space| !space.is_empty()) {
-            match self.file.read_at(space, filled as u64)? {
-                0 => break,
-                count => filled = filled.saturating_add(count),
-            }
-        }
-        let stored = bytes.get(..filled).unwrap_or_default();
-        self.state = if stored.iter().all(|byte| *byte == 0) {
-            State::default()
-        } else {
-            // The predecessor may have been broken into.
-            postcard::from_bytes(stored)
-                .inspect_err(
-                    |error| tracing::warn!(%error, "the keyboard's state makes no sense: it is reset"),
-                )
-                .unwrap_or_default()
-        };
-        self.begun = true;
-        let early = std::mem::take(&mut self.early);
-        self.press(&early);
-        Ok(())
-    }
-
-    /// Descriptors that the device holds.
-    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.file.as_fd())
+        let (state, interrupt) = (State::default(), Interrupt::default());
+        Self { state, begun: false, early: Vec::new(), file: file.into(), interrupt }
     }
 
     /// Keys are pressed or released.
@@ -98,17 +56,9 @@ impl KeyboardDevice {
             self.early.extend(keys.iter().take(room));
             return;
         }
-        if keys.is_empty() {
-            return;
-        }
         self.state.controller.press(keys);
         self.store();
         self.signal();
-    }
-
-    /// Why the state can no longer be stored, once.
-    pub fn take_failure(&mut self) -> Option<io::Error> {
-        self.failure.take()
     }
 
     /// Carries out an access, unless a predecessor has.
@@ -133,23 +83,43 @@ impl KeyboardDevice {
     }
 
     fn store(&mut self) {
-        let mut bytes = [0; STATE_SIZE];
-        let stored = match postcard::to_slice(&self.state, &mut bytes) {
-            Ok(used) => self.file.write_all_at(used, 0),
-            Err(error) => Err(io::Error::other(error)),
-        };
-        if let Err(error) = stored {
-            self.failure.get_or_insert(error);
-        }
+        self.file.store(&self.state);
     }
 
     fn signal(&mut self) {
-        if self.state.controller.take_edge()
-            && let Some(event) = &self.event
-        {
-            // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
-            let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
+        if self.state.controller.take_edge() {
+            self.interrupt.signal();
         }
+    }
+}
+
+impl DeviceProcess for KeyboardDevice {
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.file.as_fd()]
+    }
+
+    /// The core has come: from here on no predecessor changes the state.
+    fn begin(&mut self) -> io::Result<()> {
+        if !self.begun {
+            self.state = self.file.load()?.unwrap_or_default();
+            self.begun = true;
+            let early = std::mem::take(&mut self.early);
+            if !early.is_empty() {
+                self.press(&early);
+            }
+        }
+        Ok(())
+    }
+
+    fn order(&mut self, message: ToDevice) {
+        match message {
+            ToDevice::Keys(keys) => self.press(&keys),
+            message => tracing::warn!(?message, "a control message that this device does not know"),
+        }
+    }
+
+    fn take_failure(&mut self) -> Option<io::Error> {
+        self.file.take_failure()
     }
 }
 
@@ -188,13 +158,7 @@ impl RegisterDevice for KeyboardDevice {
     }
 
     fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
-        if let Some(event) = &event {
-            // Whatever the peer sent, writing to it must not block.
-            let flags = fcntl(event, FcntlArg::F_GETFL).map_err(|_| AccessError::OutOfRange)?;
-            let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
-            fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
-        }
-        self.event = event;
+        self.interrupt.connect(event)?;
         // The predecessor may have died between storing a byte and saying so. A driver does not mind once too often.
         self.state.controller.raise();
         self.signal();
@@ -204,9 +168,12 @@ impl RegisterDevice for KeyboardDevice {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use nix::sys::eventfd::{EfdFlags, EventFd};
 
     use super::*;
+    use crate::registers::STATE_SIZE;
 
     const A: Key = Key { code: 0x1C, pressed: true };
     const B: Key = Key { code: 0x32, pressed: true };

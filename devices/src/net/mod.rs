@@ -24,7 +24,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use bulkhead_ipc::channel::message::Left;
 use bulkhead_ipc::memory::Direction;
@@ -33,7 +32,7 @@ use bulkhead_ipc::vhost_user::backend::{QueueWorker, VirtioDevice};
 use thiserror::Error;
 use tracing::warn;
 
-use crate::rate_limit::{RateLimit, RateLimits};
+use crate::rate_limit::{Group, Limit, RateLimits};
 use config::{CONTROL_QUEUE, MULTI_QUEUE};
 pub use filter::Filter;
 pub use metrics::Metrics;
@@ -84,6 +83,8 @@ pub struct Settings {
     pub link: bool,
     /// The driver is to tell the network where it is: another process served it before.
     pub announce: bool,
+    /// What may pass both ways together with other devices.
+    pub group: Option<Arc<Group>>,
 }
 
 impl Default for Settings {
@@ -98,6 +99,7 @@ impl Default for Settings {
             transmit: RateLimits::default(),
             link: true,
             announce: false,
+            group: None,
         }
     }
 }
@@ -131,14 +133,14 @@ struct Shared {
     link: AtomicBool,
     announce: AtomicBool,
     /// A lock is taken only where there is a limit.
-    receive: Option<Mutex<RateLimit>>,
-    transmit: Option<Mutex<RateLimit>>,
+    receive: Option<Limit>,
+    transmit: Option<Limit>,
     metrics: Metrics,
     left: Mutex<Option<Left>>,
 }
 
 impl Shared {
-    fn limit(&self, direction: Direction) -> Option<&Mutex<RateLimit>> {
+    fn limit(&self, direction: Direction) -> Option<&Limit> {
         if direction.writes() { self.receive.as_ref() } else { self.transmit.as_ref() }
     }
 
@@ -227,17 +229,14 @@ impl Net {
             Backend::Stream(peer) => (Vec::new(), 0, vec![Port::Stream(peer)]),
             Backend::Datagrams(peer) => (Vec::new(), 0, vec![Port::Datagrams(peer)]),
         };
-        let now = Instant::now();
-        let limit =
-            |limits: RateLimits| (!limits.is_unlimited()).then(|| Mutex::new(RateLimit::new(limits, now)));
         let shared = Shared {
             taps,
             features: AtomicU64::new(0),
             mac: AtomicU64::new(0),
             link: AtomicBool::new(settings.link),
             announce: AtomicBool::new(settings.announce),
-            receive: limit(settings.receive),
-            transmit: limit(settings.transmit),
+            receive: Limit::new(settings.receive, settings.group.clone()),
+            transmit: Limit::new(settings.transmit, settings.group.clone()),
             metrics: Metrics::default(),
             left: Mutex::new(None),
             settings,

@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use bulkhead_ipc::memory::{Direction, LentVector};
@@ -167,9 +167,8 @@ impl Pair {
     /// earliest such moment counts.
     fn pay(&mut self, direction: Direction, len: usize) -> bool {
         let Some(limit) = self.shared.limit(direction) else { return true };
+        let Err(wait) = limit.try_take(len as u64) else { return true };
         let now = Instant::now();
-        let taken = limit.lock().unwrap_or_else(PoisonError::into_inner).try_take(len as u64, now);
-        let Err(wait) = taken else { return true };
         let at = now.checked_add(wait).unwrap_or(now);
         self.resume = Some(self.resume.map_or(at, |before| before.min(at)));
         false

@@ -91,5 +91,6 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
         ip_filter: Vec::new(),
         link: true,
         successor: false,
+        group: None,
     }))
 }

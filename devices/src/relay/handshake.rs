@@ -76,6 +76,8 @@ pub enum Unfit {
 pub enum Next {
     /// It goes to the back end.
     PassOn(Message),
+    /// The first goes to the back end, and the second after it: the answer to that one says that the first is done.
+    PassOnBoth(Message, Message),
     /// This is the answer.
     Answer(Message),
     /// It ends here, and none is due.
@@ -92,6 +94,10 @@ pub struct Handshake {
     wanted: u32,
     /// The features that it offers.
     offered: u64,
+    /// The back end acknowledges nothing, so that this process does it.
+    acknowledges_for_it: bool,
+    /// The request that is acknowledged when the back end has answered the question that was sent after it.
+    unacknowledged: Option<u32>,
 }
 
 /// Questions that a back end answers at once, whatever its state.
@@ -116,7 +122,7 @@ impl Handshake {
     /// Nothing was said yet.
     #[must_use]
     pub fn new(config: RelayConfig) -> Self {
-        Self { config, asked: None, wanted: 0, offered: 0 }
+        Self { config, asked: None, wanted: 0, offered: 0, acknowledges_for_it: false, unacknowledged: None }
     }
 
     /// The question that the back end has not answered.
@@ -127,8 +133,17 @@ impl Handshake {
 
     /// Protocol features that stay between the core and this process. Without a configuration space of its own a back end has
     /// nothing to say about changes of it, and what else it might send over its own channel the core does not serve.
+    /// A back end that acknowledges nothing would hear the guest's first notification before it has enabled the ring, and some
+    /// forget it then (vhost-device-rng): this process acknowledges for it.
     fn own_protocol(&self) -> u64 {
-        (VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ).bits()
+        let mut own = VhostUserProtocolFeatures::empty();
+        if self.config.config.is_some() {
+            own |= VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ;
+        }
+        if self.acknowledges_for_it {
+            own |= VhostUserProtocolFeatures::REPLY_ACK;
+        }
+        own.bits()
     }
 
     /// Looks at a request of the core.
@@ -137,7 +152,7 @@ impl Handshake {
         let Ok(request) = FrontendReq::try_from(message.request) else { return Next::PassOn(message) };
         match request {
             FrontendReq::SET_FEATURES => rewrite(&mut message, |bits| bits & !self.config.own_features),
-            FrontendReq::SET_PROTOCOL_FEATURES if self.config.config.is_some() => {
+            FrontendReq::SET_PROTOCOL_FEATURES => {
                 let own = self.own_protocol();
                 rewrite(&mut message, |bits| bits & !own);
             }
@@ -160,7 +175,19 @@ impl Handshake {
             _ => {}
         }
         self.asked = is_question(request).then_some(request);
-        Next::PassOn(message)
+        if message.kind != Kind::RequestNeedingReply || !self.acknowledges_for_it {
+            return Next::PassOn(message);
+        }
+        message.kind = Kind::Request;
+        self.unacknowledged = Some(message.request);
+        // Any question would do: requests are worked on in order.
+        let question = Message {
+            request: FrontendReq::GET_FEATURES.into(),
+            kind: Kind::Request,
+            payload: Vec::new(),
+            descriptors: Vec::new(),
+        };
+        Next::PassOnBoth(message, question)
     }
 
     /// The answer to GET_CONFIG out of the configuration space that is the front end's.
@@ -181,6 +208,11 @@ impl Handshake {
     pub fn reply(&mut self, mut message: Message) -> Result<Message, Unfit> {
         if message.kind != Kind::Reply {
             return Err(Unfit::Unasked(message.request));
+        }
+        if message.request == u32::from(FrontendReq::GET_FEATURES)
+            && let Some(request) = self.unacknowledged.take()
+        {
+            return Ok(reply(request, 0u64.to_le_bytes().to_vec()));
         }
         let asked = self.asked.filter(|asked| u32::from(*asked) == message.request);
         match asked {
@@ -212,15 +244,16 @@ impl Handshake {
         Ok(())
     }
 
-    fn protocol(&self, message: &mut Message) -> Result<(), Unfit> {
+    fn protocol(&mut self, message: &mut Message) -> Result<(), Unfit> {
         let offered = number(&message.payload, "GET_PROTOCOL_FEATURES")?;
         let has = |feature: VhostUserProtocolFeatures| offered & feature.bits() != 0;
-        if self.config.config.is_some() {
-            let own = self.own_protocol();
-            rewrite(message, |bits| bits & !own | VhostUserProtocolFeatures::CONFIG.bits());
-        } else if self.config.has_config && !has(VhostUserProtocolFeatures::CONFIG) {
+        self.acknowledges_for_it = !has(VhostUserProtocolFeatures::REPLY_ACK);
+        if self.config.config.is_none() && self.config.has_config && !has(VhostUserProtocolFeatures::CONFIG) {
             return Err(Unfit::NoConfig(self.config.kind.clone()));
         }
+        let own = self.own_protocol();
+        let shown = own & !VhostUserProtocolFeatures::BACKEND_REQ.bits();
+        rewrite(message, |bits| bits & !own | shown);
         match self.config.queues {
             // A back end that cannot tell has what its type has at least.
             Some(needed) if needed > self.config.least_queues && !has(VhostUserProtocolFeatures::MQ) => {
@@ -361,6 +394,31 @@ mod tests {
         };
         let Next::Answer(answer) = handshake.request(message) else { panic!("passed on") };
         assert_eq!(answer.payload[12..], [3, 4, 0, 0]);
+    }
+
+    #[test]
+    fn a_back_end_that_acknowledges_nothing_is_asked_a_question_instead() {
+        let mq = VhostUserProtocolFeatures::MQ.bits();
+        let acknowledged = mq | VhostUserProtocolFeatures::REPLY_ACK.bits();
+        let ring = || Message {
+            request: FrontendReq::SET_VRING_ENABLE.into(),
+            kind: Kind::RequestNeedingReply,
+            payload: vec![0, 0, 0, 0, 1, 0, 0, 0],
+            descriptors: Vec::new(),
+        };
+        let mut handshake = Handshake::new(RelayConfig { has_config: false, ..config() });
+        let question = FrontendReq::GET_PROTOCOL_FEATURES;
+        assert_eq!(ask(&mut handshake, question, mq), Ok(acknowledged));
+        let Next::PassOnBoth(first, second) = handshake.request(ring()) else { panic!("one") };
+        assert_eq!((first.request, first.kind), (ring().request, Kind::Request));
+        assert_eq!((second.request, second.kind), (FrontendReq::GET_FEATURES.into(), Kind::Request));
+        let answer = handshake.reply(reply(second.request, GOOD.to_le_bytes().to_vec())).unwrap();
+        assert_eq!((answer.request, answer.payload), (ring().request, vec![0; 8]));
+        // The next question is one of the core's own.
+        assert_eq!(ask(&mut handshake, FrontendReq::GET_FEATURES, GOOD | 1), Ok(GOOD | 1));
+        // One that acknowledges does so itself.
+        assert_eq!(ask(&mut handshake, question, acknowledged), Ok(acknowledged));
+        assert!(matches!(handshake.request(ring()), Next::PassOn(_)));
     }
 
     #[test]

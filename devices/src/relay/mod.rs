@@ -3,7 +3,7 @@
 //! Only messages pass through it, with their descriptors; queues, notifications and interrupts go directly. It has no memory of the
 //! guest, and its policy no call to map any. It is there
 //! - to judge what the back end says of itself before the core hears it ([`handshake`]), with a sentence for a person;
-//! - to add what some back ends leave to the front end: the configuration space of fs and net;
+//! - to add what some back ends leave to the front end: the configuration space of fs and net, acknowledgements;
 //! - so that the supervisor has a process to watch and to replace: when the back end closes its connection this process ends,
 //!   and its successor begins with a new connection.
 
@@ -167,6 +167,10 @@ impl Relay<'_> {
             Next::PassOn(message) => {
                 self.deadline = self.handshake.asked().and_then(|_| Instant::now().checked_add(ANSWER_LIMIT));
                 send(&self.back_end, &message).map_err(|error| self.failed(error))?;
+            }
+            Next::PassOnBoth(message, question) => {
+                send(&self.back_end, &message).map_err(|error| self.failed(error))?;
+                send(&self.back_end, &question).map_err(|error| self.failed(error))?;
             }
             Next::Answer(message) => send(&self.core, &message).map_err(RelayError::Core)?,
             Next::Nothing => {}

@@ -70,6 +70,8 @@ pub(super) struct Process {
     channel: Option<Channel>,
     listeners: Vec<ViolationListener>,
     ready: bool,
+    /// Done once, when the process is sealed.
+    when_ready: Option<fn()>,
     /// When it is killed.
     deadline: Option<Instant>,
     stopping: bool,
@@ -157,6 +159,7 @@ impl Recipe {
             channel: Some(channel),
             listeners: Vec::new(),
             ready: false,
+            when_ready: None,
             deadline: Instant::now().checked_add(READY_LIMIT),
             stopping: false,
             problem: None,
@@ -165,6 +168,11 @@ impl Recipe {
 }
 
 impl Process {
+    /// What to do once, when the process is sealed.
+    pub(super) fn when_ready(self, act: fn()) -> Self {
+        Self { when_ready: Some(act), ..self }
+    }
+
     /// Waits for its end.
     pub(super) fn wait(mut self, signals: &SignalFd, outfit: &Outfit) -> Result<End, StandaloneError> {
         loop {
@@ -239,6 +247,9 @@ impl Process {
             Ok((FromDevice::Ready { policies }, descriptors)) if !self.ready => {
                 self.ready = true;
                 self.deadline = None;
+                if let Some(act) = self.when_ready.take() {
+                    act();
+                }
                 let pairs = policies.into_iter().zip(descriptors);
                 self.listeners =
                     pairs.map(|(policy, listener)| ViolationListener::new(policy, listener)).collect();

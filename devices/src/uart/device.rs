@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use bulkhead_ipc::vfio_user::shadow::{SHADOW_SIZE, ShadowPage, ShadowState};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::model::{Line, Uart16550};
 use super::registers::{PORTS, Register, lsr, msr};
+use crate::registers::Interrupt;
 use crate::stream::{BURST, Ends, Peer};
 
 /// Index of the region that holds the ports.
@@ -24,7 +24,7 @@ pub struct UartDevice {
     /// The other end of the line.
     pub line: Peer,
     shadow: Option<ShadowPage>,
-    event: Option<OwnedFd>,
+    interrupt: Interrupt,
     /// The client has read a register or connected the interrupt.
     listening: bool,
     writes: u16,
@@ -94,11 +94,8 @@ impl UartDevice {
     fn update(&mut self) {
         self.publish();
         // Without a descriptor the edge is kept for the one that comes.
-        if let Some(event) = &self.event
-            && self.uart.take_edge()
-        {
-            // EAGAIN: 2^64 - 2 edges are waiting already. Nothing else can be done about an error here.
-            let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
+        if self.interrupt.is_connected() && self.uart.take_edge() {
+            self.interrupt.signal();
         }
     }
 
@@ -192,14 +189,8 @@ impl RegisterDevice for UartDevice {
     }
 
     fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
-        if let Some(event) = &event {
-            // Whatever the peer sent, writing to it must not block.
-            let flags = fcntl(event, FcntlArg::F_GETFL).map_err(|_| AccessError::OutOfRange)?;
-            let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
-            fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
-        }
         self.listening |= event.is_some();
-        self.event = event;
+        self.interrupt.connect(event)?;
         self.update();
         Ok(())
     }

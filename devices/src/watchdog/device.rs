@@ -7,19 +7,18 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 
+use bulkhead_ipc::channel::message::FromDevice;
+use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::vfio_user::{AccessError, Description, DeviceInfo, Region, RegionInfo, RegisterDevice};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::i6300esb::{I6300Esb, Outcome};
+use crate::registers::{DeviceProcess, Interrupt, StateFile};
 
 /// Size of the region, in bytes.
 pub const REGION_SIZE: u64 = 1 << 16;
-/// Size of the file, in bytes: a page, so that the kernel writes all of the state or nothing of it.
-pub const STATE_SIZE: usize = 4096;
 /// A successor acts no sooner after it has been connected, ns: a guest may have been waiting to say that it is alive.
 const GRACE: u64 = 2_000_000_000;
 
@@ -36,11 +35,12 @@ struct State {
 pub struct WatchdogDevice {
     /// None until the core has come: until then a predecessor may change what is in the file.
     state: Option<State>,
-    file: File,
+    file: StateFile,
     /// The machine was reset by it.
     expired: bool,
-    event: Option<OwnedFd>,
-    failure: Option<io::Error>,
+    /// It raises its interrupt when it runs out.
+    interrupts: bool,
+    interrupt: Interrupt,
 }
 
 /// The moment, ns.
@@ -51,54 +51,15 @@ fn now() -> u64 {
 }
 
 impl WatchdogDevice {
-    /// The watchdog whose state is in `file`; when that is empty, one after its reset: `expired` says whether it has done that.
+    /// The watchdog whose state is in `file`; when that is empty, one after its reset: `expired` says whether it has reset the
+    /// machine. `interrupts`: it raises its interrupt when it runs out.
     #[must_use]
-    pub const fn new(file: File, expired: bool) -> Self {
-        Self { state: None, file, expired, event: None, failure: None }
-    }
-
-    /// Descriptors that the device holds.
-    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.file.as_fd())
-    }
-
-    /// The core has come: from here on no predecessor changes the state.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn begin(&mut self) -> io::Result<()> {
-        if self.state.is_some() {
-            return Ok(());
-        }
-        let mut bytes = [0; STATE_SIZE];
-        let filled = self.file.read_at(&mut bytes, 0)?;
-        let stored = bytes.get(..filled).unwrap_or_default();
-        let fresh = State { chip: I6300Esb::new(self.expired), number: 0 };
-        let mut state = if stored.is_empty() {
-            fresh
-        } else {
-            // The predecessor may have been broken into.
-            postcard::from_bytes(stored)
-                .inspect_err(
-                    |error| tracing::warn!(%error, "the watchdog's state makes no sense: it is reset"),
-                )
-                .unwrap_or(fresh)
-        };
-        state.chip.postpone(now().saturating_add(GRACE));
-        self.state = Some(state);
-        Ok(())
-    }
-
-    /// Milliseconds until [`Self::tick`] is to be called.
-    #[must_use]
-    pub fn timeout(&self) -> Option<i32> {
-        let deadline = self.state.as_ref()?.chip.deadline()?;
-        let left = deadline.saturating_sub(now()).div_ceil(1_000_000);
-        Some(i32::try_from(left).unwrap_or(i32::MAX))
+    pub fn new(file: File, expired: bool, interrupts: bool) -> Self {
+        Self { state: None, file: file.into(), expired, interrupts, interrupt: Interrupt::default() }
     }
 
     /// Acts upon a deadline that has come. True: it has run out, which [`Self::store`] makes known to a successor.
-    pub fn tick(&mut self) -> bool {
+    fn run_out(&mut self) -> bool {
         let Some(state) = &mut self.state else { return false };
         let before = state.chip.deadline();
         let outcome = state.chip.tick(now());
@@ -108,29 +69,10 @@ impl WatchdogDevice {
         outcome == Outcome::Expired
     }
 
-    /// Raises the interrupt.
-    pub fn interrupt(&self) {
-        if let Some(event) = &self.event {
-            // EAGAIN: 2^64 - 2 of them are waiting already. Nothing else can be done about an error here.
-            let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
-        }
-    }
-
-    /// Why the state can no longer be stored, once.
-    pub fn take_failure(&mut self) -> Option<io::Error> {
-        self.failure.take()
-    }
-
     /// Stores the state for a successor.
-    pub fn store(&mut self) {
-        let Some(state) = &self.state else { return };
-        let mut bytes = [0; STATE_SIZE];
-        let stored = match postcard::to_slice(state, &mut bytes) {
-            Ok(used) => self.file.write_all_at(used, 0),
-            Err(error) => Err(io::Error::other(error)),
-        };
-        if let Err(error) = stored {
-            self.failure.get_or_insert(error);
+    fn store(&mut self) {
+        if let Some(state) = &self.state {
+            self.file.store(state);
         }
     }
 
@@ -141,6 +83,46 @@ impl WatchdogDevice {
         let repeated = state.number == number;
         state.number = number;
         Ok((offset.to_le_bytes()[0], repeated, &mut state.chip))
+    }
+}
+
+impl DeviceProcess for WatchdogDevice {
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.file.as_fd()]
+    }
+
+    /// The core has come: from here on no predecessor changes the state.
+    fn begin(&mut self) -> io::Result<()> {
+        if self.state.is_some() {
+            return Ok(());
+        }
+        let fresh = State { chip: I6300Esb::new(self.expired), number: 0 };
+        let mut state = self.file.load()?.unwrap_or(fresh);
+        state.chip.postpone(now().saturating_add(GRACE));
+        self.state = Some(state);
+        Ok(())
+    }
+
+    fn timeout(&self) -> Option<i32> {
+        let deadline = self.state.as_ref()?.chip.deadline()?;
+        let left = deadline.saturating_sub(now()).div_ceil(1_000_000);
+        Some(i32::try_from(left).unwrap_or(i32::MAX))
+    }
+
+    fn tick(&mut self, channel: &Channel) -> Result<(), ChannelError> {
+        if self.run_out() {
+            // Said before it is noted: should this process die in between, its successor says it again.
+            channel.send(&FromDevice::Expired, &[])?;
+            if self.interrupts {
+                self.interrupt.signal();
+            }
+            self.store();
+        }
+        Ok(())
+    }
+
+    fn take_failure(&mut self) -> Option<io::Error> {
+        self.file.take_failure()
     }
 }
 
@@ -182,23 +164,19 @@ impl RegisterDevice for WatchdogDevice {
     }
 
     fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
-        if let Some(event) = &event {
-            // Whatever the peer sent, writing to it must not block.
-            let flags = fcntl(event, FcntlArg::F_GETFL).map_err(|_| AccessError::OutOfRange)?;
-            let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
-            fcntl(event, FcntlArg::F_SETFL(flags)).map_err(|_| AccessError::OutOfRange)?;
-        }
-        self.event = event;
-        Ok(())
+        self.interrupt.connect(event)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::registers::STATE_SIZE;
 
     fn begun(file: &File) -> WatchdogDevice {
-        let mut device = WatchdogDevice::new(file.try_clone().unwrap(), false);
+        let mut device = WatchdogDevice::new(file.try_clone().unwrap(), false, false);
         device.begin().unwrap();
         device
     }
@@ -234,9 +212,9 @@ mod tests {
     fn a_standby_takes_what_its_predecessor_did_meanwhile() {
         let file = tempfile::tempfile().unwrap();
         let mut first = begun(&file);
-        let mut standby = WatchdogDevice::new(file.try_clone().unwrap(), false);
+        let mut standby = WatchdogDevice::new(file.try_clone().unwrap(), false, false);
         first.write(0, 0x168, &[2]).unwrap();
-        assert!(!standby.tick() && standby.timeout().is_none());
+        assert!(!standby.run_out() && standby.timeout().is_none());
         standby.begin().unwrap();
         assert_eq!(deadline(&standby), deadline(&first));
     }
@@ -262,7 +240,7 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(10));
         assert_eq!(first.timeout(), Some(0));
         let mut second = begun(&file);
-        assert!(!second.tick());
+        assert!(!second.run_out());
         assert!(second.timeout() > Some(1500));
         second.state.as_mut().unwrap().chip.tick(u64::MAX / 2);
         let state = second.state.as_mut().unwrap();
@@ -272,7 +250,7 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_a_reset_and_the_supervisor_says_what_was_before() {
         let file = tempfile::tempfile().unwrap();
-        let mut device = WatchdogDevice::new(file.try_clone().unwrap(), true);
+        let mut device = WatchdogDevice::new(file.try_clone().unwrap(), true, false);
         device.begin().unwrap();
         let mut word = [0; 2];
         device.read(0, 0x10C, &mut word).unwrap();
@@ -287,7 +265,7 @@ mod tests {
         let mut device = begun(&file);
         assert!(device.write(0, 0x168, &[0; 5]).is_err());
         assert!(device.write(0, REGION_SIZE, &[0]).is_err());
-        let mut early = WatchdogDevice::new(file, false);
+        let mut early = WatchdogDevice::new(file, false, false);
         assert!(early.read(0, 0x168, &mut [0]).is_err());
     }
 }

@@ -2,16 +2,23 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use bulkhead_ipc::channel::message::{
+    BackingImage, DeviceConfig, FdIndex, FromDevice, ImageFormat, ToDevice,
+};
+use bulkhead_ipc::jail::Enforcement;
+use bulkhead_ipc::vhost_user::frontend::BackendRequest;
 use tempfile::TempDir;
 
 use crate::blk::{
     DISCARD, FLUSH, IOERR, OK, RANDOM_DISK, READ, UNSUPP, WRITE, WRITE_ZEROES, move_randomly, range, request,
 };
 use crate::driver::{BUFFERS, Driver, EVENT_IDX, INDIRECT_DESC, PROGRAM, Service};
+use crate::supervised::{LIMIT, Supervised, blk};
 
 pub fn qemu_img(arguments: &[&str]) -> String {
     let output = Command::new("qemu-img").args(arguments).output().unwrap();
@@ -81,6 +88,86 @@ fn qcow2_gives_space_up_and_survives_a_kill_without_a_flush() {
     let disk = contents(&path);
     let expected = |at: usize| if ((2 << 20) + (128 << 10)..8 << 20).contains(&at) { 7 } else { 0 };
     assert!(disk.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+}
+
+/// What the process answers to a wish for another size, the front end's channel open.
+fn grow(process: &Supervised, bytes: u64) -> Result<u64, String> {
+    process.channel.send(&ToDevice::DiskSize { bytes }, &[]).unwrap();
+    match process.channel.recv::<FromDevice>(Some(LIMIT)) {
+        Ok((FromDevice::DiskSize(size), _)) => size,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn qcow2_grows_while_it_is_in_use() {
+    const SMALL: u64 = 64 << 20;
+    const LARGE: u64 = 3 << 29;
+    let (folder, path) = image(SMALL, &[]);
+    let DeviceConfig::Blk(mut config) = blk(1) else { panic!("no disk") };
+    config.options.format = ImageFormat::Qcow2;
+    let file = || OwnedFd::from(File::options().read(true).write(true).open(&path).unwrap());
+    let start =
+        || Supervised::start("blk", DeviceConfig::Blk(config.clone()), &[&file()], Enforcement::Supervised);
+    let mut process = start();
+    let mut driver = process.driver(1);
+    let mut requests = driver.frontend.open_backend_requests().unwrap();
+    let capacity = |driver: &mut Driver| {
+        let mut capacity = [0; 8];
+        driver.frontend.get_config(0, &mut capacity).unwrap();
+        u64::from_le_bytes(capacity) * 512
+    };
+    driver.put(BUFFERS, &[7; 4096]);
+    assert_eq!(request(&mut driver, WRITE, 0, &[(BUFFERS, 4096, false)]), OK);
+    assert_eq!(request(&mut driver, WRITE, SMALL / 512, &[(BUFFERS, 4096, false)]), IOERR, "the end");
+    for (bytes, word) in [(SMALL / 2, "only grows"), (LARGE + 100, "blocks of 512"), (1 << 60, "more than")] {
+        let refusal = grow(&process, bytes).unwrap_err();
+        assert!(refusal.contains(word), "{bytes}: {refusal}");
+        assert_eq!(capacity(&mut driver), SMALL);
+    }
+    assert_eq!(grow(&process, LARGE), Ok(LARGE));
+    assert!(matches!(requests.receive().unwrap(), BackendRequest::ConfigChange));
+    assert_eq!(capacity(&mut driver), LARGE);
+    assert_eq!(request(&mut driver, WRITE, LARGE / 512 - 8, &[(BUFFERS, 4096, false)]), OK);
+    assert_eq!(request(&mut driver, READ, 0, &[(BUFFERS + 4096, 4096, true)]), OK);
+    assert_eq!(driver.get(BUFFERS + 4096, 4096), [7; 4096]);
+    process.kill();
+    qemu_img(&["check", "-q", path.to_str().unwrap()]);
+    let raw = folder.path().join("raw");
+    qemu_img(&["convert", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()]);
+    let raw = File::open(raw).unwrap();
+    assert_eq!(raw.metadata().unwrap().len(), LARGE);
+    for (at, expected) in [(0, 7), (4096, 0), (SMALL, 0), (LARGE - 8192, 0), (LARGE - 4096, 7)] {
+        let mut bytes = [1; 4096];
+        raw.read_exact_at(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [expected; 4096], "at {at}");
+    }
+    // A successor has the new size.
+    let mut successor = start();
+    assert_eq!(capacity(&mut successor.driver(1)), LARGE);
+    successor.stop();
+}
+
+#[test]
+fn the_end_of_a_backing_image_does_not_appear_in_one_that_grows() {
+    let (folder, path) = image(1 << 20, &[]);
+    let base = folder.path().join("base");
+    fs::write(&base, vec![5; 2 << 20]).unwrap();
+    qemu_img(&["rebase", "-u", "-b", base.to_str().unwrap(), "-F", "raw", path.to_str().unwrap()]);
+    let DeviceConfig::Blk(mut config) = blk(1) else { panic!("no disk") };
+    config.options.format = ImageFormat::Qcow2;
+    config.options.backing = vec![BackingImage { file: FdIndex(2), format: ImageFormat::Raw }];
+    let files = [&path, &base]
+        .map(|path| OwnedFd::from(File::options().read(true).write(*path != base).open(path).unwrap()));
+    let resources = [&files[0], &files[1]];
+    let mut process =
+        Supervised::start("blk", DeviceConfig::Blk(config), &resources, Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    let refusal = grow(&process, 4 << 20).unwrap_err();
+    assert!(refusal.contains("longer than it"), "{refusal}");
+    assert_eq!(request(&mut driver, READ, 0, &[(BUFFERS, 4096, true)]), OK);
+    assert_eq!(driver.get(BUFFERS, 4096), [5; 4096]);
+    process.stop();
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod driver;
 mod formats;
 mod hostile;
 mod inflight;
+mod limit_group;
 mod malformed;
 mod messages;
 mod net;

@@ -238,6 +238,7 @@ fn config() -> NetConfig {
         ip_filter: Vec::new(),
         link: true,
         successor: false,
+        group: None,
     }
 }
 

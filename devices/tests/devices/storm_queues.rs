@@ -128,6 +128,7 @@ fn a_storm_of_kills_costs_frames_and_corrupts_none() {
         ip_filter: Vec::new(),
         link: true,
         successor: false,
+        group: None,
     };
     let mut victim = Victim::new("net", DeviceConfig::Net(config), &resources, 3);
     let mut frames = Frames {

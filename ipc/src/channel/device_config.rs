@@ -27,6 +27,8 @@ pub struct NetConfig {
     pub link: bool,
     /// The guest knows the device from a predecessor of the process.
     pub successor: bool,
+    /// What may pass in both directions together with other devices.
+    pub group: Option<Box<GroupConfig>>,
 }
 
 /// Where a network card's packets go.
@@ -93,7 +95,9 @@ pub struct BlkOptions {
     /// The guest may not give space up.
     pub no_discard: bool,
     /// What the guest may move.
-    pub rates: BlkRates,
+    pub rates: Rates,
+    /// What it may move together with others.
+    pub group: Option<Box<GroupConfig>>,
     /// What follows a read that the host fails.
     pub read_error: ErrorAction,
     /// What follows anything else that the host fails.
@@ -135,7 +139,7 @@ pub enum Durability {
 
 /// Most bytes and requests a second, and at once after a pause; 0: no limit, or a tenth of a second's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct BlkRates {
+pub struct Rates {
     /// Bytes a second.
     pub bps: u64,
     /// Bytes at once.
@@ -144,6 +148,19 @@ pub struct BlkRates {
     pub iops: u64,
     /// Requests at once.
     pub iops_burst: u64,
+}
+
+/// A member's place in a limit group: see [`crate::limit_group`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupConfig {
+    /// What all members together may move.
+    pub rates: Rates,
+    /// Memory that says which places are taken.
+    pub roll: FdIndex,
+    /// The memory of each place.
+    pub places: Vec<FdIndex>,
+    /// Which of them is this device's, and open for writing.
+    pub own: u8,
 }
 
 /// What follows a request that the host fails.

@@ -10,9 +10,9 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 
 pub use super::device_config::{
-    BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, ConsoleConfig, Durability, ErrorAction,
-    FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
-    PmemConfig, PortConfig, PortsConfig, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
+    BackingImage, BalloonConfig, BlkConfig, BlkOptions, ConsoleConfig, Durability, ErrorAction, FlashConfig,
+    FsCache, FsConfig, FsOwners, GroupConfig, ImageFormat, KeyboardConfig, NetBackend, NetConfig, NetLimits,
+    PmemConfig, PortConfig, PortsConfig, Rates, RelayConfig, RngConfig, RngLimit, UartConfig, VsockConfig,
     WatchdogConfig,
 };
 
@@ -344,7 +344,7 @@ pub enum ToDevice {
         /// In.
         up: bool,
     },
-    /// A raw disk's file has another size.
+    /// A raw disk's file has another size; an image in a format is to have it, and the answer is [`FromDevice::DiskSize`].
     DiskSize {
         /// Bytes.
         bytes: u64,
@@ -432,6 +432,8 @@ pub enum FromDevice {
     Left(Left),
     /// The watchdog has run out.
     Expired,
+    /// The answer to [`ToDevice::DiskSize`] of a disk whose image says how large it is: its size in bytes, or why not the other.
+    DiskSize(Result<u64, String>),
 }
 
 /// A balloon and what the guest says of its memory.

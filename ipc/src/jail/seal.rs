@@ -141,25 +141,36 @@ impl Sealed {
     }
 }
 
-/// Numbers of all open descriptors in ascending order, by one `poll` call: there is no /proc in a jail. `poll` takes those opened with
-/// `O_PATH` for closed; they are asked for one by one, as far as any process has descriptors before it serves.
+/// Numbers of all open descriptors in ascending order, by `poll`: there is no /proc in a jail. `poll` takes those opened with
+/// `O_PATH` for closed; they are asked for one by one, a good way beyond the last open one: the kernel gives out the lowest number that
+/// is free. A table for all numbers at once would stay in the heap.
 ///
 /// # Errors
 /// [`JailError::Call`] when the limit cannot be read or `poll` fails.
 pub fn open_descriptors() -> Result<Vec<RawFd>, JailError> {
     /// More than any jailed process is allowed.
-    const MOST: u64 = 65536;
-    const FIRST: RawFd = 1024;
+    const MOST: RawFd = 65536;
+    const AT_ONCE: RawFd = 1024;
+    const BEYOND: RawFd = 64;
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(JailError::call("read RLIMIT_NOFILE"))?;
-    let numbers = 0..RawFd::try_from(limit.min(MOST)).unwrap_or(RawFd::MAX);
-    let mut table: Vec<libc::pollfd> = numbers.map(|fd| libc::pollfd { fd, events: 0, revents: 0 }).collect();
-    // SAFETY: the table is live and its length is passed with it.
-    let result = unsafe { libc::poll(table.as_mut_ptr(), table.len() as libc::nfds_t, 0) };
-    Errno::result(result).map_err(JailError::call("list the open descriptors"))?;
+    let end = RawFd::try_from(limit).map_or(MOST, |limit| limit.min(MOST));
     // SAFETY: F_GETFD takes any number and changes nothing.
-    let is_path = |fd: RawFd| fd < FIRST && unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
-    let is_open = |entry: &&libc::pollfd| entry.revents & libc::POLLNVAL == 0 || is_path(entry.fd);
-    Ok(table.iter().filter(is_open).map(|entry| entry.fd).collect())
+    let is_path = |fd: RawFd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
+    let (mut open, mut table, mut asked) = (Vec::new(), Vec::new(), BEYOND);
+    for first in (0..end).step_by(AT_ONCE as usize) {
+        table.clear();
+        table.extend((first..end.min(first + AT_ONCE)).map(|fd| libc::pollfd { fd, events: 0, revents: 0 }));
+        // SAFETY: the table is live and its length is passed with it.
+        let result = unsafe { libc::poll(table.as_mut_ptr(), table.len() as libc::nfds_t, 0) };
+        Errno::result(result).map_err(JailError::call("list the open descriptors"))?;
+        for &libc::pollfd { fd, revents, .. } in &table {
+            if revents & libc::POLLNVAL == 0 || fd < asked && is_path(fd) {
+                open.push(fd);
+                asked = fd + BEYOND;
+            }
+        }
+    }
+    Ok(open)
 }
 
 /// Compares two ascending lists.

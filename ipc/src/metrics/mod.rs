@@ -7,22 +7,20 @@
 //!
 //! [`Meter`] is the writer's end, held by a running ring; [`MetricsFile`] the supervisor's.
 
-mod page;
-
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use page::{Page, SIZE};
 use serde::{Deserialize, Serialize};
+
+use crate::words::{self, Words, WordsError};
 
 /// Queues that are counted; others are not.
 pub const QUEUES: usize = 64;
 /// Words of a queue's block: eight cache lines.
 const WORDS: usize = 64;
+/// Words in all.
+const LENGTH: usize = QUEUES * WORDS;
 /// Buckets of the latency histogram. Bucket *n* counts requests that took less than 2^n microseconds and not less than half of that;
 /// the last one has no upper bound.
 pub const BUCKETS: usize = 24;
@@ -42,18 +40,6 @@ enum Word {
     Latency,
     /// The first bucket.
     Histogram,
-}
-
-/// The memory could not be made or mapped.
-#[derive(Debug, thiserror::Error)]
-#[error("memory for counters: {call}: {errno}")]
-pub struct MetricsError {
-    call: &'static str,
-    errno: Errno,
-}
-
-fn failed(call: &'static str) -> impl Fn(Errno) -> MetricsError {
-    move |errno| MetricsError { call, errno }
 }
 
 /// The counters of a device, all queues together.
@@ -102,7 +88,7 @@ impl Counters {
 #[derive(Debug)]
 pub struct MetricsFile {
     file: OwnedFd,
-    page: Page,
+    page: Words,
 }
 
 impl MetricsFile {
@@ -110,14 +96,9 @@ impl MetricsFile {
     ///
     /// # Errors
     /// The host refuses memory or a descriptor.
-    pub fn create() -> Result<Self, MetricsError> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = memfd_create(c"metrics", flags).map_err(failed("memfd_create"))?;
-        let size = i64::try_from(SIZE.get()).unwrap_or(i64::MAX);
-        nix::unistd::ftruncate(&file, size).map_err(failed("ftruncate"))?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("fcntl"))?;
-        let page = Page::map(file.as_fd(), false).map_err(failed("mmap"))?;
+    pub fn create() -> Result<Self, WordsError> {
+        let file = words::create(c"metrics", LENGTH)?;
+        let page = Words::map(file.as_fd(), LENGTH, false)?;
         Ok(Self { file, page })
     }
 
@@ -144,15 +125,15 @@ const fn index(queue: usize, word: usize) -> usize {
 
 /// The device's end, before its queues are there.
 #[derive(Debug, Clone, Default)]
-pub struct Metrics(Option<Arc<Page>>);
+pub struct Metrics(Option<Arc<Words>>);
 
 impl Metrics {
     /// Maps the memory that came with the start message. To be called before the process is sealed.
     ///
     /// # Errors
     /// It cannot be mapped.
-    pub fn map(file: &OwnedFd) -> Result<Self, MetricsError> {
-        let page = Page::map(file.as_fd(), true).map_err(failed("mmap"))?;
+    pub fn map(file: &OwnedFd) -> Result<Self, WordsError> {
+        let page = Words::map(file.as_fd(), LENGTH, true)?;
         Ok(Self(Some(Arc::new(page))))
     }
 
@@ -174,7 +155,7 @@ enum Doing {
 /// The counters of one running queue, for its worker alone.
 #[derive(Debug)]
 pub struct Meter {
-    page: Arc<Page>,
+    page: Arc<Words>,
     queue: usize,
     start: Instant,
     /// The time since `start` when the clock was read last, in ns.

@@ -1,13 +1,14 @@
 //! Streams over vsock with verification, run inside the test guest (`tests/guests/tests/vsock`).
 //!
 //! ```text
-//! guest-vsock [--streams N] [--kib N]
+//! guest-vsock [--streams N] [--kib N] [--half-close 0]
 //! ```
 //!
 //! Serves an echo at port 7000 all the time. Connects so many times at once to port 52 of the host, which echoes: each
 //! connection sends its bytes, ends its direction, and compares what comes back until the host's end. Then it holds a connection to
 //! port 53 until that ends, which a restart of the device brings about, and does the first again. It ends when somebody
-//! connects to port 7001.
+//! connects to port 7001. With `--half-close 0` it ends no direction, for a device that does not pass that on, and reads as many bytes as
+//! it has sent.
 //!
 //! Contains unsafe code: what accept(2) returns is a bare number.
 
@@ -95,25 +96,29 @@ fn dial_patiently(port: u32) -> Outcome<UnixStream> {
 }
 
 /// One stream of `kib` KiB there and back.
-fn exchange(number: u32, kib: usize) -> Outcome {
+fn exchange(number: u32, kib: usize, half_close: bool) -> Outcome {
     let mut stream = dial_patiently(HOST_ECHO)?;
     let mut bytes = vec![0; kib << 10];
     let sectors = vec![1; bytes.len() / SECTOR];
     fill(number.into(), 0, &sectors, &mut bytes);
     let mut writer = stream.try_clone().map_err(|error| error.to_string())?;
     let sent = bytes.clone();
-    let writing =
-        thread::spawn(move || writer.write_all(&sent).and_then(|()| writer.shutdown(Shutdown::Write)));
+    let end = move |writer: UnixStream| if half_close { writer.shutdown(Shutdown::Write) } else { Ok(()) };
+    let writing = thread::spawn(move || writer.write_all(&sent).and_then(|()| end(writer)));
     let mut back = Vec::with_capacity(bytes.len());
-    stream.read_to_end(&mut back).map_err(|error| format!("read after {} bytes: {error}", back.len()))?;
+    let most = if half_close { u64::MAX } else { bytes.len() as u64 };
+    (&mut stream)
+        .take(most)
+        .read_to_end(&mut back)
+        .map_err(|error| format!("read after {} bytes: {error}", back.len()))?;
     writing.join().map_err(|_| "panicked")?.map_err(|error| format!("write: {error}"))?;
     if back == bytes { Ok(()) } else { Err(format!("{} bytes came back, or others", back.len())) }
 }
 
-fn streams(count: u32, kib: usize) -> Outcome {
+fn streams(count: u32, kib: usize, half_close: bool) -> Outcome {
     let begin = Instant::now();
     let threads: Vec<_> =
-        (0..count).map(|number| thread::spawn(move || (number, exchange(number, kib)))).collect();
+        (0..count).map(|number| thread::spawn(move || (number, exchange(number, kib, half_close)))).collect();
     for thread in threads {
         let (number, outcome) = thread.join().map_err(|_| "a stream panicked")?;
         outcome.map_err(|error| format!("stream {number}: {error}"))?;
@@ -123,7 +128,7 @@ fn streams(count: u32, kib: usize) -> Outcome {
 }
 
 fn run() -> Outcome {
-    let (mut count, mut kib) = (64, 256);
+    let (mut count, mut kib, mut half_close) = (64, 256, true);
     let mut arguments = std::env::args().skip(1);
     while let Some(word) = arguments.next() {
         let number = arguments.next().and_then(|text| text.parse::<u32>().ok());
@@ -131,12 +136,13 @@ fn run() -> Outcome {
         match word.as_str() {
             "--streams" => count = number,
             "--kib" => kib = number as usize,
+            "--half-close" => half_close = number != 0,
             _ => return Err(format!("unknown word {word}")),
         }
     }
     serve_echo()?;
     let end = listener(END)?;
-    streams(count, kib)?;
+    streams(count, kib, half_close)?;
     let refused = dial(9).err().ok_or("somebody listens at port 9 of the host")?;
     println!("guest: vsock port 9: {refused}");
     let mut idle = dial_patiently(HOST_IDLE)?;
@@ -144,7 +150,7 @@ fn run() -> Outcome {
     let ended = idle.read(&mut [0]);
     println!("guest: vsock connection ended: {ended:?}");
     let begin = Instant::now();
-    while let Err(error) = streams(count, kib) {
+    while let Err(error) = streams(count, kib, half_close) {
         if begin.elapsed() > Duration::from_secs(30) {
             return Err(error);
         }

@@ -52,8 +52,8 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
     let initrd = initrd::load(ram, source, end, limit)?;
     image.load(ram, offset, length, load_address)?;
     // Before it unpacks, the kernel moves to the end of what it needs.
-    let start = end.saturating_sub(length);
-    ram.back_with_huge_pages(start - start % HUGE_PAGE_SIZE, length.saturating_add(2 * HUGE_PAGE_SIZE));
+    let start = end.saturating_sub(length) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
+    ram.back_with_huge_pages(start, end.saturating_add(HUGE_PAGE_SIZE - 1).saturating_sub(start));
 
     header.type_of_loader = LOADER_UNDEFINED;
     header.code32_start = narrow("load address", load_address)?;

@@ -4,17 +4,14 @@
 //!
 //! A slot cannot be changed in place, and one that is deleted takes its dirty log with it. So the log is read first, and
 //! meanwhile no vCPU is in the guest: none may write between the two, nor miss the slot while it is away.
-//!
-//! A kernel that unpacks itself fills tens of megabytes at a place of its choice, and a nested page fault for each page of
-//! 4 KiB takes longer than the unpacking. So RAM above it is only read until its first write there, which tells the place:
-//! that gets huge pages, and RAM is as always again.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_ipc::memory::{GuestRam, HUGE_PAGE_SIZE, HostMapping, PAGE_SIZE};
+use bulkhead_ipc::memory::{GuestRam, HostMapping};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+use super::unpacking_watch::UnpackingWatch;
 use super::{Gate, KvmError, Vm, call};
 use crate::boot::Unpacking;
 use crate::machine::{Backing, MemorySlot};
@@ -32,8 +29,7 @@ struct State {
     logging: bool,
     /// What the machine's map asks for.
     wanted: Vec<MemorySlot>,
-    /// The guest has not unpacked yet.
-    unpacking: Option<Unpacking>,
+    unpacking: UnpackingWatch,
     /// By KVM's number.
     slots: Vec<Option<MemorySlot>>,
 }
@@ -60,7 +56,7 @@ impl MemorySlots {
     /// As [`update`](Self::update).
     pub fn await_unpacking(&self, unpacking: Unpacking) -> Result<(), KvmError> {
         let mut state = self.lock();
-        state.unpacking = Some(unpacking);
+        state.unpacking.begin(unpacking);
         self.follow(&mut state)
     }
 
@@ -70,23 +66,14 @@ impl MemorySlots {
     /// As [`update`](Self::update).
     pub fn ram_written(&self, address: u64) -> Result<(), KvmError> {
         let mut state = self.lock();
-        let Some(unpacking) = state.unpacking.take_if(|unpacking| address >= unpacking.above) else {
+        if !state.unpacking.ends(address, &self.ram) {
             return Ok(());
-        };
-        // Kernels lie on 2 MiB at least (CONFIG_PHYSICAL_ALIGN). Another write means that the kernel stayed where it was.
-        if address.is_multiple_of(HUGE_PAGE_SIZE) {
-            self.ram.back_with_huge_pages(address, unpacking.size.saturating_add(HUGE_PAGE_SIZE - 1));
         }
         self.follow(&mut state)
     }
 
     fn follow(&self, state: &mut State) -> Result<(), KvmError> {
-        let wanted: Vec<_> = match state.unpacking {
-            Some(Unpacking { above, .. }) => {
-                state.wanted.iter().flat_map(|slot| only_read(slot, above)).collect()
-            }
-            None => state.wanted.clone(),
-        };
+        let wanted = state.unpacking.slots(&state.wanted);
         let stale = |slot: &Option<MemorySlot>| slot.as_ref().is_some_and(|slot| !wanted.contains(slot));
         let count = state.slots.iter().flatten().count();
         if count == wanted.len() && !state.slots.iter().any(stale) {
@@ -194,20 +181,4 @@ impl MemorySlots {
         // after KVM has let go of it. KVM refuses slots that overlap.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
     }
-}
-
-/// A slot in two: what lies at `above` or higher is only read, if it is RAM.
-fn only_read(slot: &MemorySlot, above: u64) -> impl Iterator<Item = MemorySlot> {
-    let ram = slot.backing == Backing::Ram && slot.writable;
-    let above = above.next_multiple_of(PAGE_SIZE);
-    let below = if ram { above.saturating_sub(slot.address).min(slot.size) } else { slot.size };
-    let low = MemorySlot { size: below, ..slot.clone() };
-    let high = MemorySlot {
-        address: slot.address.saturating_add(below),
-        source: slot.source.saturating_add(below),
-        size: slot.size.saturating_sub(below),
-        writable: false,
-        ..slot.clone()
-    };
-    [low, high].into_iter().filter(|slot| slot.size > 0)
 }

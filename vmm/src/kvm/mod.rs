@@ -11,6 +11,7 @@ mod msrs;
 mod registers;
 #[cfg(test)]
 mod tests;
+mod unpacking_watch;
 mod vcpu;
 mod vcpu_threads;
 mod vm;

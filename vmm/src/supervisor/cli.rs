@@ -15,8 +15,9 @@ use bulkhead_ipc::jail::Layer;
 
 use super::config::confinement::{CgroupChoice, LimitSpec, UidChoice};
 use super::config::{
-    BalloonSpec, BootOrder, ConsoleSpec, CpuSpec, DiskSpec, FsSpec, NetSpec, PmemSpec, PortSpec, RestartRule,
-    RngSpec, RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec, WatchdogSpec,
+    BalloonSpec, BootOrder, ConsoleSpec, CpuSpec, DiskSpec, FsSpec, LimitGroupSpec, NetSpec, PmemSpec,
+    PortSpec, RestartRule, RngSpec, RomSpec, Size, SmbiosSpec, StreamTarget, VhostUserSpec, VsockSpec,
+    WatchdogSpec,
 };
 use super::exit_code;
 
@@ -72,7 +73,7 @@ Network:
   cable is pulled out; `bulkhead device link NAME DEVICE up` plugs it in), mac-filter=on (packets leave with the
   card's own hardware address only), ip-filter=ADDRESS (and with these IP addresses only; repeat
   it for more), rx-rate=SIZE and tx-rate=SIZE (bytes a second to and from the guest, with
-  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second),
+  rx-burst= and tx-burst=), rx-packets=N and tx-packets=N (packets a second), limit-group=NAME,
   rom=off or rom=FILE (with --firmware a card brings iPXE by default, to boot from the network, where
   Debian's package ipxe-qemu has it).
 
@@ -96,6 +97,7 @@ Disks (--disk KEY=VALUE,…; the same keys in a table [[disk]]):
     "  discard=off                  the guest cannot give space up
   logical-block-size=512|4096, physical-block-size=N
   bps=RATE[:BURST], iops=RATE[:BURST]      what the guest may move a second, and at once
+  limit-group=NAME             what it may move together with others: see --limit-group
   read-error, write-error=report           the guest sees an I/O error (the default)
         wait                   the request waits, and is tried again each second
         wait-for-space         the same, but only while the host's disk is full
@@ -280,6 +282,13 @@ pub struct RunArgs {
         help = "Disk image or block device: path=FILE[,readonly=on][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION][,format=qcow2][,…], see below, or vhost-user=SOCKET of another back end; repeat for more disks"
     )]
     pub disks: Vec<DiskSpec>,
+    /// Limits that devices share.
+    #[arg(
+        long = "limit-group",
+        value_name = "id=NAME,…",
+        help = "Limit that disks and network cards share which say limit-group=NAME: id=NAME[,bps=RATE[:BURST]][,iops=RATE[:BURST]]; any of them may use it alone, and none keeps others from their fair share; repeat for more groups"
+    )]
+    pub limit_groups: Vec<LimitGroupSpec>,
     /// Network cards.
     #[arg(
         long = "net",

@@ -35,6 +35,11 @@ pub enum DeviceError {
     /// The machine.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// Persistent memory comes with the machine.
+    #[error(
+        "persistent memory has its place in the guest's address space from the start: say --pmem to `bulkhead run`, or add the file as a disk (--disk path=FILE)"
+    )]
+    Pmem,
     /// The new program cannot be opened or run.
     #[error("cannot run '{path}': {source}", path = path.display())]
     Program {
@@ -73,7 +78,9 @@ impl DeviceError {
     pub const fn exit_code(&self) -> ExitCode {
         match self {
             Self::Client(error) => super::client_code(error),
-            Self::Program { .. } | Self::NoDevice { .. } | Self::Protocol { .. } => ExitCode::Usage,
+            Self::Pmem | Self::Program { .. } | Self::NoDevice { .. } | Self::Protocol { .. } => {
+                ExitCode::Usage
+            }
         }
     }
 }
@@ -156,7 +163,12 @@ fn replace(
 
 fn add(args: &DeviceAddArgs) -> Result<String, DeviceError> {
     let folder = std::env::current_dir().map_err(ClientError::from)?;
-    let device = if let Some(spec) = args.disk.clone() {
+    if args.pmem.is_some() {
+        return Err(DeviceError::Pmem);
+    }
+    let device = if !args.ports.is_empty() {
+        AddRequest::Ports { specs: args.ports.clone(), folder }
+    } else if let Some(spec) = args.disk.clone() {
         AddRequest::Disk { spec, folder }
     } else if let Some(spec) = args.net.clone() {
         AddRequest::Net { spec, folder }

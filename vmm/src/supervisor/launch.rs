@@ -10,11 +10,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::{
-    BackingImage, BalloonConfig, BlkConfig, BlkOptions, BlkRates, Boot, ConsoleConfig, CoreStart,
-    DeviceConfig, DeviceLink, DeviceStart, FdIndex, FirmwareFile, FlashConfig, FsCache, FsConfig, FsOwners,
-    ImageFormat, KeyboardConfig, LinkKind, MappedRegion, NetBackend, NetConfig, NetLimits, PmemConfig,
-    PortConfig, PortsConfig, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig,
-    WatchdogConfig,
+    BackingImage, BalloonConfig, BlkConfig, BlkOptions, Boot, ConsoleConfig, CoreStart, DeviceConfig,
+    DeviceLink, DeviceStart, FdIndex, FirmwareFile, FlashConfig, FsCache, FsConfig, FsOwners, ImageFormat,
+    KeyboardConfig, LinkKind, MappedRegion, NetBackend, NetConfig, NetLimits, PmemConfig, PortConfig,
+    PortsConfig, Rates, RelayConfig, RngConfig, ToCore, ToDevice, UartConfig, VsockConfig, WatchdogConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::cgroup::CgroupError;
@@ -39,8 +38,8 @@ use super::process::{Fds, Process, Role, State};
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
-    Balloon, Disk, Entropy, KEYBOARD_STATE, MOST_FIRMWARE, PORTS_STATE, Pmem, Port, Ports, Resources, Share,
-    Stream, Variables, Vsock, WATCHDOG_STATE, Watchdog,
+    Balloon, Disk, Entropy, KEYBOARD_STATE, LimitGroups, MOST_FIRMWARE, PORTS_STATE, Pmem, Port, Ports,
+    Resources, Share, Stream, Variables, Vsock, WATCHDOG_STATE, Watchdog,
 };
 use super::smbios::Tables;
 use super::terminal;
@@ -310,7 +309,7 @@ impl<'a> Plan<'a> {
     /// What it is told of `config`, and of its back end or whether it is a successor.
     fn config<'b>(
         &self,
-        cpus: u16,
+        (cpus, groups): (u16, &'b LimitGroups),
         (back_end, successor): (Option<&'b UnixStream>, bool),
         fds: &mut Fds<'b>,
     ) -> DeviceConfig
@@ -318,7 +317,7 @@ impl<'a> Plan<'a> {
         'a: 'b,
     {
         match self {
-            Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, fds)),
+            Self::Blk(disk) => DeviceConfig::Blk(blk_config(disk, cpus, groups, fds)),
             Self::Rng(entropy) => {
                 DeviceConfig::Rng(RngConfig { source: fds.add(&entropy.source), limit: entropy.limit })
             }
@@ -349,7 +348,7 @@ impl<'a> Plan<'a> {
                 guest_cid: vsock.cid,
                 connector: fds.add(&vsock.for_device),
             }),
-            Self::Net(nic) => DeviceConfig::Net(net(nic, successor, fds)),
+            Self::Net(nic) => DeviceConfig::Net(net(nic, successor, groups, fds)),
             Self::Pmem(pmem) => DeviceConfig::Pmem(PmemConfig {
                 file: fds.add(&pmem.for_device),
                 address: pmem.address,
@@ -375,7 +374,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn blk_config<'a>(disk: &'a Disk, cpus: u16, fds: &mut Fds<'a>) -> BlkConfig {
+fn blk_config<'a>(disk: &'a Disk, cpus: u16, groups: &'a LimitGroups, fds: &mut Fds<'a>) -> BlkConfig {
     let options = &disk.options;
     let (file, cached) = match &disk.direct {
         Some(direct) => (fds.add(direct), Some(fds.add(&disk.file))),
@@ -401,19 +400,20 @@ fn blk_config<'a>(disk: &'a Disk, cpus: u16, fds: &mut Fds<'a>) -> BlkConfig {
             cached,
             durability: options.cache.durability,
             no_discard: options.no_discard,
-            rates: BlkRates {
+            rates: Rates {
                 bps: options.bps.rate,
                 bps_burst: options.bps.burst,
                 iops: options.iops.rate,
                 iops_burst: options.iops.burst,
             },
+            group: groups.config(&disk.id, fds),
             read_error: options.read_error.0,
             write_error: options.write_error.0,
         },
     }
 }
 
-fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
+fn net<'a>(nic: &'a Nic, successor: bool, groups: &'a LimitGroups, fds: &mut Fds<'a>) -> NetConfig {
     let backend = match &nic.way {
         Way::Tap(tap) => NetBackend::Tap {
             queues: tap.queues.iter().map(|queue| fds.add(queue)).collect(),
@@ -439,6 +439,7 @@ fn net<'a>(nic: &'a Nic, successor: bool, fds: &mut Fds<'a>) -> NetConfig {
         ip_filter: config.ip_filter.clone(),
         link: config.link,
         successor,
+        group: groups.config(&config.id, fds),
     }
 }
 
@@ -562,7 +563,7 @@ fn start_device<'a>(
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
         socket: fds.add(socket),
-        config: plan.config(config.cpus, (back_end.as_ref(), successor), &mut fds),
+        config: plan.config((config.cpus, &resources.limit_groups), (back_end.as_ref(), successor), &mut fds),
         metrics: meter.as_deref().map(|meter| fds.add(meter)),
     });
     let title = format!("bulkhead-device[{}/{}]", config.name, plan.id());

@@ -198,8 +198,16 @@ impl<'a> Fds<'a> {
     /// Appends a descriptor and returns its index, which messages carry in one byte; more than
     /// [`bulkhead_ipc::channel::MAX_DESCRIPTORS`] are refused when the message is sent.
     pub fn add(&mut self, fd: &'a impl AsFd) -> bulkhead_ipc::channel::message::FdIndex {
+        self.add_borrowed(fd.as_fd())
+    }
+
+    /// The same with one that is borrowed already.
+    pub fn add_borrowed(
+        &mut self,
+        fd: std::os::fd::BorrowedFd<'a>,
+    ) -> bulkhead_ipc::channel::message::FdIndex {
         let index = u8::try_from(self.0.len()).unwrap_or(u8::MAX);
-        self.0.push(fd.as_fd());
+        self.0.push(fd);
         bulkhead_ipc::channel::message::FdIndex(index)
     }
 }

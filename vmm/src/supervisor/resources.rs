@@ -4,6 +4,7 @@
 mod added;
 mod balloon;
 mod disk;
+mod limit_groups;
 mod meters;
 pub mod nic;
 mod pmem;
@@ -28,6 +29,7 @@ use bulkhead_ipc::channel::message::{Processors, RngLimit};
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
+pub use limit_groups::LimitGroups;
 use meters::Meters;
 use nic::{Nic, NicError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -44,6 +46,7 @@ pub use variables::Variables;
 pub use vsock::Vsock;
 pub use watchdog::{WATCHDOG_STATE, Watchdog};
 
+use super::config::limit_group::LimitGroupError;
 use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RomSpec, SERIAL, Size, VhostUserConfig};
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
@@ -201,6 +204,9 @@ pub enum ResourceError {
     /// A network card.
     #[error("net {0}")]
     Nic(#[from] NicError),
+    /// A limit group.
+    #[error(transparent)]
+    LimitGroup(#[from] LimitGroupError),
     /// A layer of the jail.
     #[error(transparent)]
     Confinement(#[from] Required),
@@ -331,6 +337,8 @@ pub struct Resources {
     pub null: File,
     /// Cgroups and users.
     pub confinement: Confinement,
+    /// Limits that several devices share.
+    pub limit_groups: LimitGroups,
     /// Memory for what the devices count.
     pub meters: Meters,
     /// Files that the guest sees as memory.
@@ -393,6 +401,7 @@ impl Resources {
             null: open_device("/dev/null", true)?,
             confinement,
             nics: config.nics.iter().map(Nic::open).collect::<Result<_, _>>()?,
+            limit_groups: limit_groups(config)?,
             meters: Meters::default(),
             shares: config.shares.iter().map(Share::open).collect::<Result<_, _>>()?,
             pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
@@ -430,6 +439,17 @@ fn open_rom(config: &MachineConfig, rom: &RomSpec) -> Result<Rom, ResourceError>
     let is = |id: &String| rom.device.as_ref() == Some(id);
     let foreign = || config.vhost_user.iter().any(|device| is(&device.id) && device.is_card());
     roms::open(rom, config.nics.iter().any(|nic| is(&nic.id)) || foreign())
+}
+
+/// The limit groups with those that are in them from the start.
+fn limit_groups(config: &MachineConfig) -> Result<LimitGroups, ResourceError> {
+    let failed = |reason| ResourceError::Host { what: "limit-group".to_owned(), reason };
+    let mut groups = LimitGroups::open(&config.limit_groups).map_err(failed)?;
+    let disks = config.disks.iter().map(|disk| (&disk.id, &disk.options.limit_group));
+    for (id, group) in disks.chain(config.nics.iter().map(|nic| (&nic.id, &nic.limit_group))) {
+        groups.join(id, group.as_deref())?;
+    }
+    Ok(groups)
 }
 
 fn take_place(slots: &mut Slots, id: &str, address: PciAddress) -> Result<(), ResourceError> {

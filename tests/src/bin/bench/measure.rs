@@ -1,5 +1,6 @@
 //! Starts a program and takes the time until something appears on one of its streams.
 
+use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
@@ -22,7 +23,8 @@ pub struct Started {
 }
 
 impl Drop for Started {
-    /// Waits for the whole tree: what still winds down would slow the next contender.
+    /// Waits for the whole tree, and for what the kernel still takes down after it (namespaces, memory): both would slow the next
+    /// contender.
     fn drop(&mut self) {
         let tree = descendants(self.child.id());
         let _ = self.child.kill();
@@ -31,7 +33,38 @@ impl Drop for Started {
         while tree.iter().any(Process::is_alive) && Instant::now() < end {
             thread::sleep(Duration::from_millis(20));
         }
+        until_idle(end);
     }
+}
+
+/// Returns when this machine's CPUs were idle for a moment, at the latest at `end`.
+fn until_idle(end: Instant) {
+    const MOMENT: Duration = Duration::from_millis(300);
+    const IDLE_SHARE: f64 = 0.93;
+    let mut before = cpu_ticks();
+    while Instant::now() < end {
+        thread::sleep(MOMENT);
+        let now = cpu_ticks();
+        if (now.idle - before.idle) / (now.all - before.all) > IDLE_SHARE {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// What all CPUs together did since they started, in ticks.
+struct CpuTicks {
+    all: f64,
+    idle: f64,
+}
+
+/// The first line of `/proc/stat` (proc(5)).
+fn cpu_ticks() -> CpuTicks {
+    let text = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = text.lines().next().unwrap_or_default();
+    let ticks: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).take(8).collect();
+    // The fourth and fifth are the time without work, and without work but waiting for a disk.
+    CpuTicks { all: ticks.iter().sum(), idle: ticks.iter().skip(3).take(2).sum() }
 }
 
 /// Where the text appears.

@@ -1,13 +1,15 @@
 //! Device services at rest: how long one takes to be ready, and what it occupies.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::harness::{Outcome, Places};
 use bulkhead_tests::processes::descendants;
 
 use crate::measure::{Stream, until};
-use crate::table::{median, print, verdict};
+use crate::table::{head, median, row, spread, verdict};
 
 /// For a start.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -33,35 +35,67 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
         ("net", vec!["--stream", &stream]),
         ("fs", vec!["--shared-dir", &here]),
     ];
-    let mut rows = Vec::new();
+    head(
+        "Device services at rest",
+        &[
+            "type",
+            "start to READY, ms",
+            "proportional memory, KiB: waiting, with a front end",
+            "private dirty memory, KiB: waiting, with a front end",
+        ],
+    );
     for (kind, options) in types {
-        let mut figures: [Vec<f64>; 3] = Default::default();
+        let mut start = Vec::new();
+        let mut memory: [Vec<f64>; 4] = Default::default();
         for _ in 0..rounds {
             let mut command = Command::new(places.programs.join("bulkhead-device"));
-            command.args([kind, "--socket-path", &format!("{here}/socket")]).args(&options);
+            let socket = format!("{here}/socket");
+            command.args([kind, "--socket-path", &socket]).args(&options);
             let started = until(command, Stream::Manager, "READY=1", LIMIT)?;
-            std::thread::sleep(Duration::from_millis(50));
-            // The one that is the heaviest.
-            let (mut proportional, mut dirty) = (0, 0);
-            for process in descendants(started.child.id()) {
-                let memory = process.memory_without_ram()?;
-                (proportional, dirty) = (proportional.max(memory.0), dirty.max(memory.1));
-            }
-            let values = [started.milliseconds, proportional as f64, dirty as f64];
-            figures.iter_mut().zip(values).for_each(|(list, value)| list.push(value));
+            start.push(started.milliseconds);
+            let waiting = heaviest(started.child.id(), 1)?;
+            let _front_end = front_end(&socket)?;
+            let used = heaviest(started.child.id(), 2)?;
+            let values = [waiting.0, used.0, waiting.1, used.1];
+            memory.iter_mut().zip(values).for_each(|(list, value)| list.push(value));
         }
-        let [start, proportional, dirty] = figures.map(|list| median(&list));
-        rows.push(vec![
+        let [waiting, used, waiting_dirty, used_dirty] = memory.map(|list| median(&list));
+        let pair =
+            |one: f64, two: f64, limit| format!("{one:.0}, {two:.0}: {}", verdict(one.max(two), limit));
+        row(&[
             kind.to_owned(),
-            format!("{start:.1}, {}", verdict(start, START)),
-            format!("{proportional:.0}, {}", verdict(proportional, MEMORY.0)),
-            format!("{dirty:.0}, {}", verdict(dirty, MEMORY.1)),
+            format!("{:.1} ({}), {}", median(&start), spread(&start), verdict(median(&start), START)),
+            pair(waiting, used, MEMORY.0),
+            pair(waiting_dirty, used_dirty, MEMORY.1),
         ]);
     }
-    print(
-        "Device services at rest",
-        &["type", "start to READY, ms", "proportional memory, KiB", "private dirty memory, KiB"],
-        &rows,
-    );
     Ok(())
+}
+
+/// A front end that has asked for the features (GET_FEATURES, version 1) and got an answer: the device's process serves.
+fn front_end(socket: &str) -> Outcome<UnixStream> {
+    let said = |error: std::io::Error| error.to_string();
+    let mut stream = UnixStream::connect(socket).map_err(said)?;
+    stream.set_read_timeout(Some(LIMIT)).map_err(said)?;
+    stream.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).map_err(said)?;
+    stream.read_exact(&mut [0; 20]).map_err(said)?;
+    Ok(stream)
+}
+
+/// Proportional and private dirty memory, KiB, of the process that has most, once there are so many of them and they are at rest.
+fn heaviest(pid: u32, count: usize) -> Outcome<(f64, f64)> {
+    let end = Instant::now() + LIMIT;
+    while descendants(pid).len() < count {
+        if Instant::now() > end {
+            return Err(format!("there are not {count} processes"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    let (mut proportional, mut dirty) = (0, 0);
+    for process in descendants(pid) {
+        let memory = process.memory_without_ram()?;
+        (proportional, dirty) = (proportional.max(memory.0), dirty.max(memory.1));
+    }
+    Ok((proportional as f64, dirty as f64))
 }

@@ -2,11 +2,19 @@
 
 /// Prints a table.
 pub fn print(title: &str, header: &[&str], rows: &[Vec<String>]) {
+    head(title, header);
+    rows.iter().for_each(|cells| row(cells));
+}
+
+/// Begins a table whose rows come later.
+pub fn head(title: &str, header: &[&str]) {
     println!("\n## {title}\n\n| {} |", header.join(" | "));
     println!("|{}", " --- |".repeat(header.len()));
-    for row in rows {
-        println!("| {} |", row.join(" | "));
-    }
+}
+
+/// Prints a row.
+pub fn row(cells: &[String]) {
+    println!("| {} |", cells.join(" | "));
 }
 
 /// The value in the middle; the mean of the two in the middle of an even number; 0 of none.

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -144,11 +145,13 @@ fn handling(context: &Context, arguments: &[&str]) -> Outcome<(Running, UnixStre
 }
 
 fn ejected(context: &Context) -> Outcome {
-    let (mut running, mut stream) = handling(context, &[])?;
+    let group = ["--limit-group", "id=slow,bps=1M,iops=1000:10"];
+    let (mut running, mut stream) = handling(context, &group)?;
     let name = running.name.clone();
     let name = name.as_str();
     let image = image(&context.folder, "hot.img", 1)?;
-    let spec = format!("path={},id=hot", image.display());
+    // More often than a group has members.
+    let spec = format!("path={},id=hot,limit-group=slow", image.display());
     let mut before = BTreeMap::new();
     for round in 0..ROUNDS {
         succeed(context, &["add", name, "--disk", &spec])?;
@@ -290,6 +293,9 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["remove", name, "serial"], "no device that can be removed")?;
     refuse(context, &["add", name, "--disk", "path=/nowhere"], "no such file")?;
     refuse(context, &["add", name, "--disk", &format!("{spec},readonly=maybe")], "readonly=on")?;
+    let grouped = format!("{spec},limit-group=none");
+    refuse(context, &["add", name, "--disk", &grouped], "there is no limit group 'none'")?;
+    image_grows(context, name)?;
     for id in ["core", "serial", "data", "console"] {
         refuse(context, &["add", name, "--disk", &format!("path={},id={id}", path.display())], "belongs to")?;
     }
@@ -305,6 +311,8 @@ fn refused(context: &Context) -> Outcome {
     refuse(context, &["add", name, "--disk", &format!("{spec},addr=02")], "a slot of its own")?;
     succeed(context, &["add", name, "--disk", &format!("{spec},addr=1e")])?;
     refuse(context, &["add", name, "--rng=addr=1e"], "a slot of its own")?;
+    refuse(context, &["add", name, "--pmem", "path=x"], "from the start")?;
+    ports_come_and_go(context, name)?;
     refuse(context, &["add", name, "--console=pty"], "is for `bulkhead console`")?;
     succeed(context, &["add", name, "--console=addr=1d"])?;
     refuse(context, &["add", name, "--rng=addr=1d.0"], "a slot of its own")?;
@@ -338,6 +346,40 @@ fn refused(context: &Context) -> Outcome {
     succeed(context, &["add", name, "--disk", &again])?;
     ensure!(bulkhead(context).args(["stop", "--force", name]).status().is_ok_and(|s| s.success()), "no stop");
     running.expect_exit(exit::FORCED)
+}
+
+/// All ports of a machine are one device, which is added and removed as a whole.
+fn ports_come_and_go(context: &Context, name: &str) -> Outcome {
+    let port = |name: &str| format!("name={name},unix={}", context.folder.join(name).display());
+    let (one, two) = (port("one"), port("two"));
+    refuse(context, &["add", name, "--port", "name=one"], "needs a target")?;
+    refuse(context, &["add", name, "--port", &one, "--port", &one], "two ports")?;
+    for _ in 0..2 {
+        succeed(context, &["add", name, "--port", &one, "--port", &two])?;
+        refuse(context, &["add", name, "--port", &port("three")], "device remove")?;
+        let peer = UnixStream::connect(context.folder.join("two"));
+        peer.map_err(|error| format!("nobody listens at an added port: {error}"))?;
+        succeed(context, &["remove", name, "ports", "--force"])?;
+        ensure!(UnixStream::connect(context.folder.join("two")).is_err(), "its socket is still there");
+    }
+    Ok(())
+}
+
+/// A qcow2 image that is added grows, as its own process sees fit.
+fn image_grows(context: &Context, name: &str) -> Outcome {
+    let path = context.folder.join("grows.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").status();
+    ensure!(made.is_ok_and(|status| status.success()), "qemu-img makes no image");
+    succeed(context, &["add", name, "--disk", &format!("path={},id=grows,format=qcow2", path.display())])?;
+    refuse(context, &["resize", name, "grows"], "name the new SIZE")?;
+    refuse(context, &["resize", name, "grows", "512K"], "only grows")?;
+    refuse(context, &["resize", name, "grows", "5T"], "qemu-img resize")?;
+    succeed(context, &["resize", name, "grows", "3G"])?;
+    succeed(context, &["remove", name, "grows", "--force"])?;
+    let said = Command::new("qemu-img").args(["info", "--output=json"]).arg(&path).output();
+    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    ensure!(said.contains(&format!("\"virtual-size\": {}", 3_u64 << 30)), "the image says {said}");
+    Ok(())
 }
 
 /// Asks for a device to go while it comes: the core, which has to plug it in, stands still for that moment.

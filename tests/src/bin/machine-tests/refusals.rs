@@ -80,6 +80,12 @@ const REFUSALS: &[Refusal] = &[
     refusal("no CPUs", &["--kernel", "%", "--cpus", "0"], exit::USAGE, &["cpus"]),
     refusal("too many CPUs", &["--kernel", "%", "--cpus", "100000"], exit::USAGE, &["cpus"]),
     refusal("unknown option", &["--kernel", "%", "--memry", "64M"], exit::USAGE, &["--memry", "--memory"]),
+    refusal(
+        "limit group that is not there",
+        &["--kernel", "%", "--limit-group", "id=slow,bps=1M", "--disk", "path=@/disk,limit-group=slwo"],
+        exit::USAGE,
+        &["disk0", "slwo", "did you mean 'slow'?"],
+    ),
     refusal("unknown key of a disk", &["--kernel", "%", "--disk", "pth=x"], exit::USAGE, &["pth", "path"]),
     refusal("unknown key of the file", &["--config", "@/bad.toml"], exit::USAGE, &["kernle", "kernel"]),
     refusal("missing configuration file", &["--config", "@/none.toml"], exit::USAGE, &["none.toml"]),

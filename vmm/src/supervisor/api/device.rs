@@ -65,6 +65,13 @@ pub enum AddRequest {
         /// Where a relative path starts.
         folder: PathBuf,
     },
+    /// The named ports, which are one device.
+    Ports {
+        /// Each as after `--port`.
+        specs: Vec<String>,
+        /// Where a relative path starts.
+        folder: PathBuf,
+    },
     /// A shared directory.
     Fs {
         /// As after `--fs`.

@@ -19,8 +19,8 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// List the devices of a machine: process, state, restarts, and how the last process ended
     List(DeviceListArgs),
-    /// Add a disk, a network card, an entropy device, a console, a vsock or a balloon: its process is started, then the guest is told by ACPI
-    Add(DeviceAddArgs),
+    /// Add a disk, a network card, an entropy device, a console, named ports, a vsock, a balloon or a shared directory: its process is started, then the guest is told by ACPI
+    Add(Box<DeviceAddArgs>),
     /// Ask the guest by ACPI to let go of a virtio device, then end its process and unlock its disk
     Remove(DeviceRemoveArgs),
     /// Replace the process of a device, losing nothing; one that was given up is brought back
@@ -39,7 +39,8 @@ const RESIZE_HELP: &str = "\
 With SIZE the disk's file, a raw image, is made that large; what is added reads as zeros. Without SIZE
 the disk takes the size that its file or block device has now: after lvextend, for example. The guest
 is told at once: Linux shows the new size without a rescan; partitions and file systems in it are the
-guest's to grow. Before a disk is made smaller, the guest must have stopped using its end.";
+guest's to grow. Before a disk is made smaller, the guest must have stopped using its end. A qcow2
+image grows as far as its table has room, to 4 TiB with usual clusters, and only grows.";
 
 const UPGRADE_HELP: &str = "\
 The new program must speak the control protocol of the machine that runs. Each process of it is
@@ -120,6 +121,17 @@ pub struct DeviceAddArgs {
         group = "what"
     )]
     pub console: Option<String>,
+    /// Named ports, as for `bulkhead run`.
+    #[arg(
+        long = "port",
+        value_name = "name=NAME,unix=PATH",
+        group = "what",
+        help = "Named port, as for `bulkhead run`; all ports are one device: repeat it for more"
+    )]
+    pub ports: Vec<String>,
+    /// Refused: see there.
+    #[arg(long, group = "what", hide = true)]
+    pub pmem: Option<String>,
     /// Limits of its process, such as memory=64M,cpu=50; keys: memory, pids, cpu, read, write, read-iops, write-iops
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub limit: Option<String>,

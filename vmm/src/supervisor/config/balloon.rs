@@ -5,10 +5,17 @@ use std::str::FromStr;
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::size::{Size, SizeError};
+
+/// How it is written.
+const PAIRS: Pairs = Pairs {
+    what: "a balloon",
+    shape: "[size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]",
+    keys: &["size", "deflate-on-oom", "free-page-reporting", "id", "restart", "addr"],
+};
 
 /// Bytes of a page of the balloon.
 pub const BALLOON_PAGE: u64 = 4096;
@@ -51,14 +58,9 @@ pub struct BalloonConfig {
 /// Why a balloon is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BalloonSpecError {
-    /// An unknown key.
-    #[error("unknown key '{key}' of a balloon: {hint}")]
-    UnknownKey {
-        /// What was written.
-        key: String,
-        /// The nearest valid key.
-        hint: String,
-    },
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// A switch with something other than on or off.
     #[error("{0}: say on or off")]
     Switch(String),
@@ -79,14 +81,6 @@ pub enum BalloonSpecError {
     /// `addr` with something that is no place.
     #[error(transparent)]
     Addr(#[from] PciAddressError),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error(
-        "'{0}' is not KEY=VALUE; a balloon is [size=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off][,id=NAME][,restart=POLICY]"
-    )]
-    NotAPair(String),
 }
 
 /// Pages of a balloon of `size` bytes in a guest with so much memory.
@@ -104,29 +98,19 @@ impl FromStr for BalloonSpec {
 
     fn from_str(text: &str) -> Result<Self, BalloonSpecError> {
         let mut spec = Self::default();
-        for piece in text.split(',') {
-            let not_a_pair = || BalloonSpecError::NotAPair(piece.to_owned());
-            let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
+        for (key, value) in PAIRS.read(text)? {
             let switch = || match value {
                 "on" | "true" => Ok(true),
                 "off" | "false" => Ok(false),
-                _ => Err(BalloonSpecError::Switch(piece.to_owned())),
+                _ => Err(BalloonSpecError::Switch(format!("{key}={value}"))),
             };
-            let twice = match key {
-                "size" => spec.size.replace(value.parse()?).is_some(),
-                "deflate-on-oom" => spec.deflate_on_oom.replace(switch()?).is_some(),
-                "free-page-reporting" => spec.free_page_reporting.replace(switch()?).is_some(),
-                "id" => spec.id.replace(value.to_owned()).is_some(),
-                "restart" => spec.restart.replace(value.parse()?).is_some(),
-                "addr" => spec.addr.replace(value.parse()?).is_some(),
-                _ => {
-                    let keys = ["size", "deflate-on-oom", "free-page-reporting", "id", "restart", "addr"];
-                    let hint = hint(key, &keys);
-                    return Err(BalloonSpecError::UnknownKey { key: key.to_owned(), hint });
-                }
-            };
-            if twice {
-                return Err(BalloonSpecError::Twice(key.to_owned()));
+            match key {
+                "size" => spec.size = Some(value.parse()?),
+                "deflate-on-oom" => spec.deflate_on_oom = Some(switch()?),
+                "free-page-reporting" => spec.free_page_reporting = Some(switch()?),
+                "id" => spec.id = Some(value.to_owned()),
+                "restart" => spec.restart = Some(value.parse()?),
+                _ => spec.addr = Some(value.parse()?),
             }
         }
         Ok(spec)

@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn reads_every_option() {
         let text = "path=a,format=qcow2,backing=b:qcow2,backing=c:d:raw,data=e,cache=writethrough,discard=off,\
-                    logical-block-size=4096,physical-block-size=16384,serial=x,queues=2,bps=1M:4M,iops=100,\
+                    logical-block-size=4096,physical-block-size=16384,serial=x,queues=2,bps=1M:4M,iops=100,limit-group=g,\
                     read-error=wait,write-error=wait-for-space";
         let options = text.parse::<DiskSpec>().unwrap().options;
         assert_eq!(options.format.0, ImageFormat::Qcow2);
@@ -255,6 +255,7 @@ mod tests {
             (4096, 16384, 2)
         );
         assert_eq!((options.bps.rate, options.bps.burst, options.iops.rate), (1 << 20, 4 << 20, 100));
+        assert_eq!(options.limit_group.as_deref(), Some("g"));
         assert_eq!(options.read_error.0, ErrorAction::Wait);
         assert_eq!(options.write_error.0, ErrorAction::WaitForSpace);
         let table: DiskSpec =

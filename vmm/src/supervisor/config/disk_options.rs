@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bulkhead_ipc::channel::message::{Durability, ErrorAction, ImageFormat};
-use serde::Deserialize;
+use serde::de::{Deserialize, Deserializer, Error as _};
 use thiserror::Error;
 
 use super::nearest::hint;
@@ -150,6 +150,14 @@ impl FromStr for RateSpec {
     }
 }
 
+impl<'de> Deserialize<'de> for RateSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let [text] = <[String; 1]>::try_from(Value::deserialize(deserializer)?.texts())
+            .map_err(|_| D::Error::custom("a rate is one text or number"))?;
+        text.parse().map_err(D::Error::custom)
+    }
+}
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DiskOptions {
@@ -175,6 +183,8 @@ pub struct DiskOptions {
     pub bps: RateSpec,
     /// Requests.
     pub iops: RateSpec,
+    /// A limit that it shares with others.
+    pub limit_group: Option<String>,
     /// What follows a read that the host fails.
     pub read_error: OnError,
     /// What follows anything else that it fails.
@@ -183,7 +193,7 @@ pub struct DiskOptions {
 
 impl DiskOptions {
     /// The keys, as they are written.
-    pub const KEYS: [&str; 13] = [
+    pub const KEYS: [&str; 14] = [
         "format",
         "backing",
         "data",
@@ -195,6 +205,7 @@ impl DiskOptions {
         "queues",
         "bps",
         "iops",
+        "limit-group",
         "read-error",
         "write-error",
     ];
@@ -218,6 +229,7 @@ impl DiskOptions {
             "queues" => self.queues = number("queues", value)?,
             "bps" => self.bps = value.parse()?,
             "iops" => self.iops = value.parse()?,
+            "limit-group" => self.limit_group = Some(value.to_owned()),
             "read-error" => self.read_error = value.parse()?,
             "write-error" => self.write_error = value.parse()?,
             _ => return Ok(false),
@@ -238,7 +250,7 @@ fn number<T: FromStr>(key: &'static str, value: &str) -> Result<T, DiskOptionErr
 }
 
 /// A value of a table in a file: a word, a number, a switch, or a list of words.
-#[derive(Deserialize)]
+#[derive(serde::Deserialize)]
 #[serde(untagged)]
 pub enum Value {
     /// A word.

@@ -16,6 +16,7 @@ use super::cpus::CpuSpec;
 use super::disk::DiskSpec;
 use super::firmware::{self, BootOrder};
 use super::fs::FsSpec;
+use super::limit_group::LimitGroupSpec;
 use super::nearest::hint;
 use super::net::NetSpec;
 use super::pmem::PmemSpec;
@@ -81,6 +82,7 @@ struct File {
     memory: Option<Size>,
     thp: Option<bool>,
     disk: Vec<DiskSpec>,
+    limit_group: Vec<LimitGroupSpec>,
     net: Vec<NetSpec>,
     rng: Option<RngSpec>,
     console: Option<StreamSpec>,
@@ -169,6 +171,7 @@ fn parse(path: &Path, text: &str) -> Result<RunArgs, FileError> {
             .into_iter()
             .map(|disk| DiskSpec { path: at(disk.path), options: disk.options.below(base), ..disk })
             .collect(),
+        limit_groups: file.limit_group,
         nets: file.net.into_iter().map(|net| net_at(base, net)).collect(),
         rng: file.rng,
         console: file

@@ -11,10 +11,12 @@ pub mod file;
 pub mod firmware;
 pub mod fs;
 mod ids;
+pub mod limit_group;
 pub mod liveness;
 pub mod nearest;
 pub mod net;
 mod others;
+pub mod pairs;
 pub mod pci;
 pub mod pmem;
 pub mod port;
@@ -42,6 +44,7 @@ pub use disk_options::DiskOptions;
 pub use firmware::{BootOrder, FirmwareConfig};
 pub use fs::FsSpec;
 pub use ids::Ids;
+pub use limit_group::LimitGroupSpec;
 pub use liveness::Liveness;
 use nearest::hint;
 pub use net::{NetSpec, NetSpecError, NicConfig};
@@ -123,6 +126,8 @@ pub struct MachineConfig {
     pub debug_port: Option<PathBuf>,
     /// There is a debug exit port.
     pub debug_exit: bool,
+    /// Limits that several devices share.
+    pub limit_groups: Vec<LimitGroupSpec>,
     /// Number of virtual CPUs at the start.
     pub cpus: u16,
     /// All that there may be, and how they sit together.
@@ -308,6 +313,9 @@ pub enum ConfigError {
         /// What was given.
         name: String,
     },
+    /// A limit group.
+    #[error(transparent)]
+    LimitGroup(#[from] limit_group::LimitGroupError),
     /// A device of another back end.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::VhostUserSpecError),
@@ -533,11 +541,11 @@ pub fn resolve(mut args: RunArgs) -> Result<MachineConfig, ConfigError> {
         on_panic: args.on_panic.or(file.on_panic).unwrap_or(EndAction::Exit),
         confinement,
         log: log(&mut args, &mut file),
+        limit_groups: named.limit_groups,
         pmems: named.pmems,
         shares: named.shares,
     };
-    pci::check(config.places())?;
-    check_limits(&config)?;
+    check(&config)?;
     find_roms(config)
 }
 
@@ -627,7 +635,10 @@ fn confine(args: &mut RunArgs, file: &mut RunArgs) -> ConfinementConfig {
     }
 }
 
-fn check_limits(config: &MachineConfig) -> Result<(), ConfigError> {
+/// Checks what concerns several devices.
+fn check(config: &MachineConfig) -> Result<(), ConfigError> {
+    pci::check(config.places())?;
+    limit_group::check(&config.limit_groups, &config.disks, &config.nics)?;
     let names = process_names(config);
     for (process, limits) in &config.confinement.limits {
         if !names.contains(&process.as_str()) {

@@ -20,7 +20,7 @@ const MAX_QUEUES: u16 = 32;
 /// Least MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-const KEYS: [&str; 26] = [
+const KEYS: [&str; 27] = [
     "tap",
     "user",
     "socket",
@@ -45,6 +45,7 @@ const KEYS: [&str; 26] = [
     "tx-burst",
     "rx-packets",
     "tx-packets",
+    "limit-group",
     "rom",
     "addr",
 ];
@@ -102,6 +103,8 @@ pub struct NetSpec {
     pub rx_packets: Option<u64>,
     /// Packets a second from it.
     pub tx_packets: Option<u64>,
+    /// A limit that it shares with others, for both directions together.
+    pub limit_group: Option<String>,
     /// What firmware finds in its expansion ROM.
     pub rom: RomChoice,
     /// Where on PCI bus 0; default: the lowest empty slot.
@@ -233,6 +236,7 @@ impl FromStr for NetSpec {
                 "tx-burst" => spec.tx_burst = Some(size(key, text)?),
                 "rx-packets" => spec.rx_packets = Some(number(key, text)?),
                 "tx-packets" => spec.tx_packets = Some(number(key, text)?),
+                "limit-group" => spec.limit_group = Some(text.to_owned()),
                 "rom" => spec.rom = text.into(),
                 "addr" => spec.addr = Some(text.parse()?),
                 _ => {
@@ -277,6 +281,7 @@ impl fmt::Display for NetSpec {
             size("tx-burst", self.tx_burst),
             count("rx-packets", self.rx_packets),
             count("tx-packets", self.tx_packets),
+            text("limit-group", self.limit_group.clone()),
             match &self.rom {
                 RomChoice::Usual => None,
                 RomChoice::Off => Some("rom=off".to_owned()),
@@ -497,6 +502,7 @@ impl NetSpec {
                 burst: rate(self.tx_burst),
                 packets: self.tx_packets.unwrap_or(0),
             },
+            limit_group: self.limit_group.clone(),
             rom: self.rom.clone().at(folder),
             addr: self.addr,
         })
@@ -537,6 +543,8 @@ pub struct NicConfig {
     pub receive: RateSpec,
     /// What may leave it.
     pub transmit: RateSpec,
+    /// A limit that it shares with others, for both directions.
+    pub limit_group: Option<String>,
     /// What firmware finds in its expansion ROM.
     pub rom: RomChoice,
     /// Where on PCI bus 0, if the user chose.
@@ -559,7 +567,7 @@ mod tests {
     fn reads_all_keys() {
         let card = nic(
             "tap=t0,mac=52:54:00:12:34:56,mtu=9000,queues=4,id=x,restart=never,link=off,mac-filter,ip-filter=10.0.0.1,\
-             ip-filter=fe80::1,rx-rate=1M,tx-rate=2M,rx-burst=64K,tx-burst=128K,rx-packets=1000,tx-packets=2000,addr=5.1",
+             ip-filter=fe80::1,rx-rate=1M,tx-rate=2M,rx-burst=64K,tx-burst=128K,rx-packets=1000,tx-packets=2000,limit-group=g,addr=5.1",
         );
         assert_eq!(card.target, NetTarget::Tap("t0".into()));
         assert_eq!(
@@ -567,7 +575,7 @@ mod tests {
             ([0x52, 0x54, 0, 0x12, 0x34, 0x56], Some(9000), 4, false)
         );
         assert_eq!(card.addr, "05.1".parse().ok());
-        assert!(card.mac_filter && card.ip_filter.len() == 2);
+        assert!(card.mac_filter && card.ip_filter.len() == 2 && card.limit_group.as_deref() == Some("g"));
         assert_eq!(card.receive, RateSpec { bytes: 1 << 20, burst: 64 << 10, packets: 1000 });
         assert_eq!(card.transmit, RateSpec { bytes: 2 << 20, burst: 128 << 10, packets: 2000 });
         assert_eq!(nic("socket=s").target, NetTarget::Socket("/base/s".into()));

@@ -5,9 +5,10 @@ use std::mem::take;
 use std::path::Path;
 
 use super::{
-    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, NetSpec, NicConfig, PORTS,
-    PmemConfig, PmemSpec, PortSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK, VhostUserConfig,
-    VhostUserSpec, VsockConfig, VsockSpec, WATCHDOG, WatchdogConfig, WatchdogSpec, balloon_pages, fs, port,
+    BALLOON, BalloonConfig, BalloonSpec, ConfigError, DiskConfig, FsSpec, Ids, LimitGroupSpec, NetSpec,
+    NicConfig, PORTS, PmemConfig, PmemSpec, PortSpec, RestartPolicy, RestartRule, ShareConfig, VSOCK,
+    VhostUserConfig, VhostUserSpec, VsockConfig, VsockSpec, WATCHDOG, WatchdogConfig, WatchdogSpec,
+    balloon_pages, fs, port,
 };
 use crate::supervisor::cli::RunArgs;
 
@@ -22,6 +23,7 @@ pub(super) struct Others {
     pub shares: Vec<ShareConfig>,
     pub pmems: Vec<PmemConfig>,
     pub ports: Vec<PortSpec>,
+    pub limit_groups: Vec<LimitGroupSpec>,
 }
 
 impl Others {
@@ -54,6 +56,9 @@ impl Others {
         this.pmems = name_pmems(pmems, &mut ids)?;
         this.ports = take(if args.ports.is_empty() { &mut file.ports } else { &mut args.ports });
         port::check(&this.ports)?;
+        let groups =
+            if args.limit_groups.is_empty() { &mut file.limit_groups } else { &mut args.limit_groups };
+        this.limit_groups = take(groups);
         Ok(this)
     }
 

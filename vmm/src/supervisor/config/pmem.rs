@@ -6,8 +6,15 @@ use std::str::FromStr;
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
+
+/// How it is written.
+const PAIRS: Pairs = Pairs {
+    what: "persistent memory",
+    shape: "path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; a path with a comma can only be given in --config FILE",
+    keys: &["path", "readonly", "id", "addr"],
+};
 
 /// Persistent memory as the user describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -45,56 +52,34 @@ pub enum PmemSpecError {
     /// The `path` is missing.
     #[error("persistent memory needs a file: path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]")]
     NoPath,
-    /// An unknown key.
-    #[error("unknown key '{key}' of persistent memory: {hint}")]
-    UnknownKey {
-        /// What was written.
-        key: String,
-        /// The nearest valid key.
-        hint: String,
-    },
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// `readonly` with something other than on or off.
     #[error("readonly={0}: say readonly=on or readonly=off")]
     Readonly(String),
     /// `addr` with something that is no place.
     #[error(transparent)]
     Addr(#[from] PciAddressError),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error(
-        "'{0}' is not KEY=VALUE; persistent memory is path=FILE[,readonly=on][,id=NAME][,addr=SLOT.FUNCTION]; a path with a comma can only be given in --config FILE"
-    )]
-    NotAPair(String),
 }
 
 impl FromStr for PmemSpec {
     type Err = PmemSpecError;
 
     fn from_str(text: &str) -> Result<Self, PmemSpecError> {
-        let (mut path, mut readonly, mut id, mut addr) = (None, None, None, None);
-        for piece in text.split(',') {
-            let not_a_pair = || PmemSpecError::NotAPair(piece.to_owned());
-            let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
-            let twice = match (key, value) {
-                ("path", value) => path.replace(PathBuf::from(value)).is_some(),
-                ("readonly", "on" | "true") => readonly.replace(true).is_some(),
-                ("readonly", "off" | "false") => readonly.replace(false).is_some(),
+        let (mut path, mut readonly, mut id, mut addr) = (None, false, None, None);
+        for (key, value) in PAIRS.read(text)? {
+            match (key, value) {
+                ("path", value) => path = Some(PathBuf::from(value)),
+                ("readonly", "on" | "true") => readonly = true,
+                ("readonly", "off" | "false") => readonly = false,
                 ("readonly", other) => return Err(PmemSpecError::Readonly(other.to_owned())),
-                ("id", value) => id.replace(value.to_owned()).is_some(),
-                ("addr", value) => addr.replace(value.parse()?).is_some(),
-                (key, _) => {
-                    let hint = hint(key, &["path", "readonly", "id", "addr"]);
-                    return Err(PmemSpecError::UnknownKey { key: key.to_owned(), hint });
-                }
-            };
-            if twice {
-                return Err(PmemSpecError::Twice(key.to_owned()));
+                ("id", value) => id = Some(value.to_owned()),
+                (_, value) => addr = Some(value.parse()?),
             }
         }
         let path = path.filter(|path| !path.as_os_str().is_empty()).ok_or(PmemSpecError::NoPath)?;
-        Ok(Self { path, readonly: readonly.unwrap_or_default(), id, addr })
+        Ok(Self { path, readonly, id, addr })
     }
 }
 

@@ -9,10 +9,17 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use thiserror::Error;
 
-use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 use super::size::{Size, SizeError};
+
+/// How it is written.
+const PAIRS: Pairs = Pairs {
+    what: "rng",
+    shape: "on, off or max-bytes=SIZE[,period=MILLISECONDS][,restart=POLICY][,addr=SLOT.FUNCTION]",
+    keys: &["max-bytes", "period", "restart", "addr"],
+};
 
 /// Milliseconds of a period that nothing is said of, as in QEMU.
 const PERIOD: u32 = 65536;
@@ -33,14 +40,9 @@ pub struct RngSpec {
 /// Why an entropy device is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum RngSpecError {
-    /// An unknown key.
-    #[error("unknown key '{key}' of rng: {hint}")]
-    UnknownKey {
-        /// What was written.
-        key: String,
-        /// The nearest valid key.
-        hint: String,
-    },
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// A number of bytes that is none.
     #[error(transparent)]
     Size(#[from] SizeError),
@@ -59,14 +61,6 @@ pub enum RngSpecError {
     /// `addr` with something that is no place.
     #[error(transparent)]
     Address(#[from] PciAddressError),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error(
-        "'{0}' is not KEY=VALUE; rng is on, off or max-bytes=SIZE[,period=MILLISECONDS][,restart=POLICY][,addr=SLOT.FUNCTION]"
-    )]
-    NotAPair(String),
 }
 
 fn limit(max_bytes: Option<Size>, period: Option<u32>) -> Result<Option<RngLimit>, RngSpecError> {
@@ -92,24 +86,14 @@ impl FromStr for RngSpec {
             return Ok(Self::from(text == "on"));
         }
         let (mut max_bytes, mut period, mut restart, mut addr) = (None, None, None, None);
-        for piece in text.split(',') {
-            let not_a_pair = || RngSpecError::NotAPair(piece.to_owned());
-            let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
-            let twice = match key {
-                "max-bytes" => max_bytes.replace(value.parse()?).is_some(),
+        for (key, value) in PAIRS.read(text)? {
+            match key {
+                "max-bytes" => max_bytes = Some(value.parse()?),
                 "period" => {
-                    let number = value.parse().map_err(|_| RngSpecError::Period(value.to_owned()))?;
-                    period.replace(number).is_some()
+                    period = Some(value.parse().map_err(|_| RngSpecError::Period(value.to_owned()))?);
                 }
-                "restart" => restart.replace(value.parse()?).is_some(),
-                "addr" => addr.replace(value.parse()?).is_some(),
-                _ => {
-                    let hint = hint(key, &["max-bytes", "period", "restart", "addr"]);
-                    return Err(RngSpecError::UnknownKey { key: key.to_owned(), hint });
-                }
-            };
-            if twice {
-                return Err(RngSpecError::Twice(key.to_owned()));
+                "restart" => restart = Some(value.parse()?),
+                _ => addr = Some(value.parse()?),
             }
         }
         Ok(Self { on: true, limit: limit(max_bytes, period)?, restart, addr })

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
 
@@ -68,8 +69,12 @@ const MOST_QUEUES: u16 = 64;
 const MOST_ID: u16 = 63;
 
 const SHAPE: &str = "type=TYPE|device-id=N,socket=PATH[,id=NAME][,queues=N][,config-size=N][,tag=NAME][,mac=ADDRESS][,addr=SLOT.FUNCTION][,restart=POLICY]";
-const KEYS: &[&str] =
-    &["type", "device-id", "socket", "id", "queues", "config-size", "tag", "mac", "addr", "restart"];
+/// How it is written on the command line.
+const PAIRS: Pairs = Pairs {
+    what: "a vhost-user device",
+    shape: SHAPE,
+    keys: &["type", "device-id", "socket", "id", "queues", "config-size", "tag", "mac", "addr", "restart"],
+};
 
 /// A device of a back end that is not ours, as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -110,15 +115,9 @@ pub enum VhostUserSpecError {
     /// A type that has no word.
     #[error("there is no type '{0}': {1}; any other type has a device-id=N (virtio 1.2, section 5)")]
     UnknownType(String, String),
-    /// A key that is none.
-    #[error("unknown key '{0}' of a vhost-user device: {1}")]
-    UnknownKey(String, String),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error("'{0}' is not KEY=VALUE; a vhost-user device is {SHAPE}")]
-    NotAPair(String),
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// A number that cannot be.
     #[error("{key}={value}: say a number from {least} to {most}")]
     Number {
@@ -153,14 +152,7 @@ impl FromStr for VhostUserSpec {
 
     fn from_str(text: &str) -> Result<Self, VhostUserSpecError> {
         let mut spec = Self::default();
-        let mut seen = Vec::new();
-        for piece in text.split(',') {
-            let (key, value) =
-                piece.split_once('=').ok_or_else(|| VhostUserSpecError::NotAPair(piece.to_owned()))?;
-            if seen.contains(&key) {
-                return Err(VhostUserSpecError::Twice(key.to_owned()));
-            }
-            seen.push(key);
+        for (key, value) in PAIRS.read(text)? {
             let text = || Some(value.to_owned());
             match key {
                 "type" => spec.kind = text(),
@@ -172,8 +164,7 @@ impl FromStr for VhostUserSpec {
                 "tag" => spec.tag = text(),
                 "mac" => spec.mac = text(),
                 "addr" => spec.addr = Some(value.parse()?),
-                "restart" => spec.restart = Some(value.parse()?),
-                _ => return Err(VhostUserSpecError::UnknownKey(key.to_owned(), hint(key, KEYS))),
+                _ => spec.restart = Some(value.parse()?),
             }
         }
         spec.resolve(String::new(), RestartPolicy::Never)?;

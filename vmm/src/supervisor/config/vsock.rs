@@ -7,9 +7,16 @@ use bulkhead_ipc::connector::MAX_PATH;
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
+
+/// How it is written.
+const PAIRS: Pairs = Pairs {
+    what: "a vsock",
+    shape: "cid=N,path=SOCKET[,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]",
+    keys: &["cid", "path", "id", "restart", "addr"],
+};
 
 /// A vsock as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -48,14 +55,9 @@ pub enum VsockSpecError {
     /// The `cid` or `path` is missing.
     #[error("a vsock needs {0}: cid=N,path=SOCKET[,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]")]
     Missing(&'static str),
-    /// A key that is none of cid, path, id, restart, addr.
-    #[error("unknown key '{key}' of a vsock: {hint}")]
-    UnknownKey {
-        /// What was written.
-        key: String,
-        /// The nearest valid key.
-        hint: String,
-    },
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// A context id that is no number.
     #[error("cid={0}: a context id is a number, 3 or more")]
     NotANumber(String),
@@ -79,12 +81,6 @@ pub enum VsockSpecError {
     /// `addr` with something that is no place.
     #[error(transparent)]
     Addr(#[from] PciAddressError),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error("'{0}' is not KEY=VALUE; a vsock is cid=N,path=SOCKET[,id=NAME][,restart=POLICY]")]
-    NotAPair(String),
 }
 
 /// What a reserved context id means (virtio 1.2, 5.10.4; vsock(7)).
@@ -121,25 +117,13 @@ impl FromStr for VsockSpec {
 
     fn from_str(text: &str) -> Result<Self, VsockSpecError> {
         let (mut cid, mut path, mut id, mut restart, mut addr) = (None, None, None, None, None);
-        for piece in text.split(',') {
-            let not_a_pair = || VsockSpecError::NotAPair(piece.to_owned());
-            let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
-            let twice = match key {
-                "cid" => {
-                    let number = value.parse().map_err(|_| VsockSpecError::NotANumber(value.to_owned()))?;
-                    cid.replace(number).is_some()
-                }
-                "path" => path.replace(PathBuf::from(value)).is_some(),
-                "id" => id.replace(value.to_owned()).is_some(),
-                "restart" => restart.replace(value.parse()?).is_some(),
-                "addr" => addr.replace(value.parse()?).is_some(),
-                _ => {
-                    let hint = hint(key, &["cid", "path", "id", "restart", "addr"]);
-                    return Err(VsockSpecError::UnknownKey { key: key.to_owned(), hint });
-                }
-            };
-            if twice {
-                return Err(VsockSpecError::Twice(key.to_owned()));
+        for (key, value) in PAIRS.read(text)? {
+            match key {
+                "cid" => cid = Some(value.parse().map_err(|_| VsockSpecError::NotANumber(value.to_owned()))?),
+                "path" => path = Some(PathBuf::from(value)),
+                "id" => id = Some(value.to_owned()),
+                "restart" => restart = Some(value.parse()?),
+                _ => addr = Some(value.parse()?),
             }
         }
         let cid = cid.ok_or(VsockSpecError::Missing("a context id"))?;

@@ -8,8 +8,16 @@ use serde::de::{self, Deserializer};
 use thiserror::Error;
 
 use super::nearest::hint;
+use super::pairs::{PairError, Pairs};
 use super::pci::{PciAddress, PciAddressError};
 use super::restart::{RestartError, RestartPolicy};
+
+/// How it is written.
+const PAIRS: Pairs = Pairs {
+    what: "a watchdog",
+    shape: "[action=ACTION][,id=NAME][,restart=POLICY][,addr=SLOT.FUNCTION]",
+    keys: &["action", "id", "restart", "addr"],
+};
 
 /// What follows when the watchdog runs out; the words are those of QEMU's `-action watchdog=`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -96,14 +104,9 @@ pub struct WatchdogConfig {
 /// Why a watchdog is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum WatchdogSpecError {
-    /// An unknown key.
-    #[error("unknown key '{key}' of a watchdog: {hint}")]
-    UnknownKey {
-        /// What was written.
-        key: String,
-        /// The nearest valid key.
-        hint: String,
-    },
+    /// What is not of the form that it should be.
+    #[error(transparent)]
+    Pairs(#[from] PairError),
     /// An unknown action.
     #[error("watchdog: there is no action '{action}': {hint}")]
     Action {
@@ -118,12 +121,6 @@ pub enum WatchdogSpecError {
     /// `addr` with something that is no place.
     #[error(transparent)]
     Addr(#[from] PciAddressError),
-    /// A key twice.
-    #[error("'{0}' is given twice")]
-    Twice(String),
-    /// A piece without `=`.
-    #[error("'{0}' is not KEY=VALUE; a watchdog is [action=ACTION][,id=NAME][,restart=POLICY]")]
-    NotAPair(String),
 }
 
 impl FromStr for WatchdogSpec {
@@ -131,25 +128,14 @@ impl FromStr for WatchdogSpec {
 
     fn from_str(text: &str) -> Result<Self, WatchdogSpecError> {
         let mut spec = Self::default();
-        let mut action = None;
-        for piece in text.split(',') {
-            let not_a_pair = || WatchdogSpecError::NotAPair(piece.to_owned());
-            let (key, value) = piece.split_once('=').ok_or_else(not_a_pair)?;
-            let twice = match key {
-                "action" => action.replace(value.parse()?).is_some(),
-                "id" => spec.id.replace(value.to_owned()).is_some(),
-                "restart" => spec.restart.replace(value.parse()?).is_some(),
-                "addr" => spec.addr.replace(value.parse()?).is_some(),
-                _ => {
-                    let hint = hint(key, &["action", "id", "restart", "addr"]);
-                    return Err(WatchdogSpecError::UnknownKey { key: key.to_owned(), hint });
-                }
-            };
-            if twice {
-                return Err(WatchdogSpecError::Twice(key.to_owned()));
+        for (key, value) in PAIRS.read(text)? {
+            match key {
+                "action" => spec.action = value.parse()?,
+                "id" => spec.id = Some(value.to_owned()),
+                "restart" => spec.restart = Some(value.parse()?),
+                _ => spec.addr = Some(value.parse()?),
             }
         }
-        spec.action = action.unwrap_or_default();
         Ok(spec)
     }
 }

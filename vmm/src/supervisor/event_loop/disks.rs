@@ -1,33 +1,36 @@
 //! Disks that get another size while the guest uses them (`bulkhead device resize`).
 //!
-//! A disk that grows has its new end before anybody hears of it; one that shrinks is not asked for the end any more before that goes.
+//! The file of a raw disk is changed here; an image in a format only its own process looks into, which is asked to. A disk that grows has its new end before anybody hears of it; one that shrinks is not asked for the end any more before that goes.
 
-use bulkhead_ipc::channel::message::ToDevice;
+use bulkhead_ipc::channel::message::{ImageFormat, ToDevice};
 
 use super::EventLoop;
 use crate::supervisor::api::Response;
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::Size;
 use crate::supervisor::config::nearest::hint;
-use crate::supervisor::process::State;
+use crate::supervisor::process::{Process, State};
 use crate::supervisor::resources::{Disk, ResizeError};
 
 impl EventLoop<'_> {
     /// A user gives a disk another size.
     pub(super) fn resize_disk(
         &mut self,
+        client: u16,
         device: &str,
         size: Option<u64>,
         shrink: bool,
-    ) -> Result<Response, String> {
+    ) -> Result<Option<Response>, String> {
         let disk = self.disk(device)?;
         let failed = |error: ResizeError| format!("{device} {error}");
+        if disk.options.format.0 != ImageFormat::Raw {
+            let bytes = disk.new_image_size(size, shrink).map_err(failed)?;
+            return self.resize_image(client, device, bytes).map(|()| None);
+        }
         let (before, grows) = (disk.size, !disk.readonly);
         let bytes = disk.new_size(size, shrink).map_err(failed)?;
+        self.not_replacing(device)?;
         let index = self.processes.iter().position(|process| process.id == device);
-        if index.and_then(|index| self.recoveries.get(index)).is_some_and(|it| it.standby.is_some()) {
-            return Err(format!("the process of {device} is being replaced: ask again in a moment"));
-        }
         if bytes < before {
             self.tell(device, &ToDevice::DiskSize { bytes });
         }
@@ -44,7 +47,46 @@ impl EventLoop<'_> {
         }
         self.tell(device, &ToDevice::DiskSize { bytes });
         self.say(LogLevel::Info, &format!("{device}: has {} now", Size(bytes)));
-        Ok(Response::Done)
+        Ok(Some(Response::Done))
+    }
+
+    /// Refuses what a process and its successor would have to be told both.
+    fn not_replacing(&self, device: &str) -> Result<(), String> {
+        let index = self.processes.iter().position(|process| process.id == device);
+        if index.and_then(|index| self.recoveries.get(index)).is_some_and(|it| it.standby.is_some()) {
+            return Err(format!("the process of {device} is being replaced: ask again in a moment"));
+        }
+        Ok(())
+    }
+
+    /// Has a process change its image, and answers the client when it has.
+    fn resize_image(&mut self, client: u16, device: &str, bytes: u64) -> Result<(), String> {
+        self.not_replacing(device)?;
+        let serves = |process: &&Process| process.id == device && process.state == State::Ready;
+        if !self.processes.iter().any(|process| serves(&process)) {
+            return Err(format!("{device} has no process that serves just now: ask again in a moment"));
+        }
+        let clients = &mut self.disk(device)?.clients;
+        clients.retain(|other| *other != client);
+        clients.push(client);
+        self.tell(device, &ToDevice::DiskSize { bytes });
+        Ok(())
+    }
+
+    /// A process has changed its image, or not.
+    pub(super) fn image_resized(&mut self, device: &str, size: Result<u64, String>) {
+        let Ok(disk) = self.disk(device) else { return };
+        let clients = std::mem::take(&mut disk.clients);
+        let response = match size {
+            Ok(bytes) => {
+                self.say(LogLevel::Info, &format!("{device}: has {} now", Size(bytes)));
+                Response::Done
+            }
+            Err(reason) => Response::Error { message: format!("{device} {reason}") },
+        };
+        for client in clients {
+            self.environment.server.respond(client, &response, &self.environment.poller);
+        }
     }
 
     fn disk(&mut self, device: &str) -> Result<&mut Disk, String> {

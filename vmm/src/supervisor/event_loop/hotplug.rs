@@ -15,9 +15,11 @@ use super::{EventLoop, Phase, STOP_DEADLINE};
 use crate::supervisor::api::{AddRequest, EventKind, Response};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::confinement::{LimitSpec, ProcessLimits};
+use crate::supervisor::config::limit_group::check_member;
+use crate::supervisor::config::port::{self, PortSpecError};
 use crate::supervisor::config::{
     BalloonConfig, BalloonSpec, CONSOLE, ConsoleSpec, DiskConfig, DiskSpec, FsSpec, Ids, NetSpec, PORTS,
-    PciAddress, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
+    PciAddress, PortSpec, RestartPolicy, RngSpec, ShareConfig, StreamTarget, VhostUserConfig, VhostUserSpec,
     VsockConfig, VsockSpec, name_balloon, name_vsock,
 };
 use crate::supervisor::launch::{link_of, relaunch};
@@ -85,6 +87,7 @@ impl EventLoop<'_> {
             AddRequest::Balloon { spec } => NewDevice::Balloon(self.new_balloon(spec)?),
             AddRequest::Net { spec, folder } => self.new_nic(spec, folder)?,
             AddRequest::VhostUser { spec, folder } => NewDevice::VhostUser(self.new_foreign(spec, folder)?),
+            AddRequest::Ports { specs, folder } => NewDevice::Ports(self.new_ports(specs, folder)?),
             AddRequest::Fs { spec, folder } => NewDevice::Share(self.new_share(spec, folder)?),
         };
         let id = device.id();
@@ -107,12 +110,16 @@ impl EventLoop<'_> {
         let policy = match &device {
             NewDevice::Disk(disk) => disk.restart,
             NewDevice::Net(_, restart) | NewDevice::Rng(_, _, restart) => *restart,
-            NewDevice::Console(_) | NewDevice::Share(_) => self.config.restart,
+            NewDevice::Console(_) | NewDevice::Ports(_) | NewDevice::Share(_) => self.config.restart,
             NewDevice::Vsock(vsock) => vsock.restart,
             NewDevice::Balloon(balloon) => balloon.restart,
             NewDevice::VhostUser(device) => device.restart,
         };
-        if let Err(error) = self.environment.watch_vsock(self.resources) {
+        let watched = match &device {
+            NewDevice::Ports(_) => self.environment.watch_ports(self.resources),
+            _ => self.environment.watch_vsock(self.resources),
+        };
+        if let Err(error) = watched {
             self.resources.remove(id);
             return Err(format!("it cannot be watched: {error}"));
         }
@@ -148,6 +155,20 @@ impl EventLoop<'_> {
         name_vsock(spec.below(folder), &mut self.ids(), self.config.restart).map_err(text)
     }
 
+    fn new_ports(&self, specs: &[String], folder: &Path) -> Result<Vec<PortSpec>, String> {
+        if self.resources.ports.is_some() {
+            self.not_changing(PORTS)?;
+            return Err(format!(
+                "this machine has its ports already, and their device is made for so many: `bulkhead device remove {} {PORTS}`, then add all that there shall be in one call",
+                self.config.name
+            ));
+        }
+        let ports = specs.iter().map(|spec| Ok(spec.parse::<PortSpec>()?.below(folder)));
+        let ports = ports.collect::<Result<Vec<_>, _>>().map_err(|error: PortSpecError| text(error))?;
+        port::check(&ports).map_err(text)?;
+        Ok(ports)
+    }
+
     fn new_rng(&self, spec: &str) -> Result<NewDevice, String> {
         let spec: RngSpec = spec.parse().map_err(|error| format!("{error}"))?;
         if !spec.on {
@@ -179,10 +200,17 @@ impl EventLoop<'_> {
             return Err("say --vhost-user type=blk,socket=PATH here".to_owned());
         }
         let id = self.ids().take("disk", self.choose_id(disk.id, "disk")?).map_err(text)?;
+        self.check_group(&id, disk.options.limit_group.as_deref())?;
         let restart = disk.restart.unwrap_or(self.config.restart);
         let options = disk.options.below(folder);
         let (path, readonly, addr) = (folder.join(disk.path), disk.readonly, disk.addr);
         Ok(DiskConfig { path, readonly, id, restart, addr, options })
+    }
+
+    /// Refuses a limit group that the machine was not started with.
+    fn check_group(&self, id: &str, group: Option<&str>) -> Result<(), String> {
+        let checked = group.map(|group| check_member(&self.config.limit_groups, id, group));
+        checked.unwrap_or(Ok(())).map_err(text)
     }
 
     fn new_nic(&self, spec: &str, folder: &Path) -> Result<NewDevice, String> {
@@ -191,6 +219,7 @@ impl EventLoop<'_> {
             return Err("say --vhost-user type=net,socket=PATH here".to_owned());
         }
         let id = self.ids().take("net", self.choose_id(net.id.clone(), "net")?).map_err(text)?;
+        self.check_group(&id, net.limit_group.as_deref())?;
         let nic =
             net.resolve(&self.config.name, &id, folder).map_err(|error| format!("net {id}: {error}"))?;
         Ok(NewDevice::Net(Box::new(nic), net.restart.unwrap_or(self.config.restart)))

@@ -205,11 +205,7 @@ impl Environment {
                 self.poller.add(listener, source)?;
             }
         }
-        for (number, port) in (0u16..).zip(resources.ports.iter().flat_map(|ports| &ports.ports)) {
-            if let Some(listener) = &port.stream.listener {
-                self.poller.add(listener, Source::PortListener(number))?;
-            }
-        }
+        self.watch_ports(resources)?;
         self.watch_vsock(resources)
     }
 }

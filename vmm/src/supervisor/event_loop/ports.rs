@@ -1,15 +1,29 @@
 //! Connections to the sockets of named ports.
 
+use std::io;
 use std::os::fd::AsFd;
 
 use bulkhead_ipc::channel::message::ToDevice;
 use nix::errno::Errno;
 
-use super::EventLoop;
+use super::{Environment, EventLoop};
 use crate::supervisor::cli::LogLevel;
 use crate::supervisor::config::PORTS;
+use crate::supervisor::poller::Source;
 use crate::supervisor::process::{Process, State};
-use crate::supervisor::resources::Listener;
+use crate::supervisor::resources::{Listener, Resources};
+
+impl Environment {
+    /// Watches the sockets of the ports.
+    pub(super) fn watch_ports(&self, resources: &Resources) -> io::Result<()> {
+        for (number, port) in (0u16..).zip(resources.ports.iter().flat_map(|ports| &ports.ports)) {
+            if let Some(listener) = &port.stream.listener {
+                self.poller.add(listener, Source::PortListener(number))?;
+            }
+        }
+        Ok(())
+    }
+}
 
 impl EventLoop<'_> {
     /// Somebody connects to the socket of a port, and takes the place of whoever was there.

@@ -46,6 +46,7 @@ pub(super) enum Message {
     Left(Left),
     Balloon(BalloonReport),
     Expired,
+    DiskSize(Result<u64, String>),
 }
 
 pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
@@ -69,6 +70,7 @@ pub(super) fn receive(process: &Process) -> Result<Message, ChannelError> {
             (FromDevice::Left(left), _) => Message::Left(left),
             (FromDevice::Balloon(report), _) => Message::Balloon(report),
             (FromDevice::Expired, _) => Message::Expired,
+            (FromDevice::DiskSize(size), _) => Message::DiskSize(size.map_err(|reason| harmless(&reason))),
             (FromDevice::Failed(reason), _) => Message::Failed(harmless(&reason)),
         }
     })
@@ -152,6 +154,7 @@ impl EventLoop<'_> {
             Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Expired => self.watchdog_expired(index),
+            Message::DiskSize(size) => self.image_resized(&id, size),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);

@@ -61,9 +61,7 @@ impl EventLoop<'_> {
                 self.add_device(client, &device, limits.as_deref()).map(|()| None)
             }
             Request::DeviceLink { device, up } => self.link(&device, up).map(Some),
-            Request::DeviceResize { device, size, shrink } => {
-                self.resize_disk(&device, size, shrink).map(Some)
-            }
+            Request::DeviceResize { device, size, shrink } => self.resize_disk(client, &device, size, shrink),
             Request::DeviceRemove { device, force, timeout } => {
                 let limit = Duration::from_secs(timeout.into());
                 self.remove_device(client, &device, force, limit).map(|()| None)

@@ -4,12 +4,13 @@ use bulkhead_ipc::channel::message::RngLimit;
 
 use super::nic::Nic;
 use super::{
-    Balloon, Disk, Entropy, ResourceError, Resources, Share, Stream, Vsock, open_disk, roms, take_place,
+    Balloon, Disk, Entropy, Ports, ResourceError, Resources, Share, Stream, Vsock, open_disk, roms,
+    take_place,
 };
 use crate::supervisor::config::confinement::ProcessLimits;
 use crate::supervisor::config::{
-    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, PciAddress, RNG, RestartPolicy,
-    ShareConfig, StreamTarget, VhostUserConfig, VsockConfig, rom,
+    BalloonConfig, CONSOLE, DiskConfig, MachineConfig, NicConfig, PORTS, PciAddress, PortSpec, RNG,
+    RestartPolicy, ShareConfig, StreamTarget, VhostUserConfig, VsockConfig, rom,
 };
 
 /// A device to be added.
@@ -31,6 +32,8 @@ pub enum NewDevice {
     VhostUser(VhostUserConfig),
     /// A shared directory.
     Share(ShareConfig),
+    /// The named ports.
+    Ports(Vec<PortSpec>),
 }
 
 impl NewDevice {
@@ -45,6 +48,7 @@ impl NewDevice {
             Self::Net(nic, _) => &nic.id,
             Self::VhostUser(device) => &device.id,
             Self::Share(share) => &share.id,
+            Self::Ports(_) => PORTS,
         }
     }
 }
@@ -65,6 +69,7 @@ impl Resources {
             NewDevice::Net(nic, _) => nic.addr,
             NewDevice::VhostUser(device) => device.addr,
             NewDevice::Share(share) => share.addr,
+            NewDevice::Ports(_) => None,
             NewDevice::Rng(_, addr, _) | NewDevice::Console(addr) => *addr,
         };
         match chosen {
@@ -83,6 +88,12 @@ impl Resources {
             self.slots.release(id);
             return Err(error);
         }
+        let group = match device {
+            NewDevice::Disk(disk) => disk.options.limit_group.as_deref(),
+            NewDevice::Net(nic, _) => nic.limit_group.as_deref(),
+            _ => None,
+        };
+        self.limit_groups.join(id, group).inspect_err(|_| self.remove(id))?;
         let image = self.disks.iter().find(|disk| disk.id == id).map(|disk| &disk.file);
         let confined = self.confinement.add(config, id, limits, image);
         Ok(confined.inspect_err(|_| self.remove(id))?)
@@ -108,6 +119,7 @@ impl Resources {
                 self.nics.push(nic);
                 self.roms.extend(rom);
             }
+            NewDevice::Ports(ports) => self.ports = Ports::open(ports)?,
             NewDevice::VhostUser(device) => self.foreign.push(device.clone()),
         }
         Ok(())
@@ -118,6 +130,7 @@ impl Resources {
         self.slots.release(id);
         self.confinement.remove(id);
         self.meters.remove(id);
+        self.limit_groups.leave(id);
         self.disks.retain(|disk| disk.id != id);
         self.roms.retain(|rom| rom.device.as_deref() != Some(id));
         if self.vsock.as_ref().is_some_and(|vsock| vsock.id == id) {

@@ -45,6 +45,8 @@ pub struct Disk {
     pub options: DiskOptions,
     /// Device and inode of each of its files, and whether it is only read.
     identities: Vec<((u64, u64), bool)>,
+    /// Who waits for its process to have changed the size of its image.
+    pub clients: Vec<u16>,
 }
 
 /// Why a disk does not get another size. The sentences follow the disk's id.
@@ -52,9 +54,20 @@ pub struct Disk {
 pub enum ResizeError {
     /// What is in the image decides.
     #[error(
-        "has an image in a format, whose size is in the image: `qemu-img resize` changes it while no machine uses it"
+        "has a VMDK image, whose size cannot be changed: `qemu-img convert -O qcow2` makes another of it"
     )]
     Format,
+    /// The image says how large it is.
+    #[error("has an image in a format, which says itself how large it is: name the new SIZE")]
+    NoSize,
+    /// It would not grow.
+    #[error(
+        "has an image in a format, which only grows while it is in use: `qemu-img resize --shrink` changes it while no machine uses it"
+    )]
+    Grows,
+    /// Nobody may write into the image.
+    #[error("has an image that is read-only: its size is in it, and stays")]
+    ReadOnlyImage,
     /// Nobody may write.
     #[error("is read-only: leave SIZE out, and it takes the size that its file has")]
     ReadOnly,
@@ -124,7 +137,7 @@ pub fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceErr
         return Err(ResourceError::DiskSize { id, path, size });
     }
     let direct = if options.cache.direct { Some(open_direct(&id, &path, readonly)?) } else { None };
-    Ok(Disk { id, file, direct, backing, data, readonly, size, options, identities })
+    Ok(Disk { id, file, direct, backing, data, readonly, size, options, identities, clients: Vec::new() })
 }
 
 impl Disk {
@@ -138,9 +151,6 @@ impl Disk {
     /// # Errors
     /// [`ResizeError`].
     pub fn new_size(&self, wanted: Option<u64>, shrink: bool) -> Result<u64, ResizeError> {
-        if self.options.format.0 != ImageFormat::Raw {
-            return Err(ResizeError::Format);
-        }
         let now = (&self.file).seek(SeekFrom::End(0))?;
         let size = wanted.unwrap_or(now);
         if wanted.is_some() && self.readonly {
@@ -155,6 +165,21 @@ impl Disk {
             size if !size.is_multiple_of(block) => Err(ResizeError::Blocks { block, size }),
             size if size < now && !shrink => Err(ResizeError::Shrinks { now, size }),
             size => Ok(size),
+        }
+    }
+
+    /// The size that an image in a format is to get, which its process judges.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub fn new_image_size(&self, wanted: Option<u64>, shrink: bool) -> Result<u64, ResizeError> {
+        match wanted {
+            _ if self.options.format.0 == ImageFormat::Vmdk => Err(ResizeError::Format),
+            _ if self.readonly => Err(ResizeError::ReadOnlyImage),
+            _ if shrink => Err(ResizeError::Grows),
+            None => Err(ResizeError::NoSize),
+            Some(0) => Err(ResizeError::Empty),
+            Some(size) => Ok(size),
         }
     }
 

@@ -127,8 +127,14 @@ fn a_disk_gets_another_size_that_makes_sense() {
     // From outside.
     File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
     assert_eq!(opened.new_size(None, false).unwrap(), 4 << 20);
+    let said_of_image =
+        |disk: &Disk, size, shrink| disk.new_image_size(size, shrink).unwrap_err().to_string();
     opened.options.format.0 = ImageFormat::Qcow2;
-    assert!(said(&opened, Some(8 << 20), false).contains("qemu-img resize"));
+    assert_eq!(opened.new_image_size(Some(8 << 20), false).unwrap(), 8 << 20);
+    assert!(said_of_image(&opened, Some(1 << 20), true).contains("qemu-img resize --shrink"));
+    assert!(said_of_image(&opened, None, false).contains("name the new SIZE"));
+    opened.options.format.0 = ImageFormat::Vmdk;
+    assert!(said_of_image(&opened, Some(8 << 20), false).contains("qemu-img convert"));
     drop(opened);
     let opened = open_disk(&disk(&path, true), &[]).unwrap();
     assert!(said(&opened, Some(8 << 20), false).starts_with("is read-only"));

@@ -6,9 +6,20 @@
 //!
 //! What is larger than the burst could never be had at once. It is let through when the bucket is full and leaves a debt
 //! behind, which later requests wait for: the rate holds on average whatever the sizes are.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `limit` | the limit of a device, which its threads share |
+//! | `group` | a limit that several devices share |
+
+mod group;
+mod limit;
 
 use std::time::{Duration, Instant};
 
+use bulkhead_ipc::channel::message::Rates;
+pub use group::Group;
+pub use limit::Limit;
 use serde::{Deserialize, Serialize};
 
 const NANOSECONDS: u128 = 1_000_000_000;
@@ -35,6 +46,15 @@ impl RateLimits {
     /// Whether nothing is limited.
     pub fn is_unlimited(&self) -> bool {
         self.bandwidth.rate == 0 && self.operations.rate == 0
+    }
+}
+
+impl From<Rates> for RateLimits {
+    fn from(Rates { bps, bps_burst, iops, iops_burst }: Rates) -> Self {
+        Self {
+            bandwidth: Rate { rate: bps, burst: bps_burst },
+            operations: Rate { rate: iops, burst: iops_burst },
+        }
     }
 }
 

@@ -1,0 +1,105 @@
+//! Memory of words that several processes share: loaded and stored atomically, and nothing else.
+//!
+//! Contains unsafe code: mapping memory, and reading and writing it through references. A mapping keeps no descriptor.
+
+use std::ffi::{CStr, c_void};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+/// The memory could not be made or mapped.
+#[derive(Debug, thiserror::Error)]
+#[error("shared memory: {call}: {errno}")]
+pub struct WordsError {
+    call: &'static str,
+    errno: Errno,
+}
+
+fn failed(call: &'static str) -> impl Fn(Errno) -> WordsError {
+    move |errno| WordsError { call, errno }
+}
+
+/// A mapping of the words.
+#[derive(Debug)]
+pub struct Words {
+    address: NonNull<c_void>,
+    count: usize,
+    size: NonZeroUsize,
+    writable: bool,
+}
+
+// SAFETY: the mapping belongs to the process and not to a thread, and nothing but atomics is reached through it.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
+/// Makes memory of so many words, all zero, of a size that nobody can change.
+///
+/// # Errors
+/// The host refuses memory or a descriptor.
+pub fn create(name: &CStr, count: usize) -> Result<OwnedFd, WordsError> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = memfd_create(name, flags).map_err(failed("memfd_create"))?;
+    let size = i64::try_from(bytes(count)?.get()).unwrap_or(i64::MAX);
+    nix::unistd::ftruncate(&file, size).map_err(failed("ftruncate"))?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("fcntl"))?;
+    Ok(file)
+}
+
+fn bytes(count: usize) -> Result<NonZeroUsize, WordsError> {
+    let size = count.checked_mul(size_of::<u64>()).and_then(NonZeroUsize::new);
+    size.ok_or(WordsError { call: "mmap", errno: Errno::EINVAL })
+}
+
+impl Words {
+    /// Maps the first `count` words of what [`create`] has made so large; a shorter file would end the process that touches what
+    /// is missing, so a device process trusts its supervisor, which makes it, and nobody else is asked.
+    ///
+    /// # Errors
+    /// The descriptor is not open for this, or there is no room.
+    pub fn map(file: BorrowedFd<'_>, count: usize, writable: bool) -> Result<Self, WordsError> {
+        let size = bytes(count)?;
+        let write = if writable { ProtFlags::PROT_WRITE } else { ProtFlags::empty() };
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing.
+        let address =
+            unsafe { mmap(None, size, ProtFlags::PROT_READ | write, MapFlags::MAP_SHARED, file.as_fd(), 0) }
+                .map_err(failed("mmap"))?;
+        Ok(Self { address, count, size, writable })
+    }
+
+    fn word(&self, index: usize) -> Option<&AtomicU64> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: the index is within the mapping, which is page-aligned and lives until `self` is dropped; every process that maps
+        // it reaches the word by atomic operations or, if hostile, by writes that an atomic load tolerates: any value is valid.
+        Some(unsafe { AtomicU64::from_ptr(self.address.as_ptr().cast::<u64>().add(index)) })
+    }
+
+    /// The word; zero where there is none. What its writer stored before it is seen, too.
+    #[must_use]
+    pub fn load(&self, index: usize) -> u64 {
+        self.word(index).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Stores the word. Nothing happens to a mapping that is for reading.
+    pub fn store(&self, index: usize, value: u64) {
+        if let Some(word) = self.word(index).filter(|_| self.writable) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: `self` owns the mapping and no reference into it outlives it.
+        let _ = unsafe { munmap(self.address, self.size.get()) };
+    }
+}
