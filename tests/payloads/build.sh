@@ -9,7 +9,7 @@ link="-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-
 for payload in first_byte bad_fetch; do
     gcc $flags $link -o "$out/$payload.elf" "$here/$payload.S"
 done
-for payload in garbage memory echo count pam timers exits hotplug peers watchdog; do
+for payload in garbage memory echo count pam timers exits hotplug peers watchdog processors; do
     gcc $flags $link -o "$out/$payload.elf" "$here/long_mode.S" "$here/$payload.c"
 done
 gcc -m32 -ffreestanding -fno-pic -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,--no-warn-rwx-segments \

@@ -58,7 +58,7 @@ pub enum ToCore {
     /// Plug in the possible CPU of this index, or ask the guest to let it go. [`FromCore::CpuRemoved`] comes when it did.
     Cpu {
         /// Its index, from 0.
-        index: u8,
+        index: u16,
         /// Plug in.
         insert: bool,
     },
@@ -156,9 +156,9 @@ pub struct FirmwareFile {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Processors {
     /// How many of them are there at the start.
-    pub present: u8,
+    pub present: u16,
     /// The local APIC ids of all, in ascending order.
-    pub apic_ids: Vec<u8>,
+    pub apic_ids: Vec<u32>,
     /// The bits of an APIC id from this one on name the core.
     pub core_shift: u8,
     /// The bits of an APIC id from this one on name the package.
@@ -271,7 +271,7 @@ pub enum FromCore {
     /// The guest let go of a CPU, which runs no more.
     CpuRemoved {
         /// Its index.
-        index: u8,
+        index: u16,
     },
     /// The answer to [`ToCore::Ping`].
     Alive,

@@ -10,11 +10,13 @@
 //! The price: the listener must leave the process before it reads a byte from guest or peer, since who holds it can let a call
 //! through. [`Sealed`] closes its copies on drop; no policy allows `seccomp`, and no `ioctl` with a listener's request numbers.
 //! A thread that breaks its policy before that waits until the supervisor looks (`JailedProcess::early_violation`).
+//! One message has room for so many listeners ([`MAX_DESCRIPTORS`]). Threads beyond, of a machine with more CPUs, are under
+//! `KILL_PROCESS`: what is forbidden ends the process all the same, and the supervisor tells SIGSYS.
 
 use std::fmt::Write as _;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -22,6 +24,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::{JailError, PolicyName, landlock, shared};
+use crate::channel::MAX_DESCRIPTORS;
 use crate::log::Line;
 
 /// Exit code after a panic. Each process is number 1 of its pid namespace, where SIGABRT by itself does nothing.
@@ -40,6 +43,8 @@ pub enum Enforcement {
 }
 
 static SUPERVISED: AtomicBool = AtomicBool::new(false);
+/// Threads that have asked for a listener; the main thread is not among them.
+static ASKED: AtomicUsize = AtomicUsize::new(0);
 static LISTENERS: Mutex<Vec<(PolicyName, OwnedFd)>> = Mutex::new(Vec::new());
 
 /// Start of a jailed process: the first call in its `main`. Installs the panic hook, confines the allocator to one arena (the
@@ -78,7 +83,8 @@ pub fn set_enforcement(enforcement: Enforcement) {
 pub fn enter_thread(policy: PolicyName) -> Result<(), JailError> {
     // Room before the filter is in force, so that storing the listener needs no more than a futex.
     LISTENERS.lock().unwrap_or_else(PoisonError::into_inner).reserve(1);
-    if let Some(listener) = load_final(policy)? {
+    let room = ASKED.fetch_add(1, Ordering::SeqCst) < MAX_DESCRIPTORS - 1;
+    if let Some(listener) = load_final(policy, room)? {
         LISTENERS.lock().unwrap_or_else(PoisonError::into_inner).push((policy, listener));
     }
     Ok(())
@@ -109,7 +115,7 @@ pub fn seal(policy: PolicyName, expected: &[impl AsRawFd]) -> Result<Sealed, Jai
     list.dedup();
     compare(&open_descriptors()?, &list)?;
     listeners.reserve(1);
-    if let Some(listener) = load_final(policy)? {
+    if let Some(listener) = load_final(policy, true)? {
         listeners.push((policy, listener));
     }
     Ok(Sealed { listeners })
@@ -178,9 +184,9 @@ fn compare(open: &[RawFd], expected: &[RawFd]) -> Result<(), JailError> {
     }
 }
 
-/// Loads the policy on the calling thread for good; the listener when supervised.
-fn load_final(policy: PolicyName) -> Result<Option<OwnedFd>, JailError> {
-    if !SUPERVISED.load(Ordering::SeqCst) {
+/// Loads the policy on the calling thread for good; the listener when supervised and there is room for it.
+fn load_final(policy: PolicyName, room: bool) -> Result<Option<OwnedFd>, JailError> {
+    if !room || !SUPERVISED.load(Ordering::SeqCst) {
         return load(policy, libc::SECCOMP_RET_KILL_PROCESS, 0).map(|_| None);
     }
     let result = load(policy, libc::SECCOMP_RET_USER_NOTIF, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)?;

@@ -28,7 +28,7 @@ pub struct Options {
     /// Guest RAM in bytes.
     pub memory: u64,
     /// Number of CPUs.
-    pub cpus: u8,
+    pub cpus: u16,
     /// Time of day at power-on, since 1970, UTC.
     pub wall_clock: Duration,
     /// `-S`: not started yet, says the status.
@@ -234,7 +234,7 @@ fn memory(value: &str) -> Result<u64, String> {
 }
 
 /// `2`, `cpus=2`.
-fn cpus(value: &str) -> Result<u8, String> {
+fn cpus(value: &str) -> Result<u16, String> {
     let count = property(value, "cpus").or(value.split(',').next()).unwrap_or_default();
     count.parse().map_err(|_| format!("-smp: '{value}' is no number of CPUs"))
 }

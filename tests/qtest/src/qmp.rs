@@ -182,7 +182,7 @@ impl Qmp {
             }
             "query-commands" => COMMANDS.iter().map(|name| json!({ "name": name })).collect(),
             "query-machines" => json!([{
-                "name": "pc", "is-default": true, "cpu-max": 254, "hotpluggable-cpus": false,
+                "name": "pc", "is-default": true, "cpu-max": 4096, "hotpluggable-cpus": false,
                 "numa-mem-supported": false, "deprecated": false,
             }]),
             "quit" | "stop" | "cont" | "system_reset" | "system_powerdown" => json!({}),

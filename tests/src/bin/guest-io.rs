@@ -258,7 +258,8 @@ fn verify(options: &Options) -> Outcome<()> {
 }
 
 fn swap(options: &Options) -> Outcome<()> {
-    let pause = || std::thread::sleep(Duration::from_millis(2));
+    // Not oftener: where a timer is dear, looking takes the time of what is waited for.
+    let pause = || std::thread::sleep(Duration::from_millis(20));
     let mut buffer = Buffer::new();
     let serial = options.device.replace("/dev/", "/sys/block/") + "/serial";
     for round in 1..=options.rounds {

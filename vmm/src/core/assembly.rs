@@ -235,7 +235,7 @@ fn place(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), CoreError> {
 fn spawn(
     vcpus: Vec<Vcpu>,
     gate: Arc<Gate>,
-    present: u8,
+    present: u16,
     reports: &Arc<Reports>,
 ) -> Result<VcpuThreads, CoreError> {
     let reports = reports.clone();

@@ -70,7 +70,7 @@ impl Host for CoreHost {
         self.reports.ejected(Ejected::Slot(slot));
     }
 
-    fn cpu_ejected(&self, cpu: u8) {
+    fn cpu_ejected(&self, cpu: u16) {
         self.reports.ejected(Ejected::Cpu(cpu));
     }
 

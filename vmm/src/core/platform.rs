@@ -13,6 +13,9 @@ use super::reports::Reports;
 use crate::kvm::{Doorbells, Gate, Interrupts, MemorySlots, Vcpu, Vm, address_bits};
 use crate::machine::{Machine, MachineConfig, MemoryChip};
 
+/// The first local APIC id that does not tell one processor from all in 8 bits.
+const FIRST_WIDE_APIC_ID: u32 = 255;
+
 /// What devices are attached to.
 pub(super) struct Platform {
     pub vm: Vm,
@@ -67,6 +70,9 @@ impl Platform {
             machine.shadow_ram();
         }
         vm.create_chips()?;
+        if processors.apic_ids.last() >= Some(&FIRST_WIDE_APIC_ID) {
+            vm.widen_apic_ids()?;
+        }
         interrupts.connect_lines()?;
         let vcpus = processors
             .apic_ids

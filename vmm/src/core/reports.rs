@@ -34,7 +34,7 @@ pub(super) enum Ejected {
     /// The function in a PCI slot.
     Slot(u8),
     /// A CPU, by its index.
-    Cpu(u8),
+    Cpu(u16),
 }
 
 impl Reports {

@@ -11,8 +11,7 @@ use super::KvmError;
 ///
 /// # Errors
 /// The table is longer than what KVM takes.
-pub(super) fn table(processors: &Processors, apic_id: u8) -> Result<CpuId, KvmError> {
-    let id = u32::from(apic_id);
+pub(super) fn table(processors: &Processors, id: u32) -> Result<CpuId, KvmError> {
     let above = |shift: u8| id.checked_shr(shift.into()).unwrap_or(0);
     let entries = processors.cpuid.iter().map(|leaf| {
         let [mut eax, mut ebx, mut ecx, mut edx] = leaf.registers;
@@ -24,7 +23,7 @@ pub(super) fn table(processors: &Processors, apic_id: u8) -> Result<CpuId, KvmEr
                 let package = above(processors.package_shift);
                 let first = package.checked_shl(processors.package_shift.into()).unwrap_or(0);
                 let core = (id ^ first).checked_shr(processors.core_shift.into()).unwrap_or(0);
-                (eax, ebx, ecx) = (id, ebx & !0xff | core, ecx & !0xff | package);
+                (eax, ebx, ecx) = (id, ebx & !0xff | core & 0xff, ecx & !0xff | package & 0xff);
             }
             _ => {}
         }
@@ -66,5 +65,8 @@ mod tests {
             table.as_slice().iter().map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx]).collect();
         assert_eq!(registers, [[1, 0x0d0c_3456, 3, 4], [1, 2, 0x100, 13], [13, 0x102, 1, 0]]);
         assert_eq!(address_bits(&processors), 36);
+        let table = super::table(&processors, 0x123).unwrap();
+        let ids: Vec<_> = table.as_slice().iter().map(|entry| (entry.eax, entry.ebx, entry.edx)).collect();
+        assert_eq!(ids, [(1, 0x230c_3456, 4), (1, 2, 0x123), (0x123, 0x101, 0)]);
     }
 }

@@ -142,12 +142,11 @@ fn chip_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
 
 fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-    // The kernel's fields are the two halves of the 64-bit address.
-    #[allow(clippy::cast_possible_truncation)]
-    {
-        entry.u.msi.address_lo = message.address as u32;
-        entry.u.msi.address_hi = (message.address >> 32) as u32;
-    }
+    let low = u32::try_from(message.address & u64::from(u32::MAX)).unwrap_or(0);
+    entry.u.msi.address_lo = low;
+    // What a guest that knows of KVM_FEATURE_MSI_EXT_DEST_ID has of the destination in bits 11–5, where KVM looks for it: the
+    // upper half is there for interrupt remapping, which this machine has not.
+    entry.u.msi.address_hi = (low & 0xFE0) << 3;
     entry.u.msi.data = message.data;
     entry
 }

@@ -28,7 +28,7 @@ fn set_register(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
 }
 
 /// Sets the state in which the boot processor enters a kernel.
-pub(super) fn set_entry(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
+pub(super) fn set_entry(vcpu: &VcpuFd, entry: &Entry, x2apic: bool) -> Result<(), KvmError> {
     let regs = kvm_regs {
         rip: entry.rip,
         rsi: entry.rsi,
@@ -47,6 +47,8 @@ pub(super) fn set_entry(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
         sregs.gdt.base = gdt.base;
         sregs.gdt.limit = gdt.limit;
     }
+    // As firmware leaves it where there are ids above 254: Linux takes no others for valid in the older mode.
+    sregs.apic_base |= u64::from(x2apic) << 10;
     let control = entry.control_registers();
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (control.cr0, control.cr3, control.cr4, control.efer);
     vcpu.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))

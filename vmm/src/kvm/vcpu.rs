@@ -37,7 +37,9 @@ pub(super) enum Step {
 
 /// One vCPU, owned by its thread while it runs.
 pub struct Vcpu {
-    apic_id: u8,
+    apic_id: u32,
+    /// Some processor of the machine has an id of more than 8 bits.
+    wide_ids: bool,
     fd: VcpuFd,
     machine: Arc<Machine>,
     ram: GuestRam,
@@ -51,7 +53,7 @@ impl Vcpu {
     pub fn create(
         vm: &Vm,
         processors: &Processors,
-        apic_id: u8,
+        apic_id: u32,
         machine: Arc<Machine>,
     ) -> Result<Self, KvmError> {
         let fd = vm.fd.create_vcpu(u64::from(apic_id)).map_err(call("KVM_CREATE_VCPU"))?;
@@ -59,7 +61,8 @@ impl Vcpu {
         fd.set_cpuid2(&table).map_err(call("KVM_SET_CPUID2"))?;
         msrs::set_up(&fd)?;
         registers::set_up_lapic(&fd)?;
-        Ok(Self { apic_id, fd, machine, ram: vm.ram.clone() })
+        let wide_ids = processors.apic_ids.last() >= Some(&255);
+        Ok(Self { apic_id, wide_ids, fd, machine, ram: vm.ram.clone() })
     }
 
     /// Sets the state in which a kernel is entered; for the boot processor alone.
@@ -67,7 +70,7 @@ impl Vcpu {
     /// # Errors
     /// The ioctl that failed.
     pub fn enter_at(&self, entry: &Entry) -> Result<(), KvmError> {
-        registers::set_entry(&self.fd, entry)
+        registers::set_entry(&self.fd, entry, self.wide_ids)
     }
 
     /// The vCPU's descriptor number, for the check of all descriptors before the process is sealed.

@@ -126,7 +126,7 @@ impl State {
     fn kick(&self) {
         for seat in self.seats.iter().filter(|seat| seat.in_guest.load(Ordering::SeqCst)) {
             // SAFETY: a thread gives up its seat, under the lock that `self` is guarded by, before it ends: the id is valid.
-            unsafe { libc::pthread_kill(seat.thread, kick_signal()) };
+            unsafe { libc::pthread_kill(seat.thread, KICK_SIGNAL) };
         }
     }
 }
@@ -228,10 +228,8 @@ fn run(vcpu: &mut Vcpu, gate: &Gate, seat: &Seat) -> VcpuStop {
     }
 }
 
-/// The first real-time signal is free for programs (signal(7)); glibc keeps the two below for itself.
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
+/// Not a real-time signal: those queue up, and with many vCPUs one more than RLIMIT_SIGPENDING allows would be lost.
+const KICK_SIGNAL: libc::c_int = libc::SIGUSR1;
 
 fn install_kick_handler() {
     extern "C" fn on_kick(_: libc::c_int) {
@@ -248,7 +246,7 @@ fn install_kick_handler() {
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_kick as *const () as libc::sighandler_t;
-        libc::sigaction(kick_signal(), &raw const action, ptr::null_mut());
+        libc::sigaction(KICK_SIGNAL, &raw const action, ptr::null_mut());
     }
 }
 

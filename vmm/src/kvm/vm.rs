@@ -6,7 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_ipc::memory::GuestRam;
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, call};
@@ -49,6 +52,17 @@ impl Vm {
         // The speaker's port 61 is answered inside KVM too, as its gate belongs to the timer.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))
+    }
+
+    /// Lets local APICs have ids of more than 8 bits, also as destinations of messages, and the id 255; before the first vCPU.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn widen_apic_ids(&self) -> Result<(), KvmError> {
+        let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        let cap =
+            kvm_enable_cap { cap: KVM_CAP_X2APIC_API, args: [flags.into(), 0, 0, 0], ..Default::default() };
+        self.fd.enable_cap(&cap).map_err(call("KVM_ENABLE_CAP"))
     }
 
     /// The descriptor that interrupt routing and doorbells share.

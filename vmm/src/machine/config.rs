@@ -12,9 +12,9 @@ use super::pci::ConfigError;
 #[derive(Clone)]
 pub struct MachineConfig {
     /// Number of vCPUs at the start, at least 1.
-    pub cpus: u8,
+    pub cpus: u16,
     /// The local APIC ids of all vCPUs that there may be, those at the start first, in ascending order.
-    pub apic_ids: Vec<u8>,
+    pub apic_ids: Vec<u32>,
     /// Width of guest-physical addresses in bits, as CPUID leaf 8000_0008 tells the guest; bounds the 64-bit PCI window.
     pub address_bits: u8,
     /// The generation id: 128 bits that no other run of a machine has.
@@ -40,8 +40,8 @@ impl fmt::Debug for MachineConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BuildError {
     /// Too few or too many vCPUs, or ids that they cannot have.
-    #[error("a machine has 1 to {MAX_CPUS} CPUs, not {0}, with APIC ids below 255")]
-    Cpus(u8),
+    #[error("a machine has 1 to {MAX_CPUS} CPUs, not {0}, with APIC ids of 15 bits")]
+    Cpus(u16),
     /// An address width that no such CPU has.
     #[error("guest-physical addresses have 36 to 52 bits, not {0}")]
     AddressBits(u8),
@@ -53,16 +53,17 @@ pub enum BuildError {
     Attach(#[from] AttachError),
 }
 
-/// The most vCPUs that 8-bit local APIC ids allow: 255 is the broadcast id. More would need an I/O APIC with wider ids,
-/// which the one in the host's kernel has not.
-pub const MAX_CPUS: u8 = 255;
+/// The most vCPUs: what three digits in the names of their ACPI objects tell apart.
+pub const MAX_CPUS: u16 = 1 << 12;
+/// The last APIC id that an interrupt message without remapping can be sent to: 8 bits, and 7 where the guest knows of them.
+const LAST_APIC_ID: u32 = 0x7FFF;
 
 impl MachineConfig {
     /// A machine with `cpus` vCPUs, all there from the start, with the APIC ids 0, 1, 2 …, and nothing beyond what every one
     /// has.
     #[must_use]
-    pub fn new(cpus: u8, address_bits: u8) -> Self {
-        let apic_ids = (0..cpus).collect();
+    pub fn new(cpus: u16, address_bits: u8) -> Self {
+        let apic_ids = (0..cpus.into()).collect();
         let (generation, debug_exit, keyboard) = ([0; 16], false, false);
         Self {
             cpus,
@@ -78,8 +79,9 @@ impl MachineConfig {
 
     /// Checks the limits.
     pub(super) fn check(&self) -> Result<(), BuildError> {
-        let ascending = self.apic_ids.is_sorted_by(|a, b| a < b) && self.apic_ids.last() < Some(&u8::MAX);
-        if self.cpus == 0 || self.apic_ids.len() < self.cpus.into() || !ascending {
+        let ids = &self.apic_ids;
+        let fit = ids.is_sorted_by(|a, b| a < b) && ids.last() <= Some(&LAST_APIC_ID);
+        if self.cpus == 0 || !(self.cpus.into()..=MAX_CPUS.into()).contains(&ids.len()) || !fit {
             return Err(BuildError::Cpus(self.cpus));
         }
         if !(36..=52).contains(&self.address_bits) {

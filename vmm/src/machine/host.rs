@@ -32,6 +32,8 @@ impl Space {
 pub enum ResetSource {
     /// The reset control register of the PIIX3, port CF9 (290550).
     ResetControl,
+    /// The turbo reset control register of the 82441FX, configuration register 93 (290549, section 3.2.26).
+    TurboResetControl,
     /// System control port A, port 92 bit 0.
     Port92,
     /// A pulse on output P2.0 of the keyboard controller, command FE at port 64.
@@ -83,7 +85,7 @@ pub trait Host: Send + Sync {
     fn pci_ejected(&self, _slot: u8) {}
 
     /// The guest let a CPU go, the index of which is given: it must run no more.
-    fn cpu_ejected(&self, _cpu: u8) {}
+    fn cpu_ejected(&self, _cpu: u16) {}
 
     /// The memory map changed: these are all slots now, by address, none overlapping another. When this returns the guest sees
     /// them. While one is replaced no vCPU may be in the guest, and none of its dirty pages may be lost.

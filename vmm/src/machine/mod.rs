@@ -97,7 +97,7 @@ impl Machine {
         let router = InterruptRouter::new(host.clone());
         let isa = Arc::new(IsaBus::new(topology.clone()));
         let isa_bridge = Arc::new(IsaBridge::new(host.clone(), router.clone(), topology.clone())?);
-        let host_bridge = Arc::new(HostBridge::new(config.apic_ids.len(), topology.clone())?);
+        let host_bridge = Arc::new(HostBridge::new(config.apic_ids.len(), host.clone(), topology.clone())?);
         let chips = config.firmware.clone();
         let piix3 = Piix3 { function: isa_bridge.clone(), isa: isa.clone(), chips };
         let bus = Arc::new(PciBus::new(Arc::new(piix3), topology.clone(), router.clone()));
@@ -361,12 +361,12 @@ impl Machine {
     }
 
     /// Plugs in the possible CPU of this index and tells the guest by ACPI. False when there is none, or it is there.
-    pub fn insert_cpu(&self, index: u8) -> bool {
+    pub fn insert_cpu(&self, index: u16) -> bool {
         self.pm.insert_cpu(index)
     }
 
     /// Asks the guest by ACPI to let a CPU go. When it does, [`Host::cpu_ejected`] tells. False when it is not there, or is the boot processor.
-    pub fn request_cpu_removal(&self, index: u8) -> bool {
+    pub fn request_cpu_removal(&self, index: u16) -> bool {
         self.pm.request_cpu_removal(index)
     }
 

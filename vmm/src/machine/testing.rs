@@ -23,7 +23,7 @@ pub(crate) struct Recorded {
     /// The doorbells told last.
     pub(crate) doorbells: Vec<MappedDoorbell>,
     /// Every slot and CPU that the guest ejected.
-    pub(crate) ejected: Vec<u8>,
+    pub(crate) ejected: Vec<u16>,
     /// The memory map told last.
     pub(crate) slots: Vec<MemorySlot>,
     /// The deadline told last.
@@ -71,10 +71,10 @@ impl Host for Recorder {
     }
 
     fn pci_ejected(&self, slot: u8) {
-        lock(&self.0).ejected.push(slot);
+        lock(&self.0).ejected.push(slot.into());
     }
 
-    fn cpu_ejected(&self, cpu: u8) {
+    fn cpu_ejected(&self, cpu: u16) {
         lock(&self.0).ejected.push(cpu);
     }
 

@@ -262,7 +262,8 @@ pub struct RunArgs {
     /// Give the guest a port (F4) by which it ends the machine: V written there is exit code 2·V+1
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub debug_exit: Option<Switch>,
-    /// Virtual CPUs: how many, how many there may be, and how they sit together [default: 1]
+    /// Virtual CPUs: how many, how many there may be, and how they sit together; a kernel on more than 255 gets
+    /// irqaffinity=, for ISA interrupts reach no others [default: 1]
     #[arg(long, value_name = "N[,max=N][,sockets=N][,cores=N][,threads=N]")]
     pub cpus: Option<CpuSpec>,
     /// What the CPUs can do: host, x86-64-v2, x86-64-v3, or a file of CPUID masks [default: host]
@@ -506,8 +507,8 @@ pub struct ResizeArgs {
     /// The machine
     pub name: String,
     /// How many CPUs it is to have, from 1 to the max= of its --cpus
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
-    pub cpus: u8,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub cpus: u16,
     /// Seconds for the guest to let go of CPUs
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub timeout: u32,

@@ -300,7 +300,7 @@ impl Confinement {
         let added = self.added.get(id).map(|(_, limits)| *limits);
         let asked = added.or_else(|| config.confinement.limits.get(id).copied()).unwrap_or_default();
         let own = asked.memory.map(|memory| memory.0).unwrap_or(match role {
-            Role::Core => CORE_MEMORY.saturating_add(u64::from(config.cpus) << 22),
+            Role::Core => CORE_MEMORY.saturating_add(u64::from(config.topology.count()) << 22),
             Role::Blk => DISK_MEMORY,
             Role::Fs => SHARE_MEMORY,
             _ => OTHER_MEMORY,

@@ -60,7 +60,7 @@ const IO_URING_LOCKED: u64 = 8 << 20;
 /// Room for the requests in flight of any device (vhost-user, inflight I/O tracking).
 const INFLIGHT_AREA: u64 = 1 << 20;
 /// More queues than this bring nothing for one file.
-const MAX_BLK_QUEUES: u8 = 8;
+const MAX_BLK_QUEUES: u16 = 8;
 /// Bytes of a virtio-blk serial number (virtio 1.3, section 5.2.6.1).
 const BLK_SERIAL: usize = 20;
 
@@ -309,7 +309,7 @@ impl<'a> Plan<'a> {
     /// What it is told of `config`, and of its back end or whether it is a successor.
     fn config<'b>(
         &self,
-        (cpus, groups): (u8, &'b LimitGroups),
+        (cpus, groups): (u16, &'b LimitGroups),
         (back_end, successor): (Option<&'b UnixStream>, bool),
         fds: &mut Fds<'b>,
     ) -> DeviceConfig
@@ -376,7 +376,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn blk_config<'a>(disk: &'a Disk, cpus: u8, groups: &'a LimitGroups, fds: &mut Fds<'a>) -> BlkConfig {
+fn blk_config<'a>(disk: &'a Disk, cpus: u16, groups: &'a LimitGroups, fds: &mut Fds<'a>) -> BlkConfig {
     let options = &disk.options;
     let (file, cached) = match &disk.direct {
         Some(direct) => (fds.add(direct), Some(fds.add(&disk.file))),
@@ -390,7 +390,7 @@ fn blk_config<'a>(disk: &'a Disk, cpus: u8, groups: &'a LimitGroups, fds: &mut F
         read_only: disk.readonly,
         serial: options.serial.as_deref().unwrap_or(&disk.id).chars().take(BLK_SERIAL).collect(),
         queues: match options.queues {
-            0 => u16::from(cpus.clamp(1, MAX_BLK_QUEUES)),
+            0 => cpus.clamp(1, MAX_BLK_QUEUES),
             queues => queues,
         },
         logical_block_size: if options.logical_block_size == 0 { 512 } else { options.logical_block_size },
@@ -620,8 +620,8 @@ fn start_core(
     let limits = Limits {
         // A stack of 2 MiB and its guard for each vCPU thread.
         data: Some((256 << 20) + (cpus << 22)),
-        // Eventfds for the queues and vectors of each device.
-        descriptors: 2048,
+        // Eventfds for the queues and vectors of each device; one of KVM for each vCPU.
+        descriptors: 2048 + cpus,
         threads: cpus + 16,
         // The memfds of guest RAM and of firmware.
         file_size: Some(config.memory.max(MOST_FIRMWARE)),
@@ -630,6 +630,18 @@ fn start_core(
     let title = format!("bulkhead-vmm[{}]", config.name);
     let program = Program { file: &resources.core_program, resources, config, arguments: &[title], limits };
     program.start(CORE, Role::Core, &start, &fds)
+}
+
+/// The kernel's command line, which keeps the interrupts of the I/O APIC from CPUs that it does not reach, unless the user has a
+/// word on that: the one in the host's kernel has 8 bits for a destination, while Linux takes it for one with 15 bits where
+/// messages have them.
+fn command_line(config: &MachineConfig) -> String {
+    match config.topology.reached_by_io_apic() {
+        Some(reached) if !config.cmdline.contains("irqaffinity=") => {
+            format!("{} irqaffinity=0-{}", config.cmdline, reached.saturating_sub(1)).trim_start().to_owned()
+        }
+        _ => config.cmdline.clone(),
+    }
 }
 
 /// The files that the guest sees as memory.
@@ -661,7 +673,7 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
         None => Boot::Kernel {
             kernel: image,
             initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
-            cmdline: config.cmdline.clone(),
+            cmdline: command_line(config),
             smbios: Tables::new(config, true).placed(SMBIOS),
         },
     }

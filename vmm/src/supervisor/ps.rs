@@ -185,7 +185,7 @@ fn least_seccomp(folder: &std::path::Path) -> Option<u32> {
 struct Machine {
     name: String,
     state: String,
-    cpus: u8,
+    cpus: u16,
     memory: u64,
     processes: Vec<Row>,
 }

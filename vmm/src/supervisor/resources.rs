@@ -379,8 +379,7 @@ impl Resources {
             }
         }
         let kvm = kvm::open()?;
-        let most = u8::try_from(config.topology.count()).unwrap_or(u8::MAX);
-        kvm::check(&kvm, most)?;
+        kvm::check(&kvm, &config.topology)?;
         let model = CpuModel::read(&config.cpu_model)?;
         let processors = processors(&config.topology, &model, config.cpus)?;
         let confinement = Confinement::prepare(config, &disks)?;

@@ -44,7 +44,9 @@ impl RunError {
     /// The exit code for it.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Resource(ResourceError::Kvm(KvmError::Cpus { .. })) => ExitCode::Usage,
+            Self::Resource(ResourceError::Kvm(KvmError::Cpus { .. } | KvmError::ApicIds { .. })) => {
+                ExitCode::Usage
+            }
             Self::Resource(ResourceError::Kvm(_) | ResourceError::Confinement(_)) => ExitCode::Host,
             Self::Resource(ResourceError::Program { .. } | ResourceError::Host { .. })
             | Self::Server(ServerError::Io(_))

@@ -190,7 +190,9 @@ fn chassis(spec: &SmbiosSpec) -> Structure {
 }
 
 /// Type 4, Processor Information (section 7.5): one socket with a core for each CPU.
-fn processor(cpus: u8) -> Structure {
+fn processor(cpus: u16) -> Structure {
+    // 255 and more are told as 255.
+    let count = u8::try_from(cpus).unwrap_or(u8::MAX);
     Structure::new(4, 0x400)
         .text("CPU 0")
         // A central processor of another family; its CPUID says which.
@@ -207,7 +209,7 @@ fn processor(cpus: u8) -> Structure {
         .word(UNKNOWN)
         .word(UNKNOWN)
         .word(UNKNOWN)
-        .bytes(&[0, 0, 0, cpus, cpus, cpus])
+        .bytes(&[0, 0, 0, count, count, count])
         // 64-bit capable, multi-core.
         .word(if cpus > 1 { 0b1100 } else { 0b0100 })
         .word(1)

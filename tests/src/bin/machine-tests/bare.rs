@@ -19,6 +19,12 @@ pub fn cases() -> Vec<Case> {
         Case::new("bare", "RTC and PM timer interrupt by themselves", 60, |context| {
             expect_lines(context, "timers", &["rtc interrupts", "pm timer interrupts", "timers end"])
         }),
+        Case::new(
+            "bare",
+            "as many CPUs as KVM has run, and get interrupts by their x2APIC ids",
+            180,
+            processors,
+        ),
         Case::new("bare", "a guest that KVM cannot run is reported with registers", 60, bad_fetch),
         Case::new("bare", "killed supervisor leaves nothing of a bare guest", 60, |context| {
             let (mut running, _) = waiting(context, &[])?;
@@ -70,6 +76,32 @@ fn huge_pages(context: &Context) -> Outcome {
         running.expect_exit(143)?;
         fs::remove_file(context.folder.join("serial")).map_err(|error| error.to_string())?;
     }
+    Ok(())
+}
+
+/// All that `KVM_CAP_MAX_VCPUS` allows, and fewer with ids far apart.
+fn processors(context: &Context) -> Outcome {
+    let doctor = bulkhead(context).arg("doctor").output().map_err(|error| error.to_string())?;
+    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    let most = said.split_once("up to ").and_then(|(_, rest)| rest.split_once(" CPUs"));
+    let most: u32 =
+        most.and_then(|(most, _)| most.parse().ok()).ok_or("`bulkhead doctor` tells no number of CPUs")?;
+    let most = most.min(4096);
+    let sparse = ("300,sockets=60,cores=5".to_owned(), 300, 59 * 8 + 4);
+    for (name, (cpus, count, last)) in [("most", (most.to_string(), most, most - 1)), ("sparse", sparse)] {
+        let machine = Machine::bare(context, &context.places.payloads.join("processors.elf"))?;
+        let arguments = ["--memory", "64M", "--rng", "--cpus", &cpus];
+        let mut running = machine.named(name).arguments(&arguments).start()?;
+        running.expect_exit(exit::SUCCESS)?;
+        let first = format!("{count} processors, the last has the id {last}");
+        let lines = running.serial();
+        ensure!(lines == [&first, "a message reached it", "processors end"], "{cpus}: {lines:?}");
+    }
+    let machine = Machine::bare(context, &context.places.payloads.join("processors.elf"))?;
+    let mut running = machine.named("more").arguments(&["--cpus", &(most + 1).to_string()]).start()?;
+    running.expect_exit(exit::USAGE)?;
+    let refused = running.messages().iter().any(|line| line.contains("is too many"));
+    ensure!(refused, "{} CPUs: {:?}", most + 1, running.messages());
     Ok(())
 }
 

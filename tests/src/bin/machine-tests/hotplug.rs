@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 
 use crate::serial;
 
-/// How often a disk is plugged in and out of a bare guest; of a real one, unless `BULKHEAD_ROUNDS` says otherwise, since a round
-/// takes seconds in the lab; and of a guest that does not listen.
+/// How often a disk is plugged in and out of a guest; of a real one in the lab, where a round takes seconds, without a word; and of
+/// a guest that does not listen.
 const ROUNDS: usize = 50;
 const STOCK_ROUNDS: usize = 3;
 const BARE_ROUNDS: usize = 10;
@@ -39,7 +39,15 @@ pub fn cases() -> Vec<Case> {
         Case::new("bare", "hot-plug: pulled-out devices leave nothing behind", 60, pulled_out),
         Case::new("bare", "hot-plug: what makes no sense is refused", 60, refused),
         Case::new("stock", "processors come and go, and sit where --cpus says", 120, processors),
-        Case::new("stock", "hot-plug: a disk comes and goes under load", 900, under_load),
+        Case::new("stock", "processors beyond 8-bit APIC ids run, and get messages", 600, many_processors)
+            .long_in_lab(),
+        Case::new("stock", "hot-plug: a disk comes and goes under load", 300, |context| {
+            under_load(context, STOCK_ROUNDS)
+        }),
+        Case::new("stock", "hot-plug: a disk comes and goes fifty times under load", 900, |context| {
+            under_load(context, ROUNDS)
+        })
+        .long_in_lab(),
     ]
 }
 
@@ -406,21 +414,18 @@ fn constant(running: &Running) -> Outcome<BTreeMap<String, String>> {
     Ok(all)
 }
 
-fn under_load(context: &Context) -> Outcome {
-    let rounds = std::env::var("BULKHEAD_ROUNDS").ok().and_then(|text| text.parse().ok());
-    let rounds: usize = rounds.unwrap_or(STOCK_ROUNDS);
+fn under_load(context: &Context, rounds: usize) -> Outcome {
     let (machine, _) = Machine::stock(context, Kernel::Elf, "hotplug")?
         .words(&format!("bulkhead.rounds={}", rounds + 1))
         .empty_disk(2)?;
     let mut running = machine.arguments(&["--cpus", "2", "--memory", "256M"]).start()?;
     running.wait_for("guest: ready for disks", 1)?;
     grow(context, &mut running)?;
-    let mut times = Vec::new();
+    let mut times = [Duration::ZERO; 3];
     let mut before = BTreeMap::new();
     for round in 1..=rounds + 1 {
-        let start = Instant::now();
-        plug_and_unplug(context, &mut running, round)?;
-        times.push(start.elapsed().as_secs_f64() * 1e3);
+        let parts = plug_and_unplug(context, &mut running, round)?;
+        times.iter_mut().zip(parts).for_each(|(time, part)| *time += part);
         if round == 1 {
             before = constant(&running)?;
         } else if round == rounds {
@@ -428,8 +433,11 @@ fn under_load(context: &Context) -> Outcome {
             ensure!(now == before, "after the first disk: {before:#?}, after the last: {now:#?}");
         }
     }
-    let mean = times.iter().sum::<f64>() / f64::from(u32::try_from(times.len()).unwrap_or(1));
-    context.log(&format!("plugged in, read, written and out again within {mean:.0} ms on average"));
+    let mean = |time: Duration| time.as_secs_f64() * 1e3 / f64::from(u32::try_from(rounds + 1).unwrap_or(1));
+    let [plugged, used, unplugged] = times.map(mean);
+    context.log(&format!(
+        "on average plugged in within {plugged:.0} ms, used {used:.0} ms, out {unplugged:.0} ms"
+    ));
     running.expect_exit(exit::SUCCESS)?;
     ensure!(running.guest("swap status").is_some_and(|status| status == "0"), "the guest found an error");
     ensure!(!running.serial().iter().any(|line| line.contains("FAILED")), "the load found an error");
@@ -447,15 +455,47 @@ fn grow(context: &Context, running: &mut Running) -> Outcome {
     succeed(context, &["restart", &name, "data"])
 }
 
-fn plug_and_unplug(context: &Context, running: &mut Running, round: usize) -> Outcome {
+/// How long it took until the disk was plugged in, used by the guest, and out again.
+fn plug_and_unplug(context: &Context, running: &mut Running, round: usize) -> Outcome<[Duration; 3]> {
     let seed = u64::try_from(round).unwrap_or(0);
     let path = image(&context.folder, "hot.img", seed)?;
     let (name, id) = (running.name.clone(), format!("hot{round}"));
+    let start = Instant::now();
     succeed(context, &["add", &name, "--disk", &format!("path={},id={id}", path.display())])?;
+    let added = start.elapsed();
     running.wait_for(&format!("guest: disk {round} {id} holds what the host wrote"), 1)?;
+    let used = start.elapsed();
     succeed(context, &["remove", &name, &id])?;
+    let removed = start.elapsed();
     let written = fs::read(&path).map_err(|error| error.to_string())?;
     ensure!(written == content(seed, 1), "round {round}: the image is not what the guest wrote");
+    Ok([added, used.saturating_sub(added), removed.saturating_sub(used)])
+}
+
+/// Ids of 15 bits in the MADT, of the processors themselves and in the messages of a device.
+fn many_processors(context: &Context) -> Outcome {
+    let count = 260;
+    let cpus = count.to_string();
+    let arguments = ["--cpus", &cpus, "--memory", "512M", "--rng"];
+    let machine = Machine::stock(context, Kernel::Elf, "many-processors")?;
+    // What takes long for each processor, and tells nothing here, is left out.
+    let machine = machine.words("tsc=reliable lpj=4000000 mitigations=off");
+    let mut running = machine.arguments(&arguments).start()?;
+    running.wait_for("guest: done many-processors", 1)?;
+    running.expect_exit(exit::SUCCESS)?;
+    let last = count - 1;
+    let expected = [
+        ("online", format!("0-{last}")),
+        ("serial may interrupt", "0-254".to_owned()),
+        ("last apic id", last.to_string()),
+        ("message to", last.to_string()),
+    ];
+    for (what, expected) in expected {
+        let found = running.guest(what).unwrap_or_default();
+        ensure!(found == expected, "{what}: {found}");
+    }
+    let messages = running.guest("messages on the last").and_then(|count| count.parse::<u32>().ok());
+    ensure!(messages.is_some_and(|count| count > 0), "no message reached the last processor");
     Ok(())
 }
 

@@ -22,6 +22,7 @@ pub fn cases() -> Vec<Case> {
             menu,
         ),
         Case::new("stock", "keyboard: a guest hears keys while the process is killed", 120, guest),
+        Case::new("stock", "keyboard: a guest hears scan code set 3", 120, raw_guest),
     ]
 }
 
@@ -97,10 +98,37 @@ fn guest(context: &Context) -> Outcome {
     strike(context, &running, &["shift-b", "delete"])?;
     kill_keyboard(context, &running)?;
     strike(context, &running, &["f7", "alt_r"])?;
+    heard(&mut running, "AT Translated Set 2 keyboard", STROKES)
+}
+
+/// Without the controller's translation, and the set that no firmware chooses: its release codes are two bytes, its codes its own.
+fn raw_guest(context: &Context) -> Outcome {
+    let machine = Machine::stock(context, Kernel::BzImage, "keyboard")?;
+    let words = "bulkhead.keys=6 i8042.direct=1 atkbd.set=3";
+    let mut running = machine.words(words).arguments(&["--keyboard"]).start()?;
+    running.wait_for("guest: ready for keys", 1)?;
+    strike(context, &running, &["a", "shift-b", "delete"])?;
+    succeed_keyboard(context, &running)?;
+    strike(context, &running, &["f7", "alt_r"])?;
+    heard(&mut running, "AT Raw Set 3 keyboard", STROKES)
+}
+
+/// Replaces the keyboard's process in order.
+fn succeed_keyboard(context: &Context, running: &Running) -> Outcome {
+    let restart = bulkhead(context).args(["device", "restart", &running.name, "keyboard"]).output();
+    let restart = restart.map_err(|error| error.to_string())?;
+    ensure!(restart.status.success(), "restart: {}", String::from_utf8_lossy(&restart.stderr));
+    Ok(())
+}
+
+/// Linux's numbers: A, left Shift, B, Delete, F7, right Alt.
+const STROKES: &str = "30 1 30 0 42 1 48 1 48 0 42 0 111 1 111 0 65 1 65 0 100 1 100 0";
+
+fn heard(running: &mut Running, keyboard: &str, expected: &str) -> Outcome {
     running.wait_for("guest: done keyboard", 1)?;
     running.expect_exit(exit::SUCCESS)?;
-    // Linux's numbers: A, left Shift, B, Delete, F7, right Alt.
-    let expected = "30 1 30 0 42 1 48 1 48 0 42 0 111 1 111 0 65 1 65 0 100 1 100 0";
+    let name = running.guest("keyboard").unwrap_or_default();
+    ensure!(name == keyboard, "the guest has a keyboard '{name}'");
     let keys: Vec<String> = running
         .serial()
         .iter()

@@ -17,8 +17,8 @@ use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, hotplug};
 /// What differs between machines.
 pub(super) struct Platform<'a> {
     /// The CPUs at the start, and the APIC ids of all that there may be.
-    pub(super) cpus: u8,
-    pub(super) apic_ids: &'a [u8],
+    pub(super) cpus: u16,
+    pub(super) apic_ids: &'a [u32],
     /// Where the PM register block is.
     pub(super) pm_block: u16,
     /// The window for BARs below 4 GiB, first address; the last is where the APICs begin.
@@ -292,7 +292,7 @@ impl Aml for ReturnStatus {
 /// The processors that the MADT lists (section 8.4), with what hot-plug needs where some of them may come later.
 fn cpus(platform: &Platform<'_>) -> Raw {
     let hot_plug = platform.apic_ids.len() > platform.cpus.into();
-    let cpu = |(index, apic_id): (u8, &u8)| {
+    let cpu = |(index, apic_id): (u16, &u32)| {
         let mut children = vec![named("_HID", &"ACPI0007"), named("_UID", &index)];
         if hot_plug {
             children.extend(hotplug::cpu_methods(index, *apic_id));
@@ -300,7 +300,7 @@ fn cpus(platform: &Platform<'_>) -> Raw {
         device(&hotplug::cpu_name(index), &children)
     };
     let mut children = if hot_plug { hotplug::cpu_registers(platform.apic_ids) } else { Vec::new() };
-    children.extend((0..=u8::MAX).zip(platform.apic_ids).map(cpu));
+    children.extend((0..).zip(platform.apic_ids).map(cpu));
     scope_sb(&children)
 }
 

@@ -86,7 +86,7 @@ pub(super) fn events(cpus: bool) -> Vec<Raw> {
 }
 
 /// For the scope of `\_SB`: the CPU registers, and what the CPUs' own methods call.
-pub(super) fn cpu_registers(apic_ids: &[u8]) -> Vec<Raw> {
+pub(super) fn cpu_registers(apic_ids: &[u32]) -> Vec<Raw> {
     use FieldEntry::{Named, Reserved};
     let bits = ["CPEN", "CINS", "CRMV", "CEJ0"].map(|name| Named(name_of(name), 1));
     let mut bytes = vec![Reserved(32)];
@@ -131,12 +131,12 @@ fn locked(name: &str, arguments: u8, result: Option<&dyn Aml>, body: &[Raw]) -> 
 }
 
 /// Notifies the CPU whose index is the first argument of the second argument.
-fn notifications(apic_ids: &[u8]) -> Vec<Raw> {
-    let notify = |index: u8| {
+fn notifications(apic_ids: &[u32]) -> Vec<Raw> {
+    let notify = |index: u16| {
         let told = raw(&Notify::new(&Path::new(&cpu_name(index)), &Arg(1)));
         when(&Equal::new(&Arg(0), &index), &[told])
     };
-    (0..=u8::MAX).zip(apic_ids).map(|(index, _)| notify(index)).collect()
+    (0..).zip(apic_ids).map(|(index, _)| notify(index)).collect()
 }
 
 /// Tells every event that waits, and clears it.
@@ -165,7 +165,7 @@ fn cpu_scan() -> Raw {
 }
 
 /// What a CPU that may come and go has beyond its names: `_STA`, `_MAT` and `_EJ0` (the boot processor stays).
-pub(super) fn cpu_methods(index: u8, apic_id: u8) -> Vec<Raw> {
+pub(super) fn cpu_methods(index: u16, apic_id: u32) -> Vec<Raw> {
     let argument: Vec<&dyn Aml> = vec![&index];
     let status = raw(&MethodCall::new(Path::new("CSTA"), argument.clone()));
     let entry = madt::local_apic(index, apic_id, true);
@@ -178,7 +178,7 @@ pub(super) fn cpu_methods(index: u8, apic_id: u8) -> Vec<Raw> {
 }
 
 /// The name of a CPU's object.
-pub(super) fn cpu_name(index: u8) -> String {
+pub(super) fn cpu_name(index: u16) -> String {
     format!("C{index:03X}")
 }
 

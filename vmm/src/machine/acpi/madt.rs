@@ -13,6 +13,10 @@ const TYPE_LOCAL_APIC: u8 = 0;
 const TYPE_IO_APIC: u8 = 1;
 const TYPE_SOURCE_OVERRIDE: u8 = 2;
 const TYPE_LOCAL_APIC_NMI: u8 = 4;
+const TYPE_LOCAL_X2APIC: u8 = 9;
+const TYPE_LOCAL_X2APIC_NMI: u8 = 10;
+/// The broadcast id of 8 bits: this id and those above it are told in structures of their own.
+const FIRST_X2APIC_ID: u32 = 255;
 /// Local APIC flags: enabled; not yet, but it can come online.
 const ENABLED: u32 = 1;
 const ONLINE_CAPABLE: u32 = 2;
@@ -25,17 +29,24 @@ const OVERRIDES: [(u8, u32, u16); 5] =
     [(0, 2, CONFORMS), (5, 5, HIGH_LEVEL), (9, 9, HIGH_LEVEL), (10, 10, HIGH_LEVEL), (11, 11, HIGH_LEVEL)];
 
 /// The structure of a CPU.
-pub(super) fn local_apic(index: u8, apic_id: u8, enabled: bool) -> Vec<u8> {
+pub(super) fn local_apic(index: u16, apic_id: u32, enabled: bool) -> Vec<u8> {
     let flags = if enabled { ENABLED } else { ONLINE_CAPABLE };
-    [&[TYPE_LOCAL_APIC, 8, index, apic_id], flags.to_le_bytes().as_slice()].concat()
+    if apic_id >= FIRST_X2APIC_ID {
+        let fields = [apic_id, flags, index.into()].map(u32::to_le_bytes);
+        return [&[TYPE_LOCAL_X2APIC, 16, 0, 0], fields.as_flattened()].concat();
+    }
+    // Ids ascend, so that an index is no greater than its id.
+    let [index, _] = index.to_le_bytes();
+    let [id, ..] = apic_id.to_le_bytes();
+    [&[TYPE_LOCAL_APIC, 8, index, id], flags.to_le_bytes().as_slice()].concat()
 }
 
 /// The table. The CPU with index n has the processor UID n; the first `cpus` are there.
-pub(super) fn table(cpus: u8, apic_ids: &[u8]) -> Vec<u8> {
+pub(super) fn table(cpus: u16, apic_ids: &[u32]) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend(LOCAL_APIC.to_le_bytes());
     body.extend(PCAT_COMPAT.to_le_bytes());
-    for (index, apic_id) in (0..=u8::MAX).zip(apic_ids) {
+    for (index, apic_id) in (0..).zip(apic_ids) {
         body.extend(local_apic(index, *apic_id, index < cpus));
     }
     body.extend([TYPE_IO_APIC, 12, 0, 0]);
@@ -48,6 +59,9 @@ pub(super) fn table(cpus: u8, apic_ids: &[u8]) -> Vec<u8> {
     }
     // NMI on LINT1 of every CPU.
     body.extend([TYPE_LOCAL_APIC_NMI, 6, 0xFF, 0, 0, 1]);
+    if apic_ids.last() >= Some(&FIRST_X2APIC_ID) {
+        body.extend([TYPE_LOCAL_X2APIC_NMI, 12, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 1, 0, 0, 0]);
+    }
     let mut table = Sdt::new(*b"APIC", 36, 5, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&body);
     table.as_slice().to_vec()

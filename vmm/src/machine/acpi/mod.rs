@@ -26,6 +26,9 @@ const OEM_REVISION: u32 = 1;
 
 /// Where they go in a direct boot: the BIOS area, which e820 maps keep from the kernel and where kernels look for the RSDP.
 const ADDRESS: u32 = 0xE_0000;
+/// From where they end, with hundreds of CPUs; nothing else is at C0000 in a direct boot. SMBIOS comes behind them.
+const LONG_ADDRESS: u32 = 0xC_0000;
+const ADDRESS_END: usize = 0xF_0000;
 /// Every table starts at such a multiple; the FACS must (section 5.2.10).
 const ALIGN: usize = 64;
 /// Where the generation id lies behind the RSDP.
@@ -93,9 +96,13 @@ impl Machine {
     #[must_use]
     pub fn acpi_tables(&self) -> AcpiTables {
         let mut placed = self.place_tables(ADDRESS);
+        if placed.blob.len() > ADDRESS_END - ADDRESS as usize {
+            placed = self.place_tables(LONG_ADDRESS);
+        }
         placed.set(GENERATION_ID, &self.generation.id());
-        self.generation.placed_at(u64::from(ADDRESS).saturating_add(GENERATION_ID as u64));
-        AcpiTables { address: ADDRESS.into(), rsdp: ADDRESS.into(), blob: placed.blob }
+        let address = u64::from(placed.base);
+        self.generation.placed_at(address.saturating_add(GENERATION_ID as u64));
+        AcpiTables { address, rsdp: address, blob: placed.blob }
     }
 
     fn place_tables(&self, base: u32) -> Placed {

@@ -2,11 +2,12 @@
 
 use bulkhead_ipc::memory::GuestRam;
 
+use super::super::config::MAX_CPUS;
 use super::super::testing::Recorder;
 use super::super::{Machine, MachineConfig};
 use super::*;
 
-fn tables(cpus: u8) -> AcpiTables {
+fn tables(cpus: u16) -> AcpiTables {
     let ram = GuestRam::create(4 << 20).unwrap();
     let config = MachineConfig { generation: [7; 16], ..MachineConfig::new(cpus, 40) };
     let machine = Machine::new(config, ram, Recorder::new()).unwrap();
@@ -14,7 +15,7 @@ fn tables(cpus: u8) -> AcpiTables {
     machine.acpi_tables()
 }
 
-fn platform(cpus: u8, apic_ids: &[u8], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
+fn platform(cpus: u16, apic_ids: &[u32], high_window: Option<(u64, u64)>) -> dsdt::Platform<'_> {
     dsdt::Platform {
         cpus,
         apic_ids,
@@ -78,21 +79,54 @@ fn madt_lists_every_cpu_the_io_apic_and_the_overrides() {
     let tables = tables(3);
     let madt = listed(&tables)[1];
     assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xFEE0_0000, 1));
-    let mut rest = &madt[44..];
-    let mut entries = Vec::new();
-    while let [kind, length, ..] = rest {
-        entries.push((*kind, rest[2..usize::from(*length)].to_vec()));
-        rest = &rest[usize::from(*length)..];
-    }
-    assert!(rest.is_empty());
-    let of = |kind| {
-        entries.iter().filter(|entry| entry.0 == kind).map(|entry| entry.1.clone()).collect::<Vec<_>>()
-    };
+    let of = |kind| entries(madt, kind);
     assert_eq!(of(0), [[0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [2, 2, 1, 0, 0, 0]]);
     assert_eq!(of(1).len(), 1);
     assert_eq!(of(2)[0], [0, 0, 2, 0, 0, 0, 0, 0]);
     let level: Vec<(u8, u8, u8)> = of(2)[1..].iter().map(|entry| (entry[1], entry[2], entry[6])).collect();
     assert_eq!(level, [(5, 5, 13), (9, 9, 13), (10, 10, 13), (11, 11, 13)]);
+}
+
+/// The structures of this type, without type and length.
+fn entries(madt: &[u8], kind: u8) -> Vec<Vec<u8>> {
+    let mut rest = &madt[44..];
+    let mut entries = Vec::new();
+    while let [other, length, ..] = rest {
+        entries.extend((*other == kind).then(|| rest[2..usize::from(*length)].to_vec()));
+        rest = &rest[usize::from(*length)..];
+    }
+    assert!(rest.is_empty());
+    entries
+}
+
+/// ACPI 6.5, sections 5.2.12.12 and 5.2.12.13.
+#[test]
+fn processors_with_ids_from_255_on_have_structures_of_their_own() {
+    let tables = tables(257);
+    let madt = listed(&tables)[1];
+    assert_eq!(entries(madt, 0).last().unwrap()[..], [254, 254, 1, 0, 0, 0]);
+    let wide = [[255, 0], [0, 1]].map(|[low, high]| [0, 0, low, high, 0, 0, 1, 0, 0, 0, low, high, 0, 0]);
+    assert_eq!(entries(madt, 9), wide);
+    assert_eq!(entries(madt, 10), [[0, 0, 255, 255, 255, 255, 1, 0, 0, 0]]);
+    let tables = self::tables(255);
+    let madt = listed(&tables)[1];
+    assert_eq!((entries(madt, 0).len(), entries(madt, 9).len(), entries(madt, 10).len()), (255, 0, 0));
+}
+
+/// Nothing is placed over SMBIOS, whatever there is room for.
+#[test]
+fn tables_of_many_processors_end_below_smbios() {
+    for (present, possible, address) in
+        [(255, 255, 0xE_0000), (1024, 1024, 0xE_0000), (MAX_CPUS, MAX_CPUS, 0xC_0000), (1, 1536, 0xC_0000)]
+    {
+        let config = MachineConfig { cpus: present, ..MachineConfig::new(possible, 40) };
+        let machine = Machine::new(config, GuestRam::create(4 << 20).unwrap(), Recorder::new()).unwrap();
+        let tables = machine.acpi_tables();
+        assert_eq!((tables.address, tables.rsdp), (address, address));
+        let end = address + tables.blob.len() as u64;
+        assert!(end <= 0xF_0000, "{present} of {possible} CPUs: {end:#x}");
+        assert_eq!(listed(&tables).len(), 2);
+    }
 }
 
 #[test]
@@ -148,8 +182,9 @@ fn iasl_accepts_every_table() {
     assert_eq!(complaints("madt", listed(&tables)[1]), "");
     let facs = &at(&tables, u32_at(fadt, 36).into())[..64];
     assert_eq!(complaints("facs", facs), "");
-    let apic_ids: Vec<u8> = (0..255).collect();
-    for cpus in [2, 255] {
+    let apic_ids: Vec<u32> = (0..300).collect();
+    assert_eq!(complaints("madt", &madt::table(2, &apic_ids)), "");
+    for cpus in [2, 300] {
         let platform = platform(cpus, &apic_ids, Some((1 << 32, (1 << 36) - 1)));
         assert_eq!(complaints("dsdt", &dsdt::table(&platform)), "");
     }

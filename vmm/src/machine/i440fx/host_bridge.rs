@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::super::host::{Host, PowerEvent, ResetSource};
 use super::super::pci::{
     ConfigError, ConfigSpace, ConfigSpaceBuilder, Identity, PciFunction, Register, header,
 };
@@ -22,14 +23,18 @@ const PAM6: u16 = 0x5F;
 /// All areas are RAM.
 const PAM_SHADOWED: [u8; 7] = [0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33];
 
+/// Turbo reset control, 3.2.26; a rising edge of bit 2 resets, as in the PIIX3's register at port CF9.
+const TRC: u16 = 0x93;
+const TRC_RESET_CPU: u8 = 0x04;
+
 /// The registers beyond the header: offset, value after reset, writable bits.
 pub(in super::super) const REGISTERS: [Register; 8] = [
-    // 3.2.11 PMCCFG low byte: EPTE.
-    Register { offset: 0x50, reset: &[], writable: &[0x40] },
+    // 3.2.11 PMCCFG low byte: EPTE, DDIM, IOQS.
+    Register { offset: 0x50, reset: &[], writable: &[0x74] },
     // 3.2.12 DETURBO, 3.2.13 DBC, 3.2.14 AXC, 3.2.15 DRT
-    Register { offset: 0x52, reset: &[0x00, 0x80], writable: &[0xFF, 0xF7, 0x82, 0xFF, 0xFF] },
+    Register { offset: 0x52, reset: &[0x00, 0x80], writable: &[0xFF, 0xFF, 0x82, 0xFF, 0xFF] },
     // 3.2.16 DRAMC, 3.2.17 DRAMT
-    Register { offset: 0x57, reset: &[0x01, 0x10], writable: &[0x3F, 0x7F] },
+    Register { offset: 0x57, reset: &[0x01, 0x10], writable: &[0x77, 0x7F] },
     // 3.2.18 PAM0–6
     Register { offset: PAM0, reset: &[], writable: &PAM_SHADOWED },
     // 3.2.19 DRB0–7, in units of 8 MiB; firmware's business.
@@ -45,15 +50,20 @@ pub(in super::super) const REGISTERS: [Register; 8] = [
 /// The host bridge.
 pub(in super::super) struct HostBridge {
     config: ConfigSpace,
-    /// SMRAM as the guest wrote it last: once D_LCK is set, it and D_OPEN are read-only until reset.
-    smram: Mutex<u8>,
+    host: Arc<dyn Host>,
+    /// SMRAM and TRC as the guest wrote them last. Once D_LCK is set, it and D_OPEN are read-only until reset.
+    last: Mutex<(u8, u8)>,
     /// What decides about RAM, as it was when the map followed it last.
     decided: Mutex<[u8; 9]>,
     topology: Arc<Topology>,
 }
 
 impl HostBridge {
-    pub(in super::super) fn new(cpus: usize, topology: Arc<Topology>) -> Result<Self, ConfigError> {
+    pub(in super::super) fn new(
+        cpus: usize,
+        host: Arc<dyn Host>,
+        topology: Arc<Topology>,
+    ) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
             device: 0x1237,
@@ -72,15 +82,15 @@ impl HostBridge {
         builder.register(header::CACHE_LINE_SIZE, &[0, 0], &[0, 0xF8])?;
         builder.register(header::INTERRUPT_LINE, &[0], &[0])?;
         builder.registers(&REGISTERS)?;
-        // 3.2.11 PMCCFG bit 15: WPE, strapped by a second processor.
-        builder.register(0x51, &[u8::from(cpus > 1) << 7], &[0])?;
+        // 3.2.11 PMCCFG high byte: WPE, set with a second processor; HFS. The row select strap is zero.
+        builder.register(0x51, &[u8::from(cpus > 1) << 7], &[0x83])?;
         // 3.2.23 SMRAM: C_BASE_SEG is fixed at 010 (A0000); D_OPEN, D_CLS, D_LCK, G_SMRAME.
         builder.register(SMRAM, &[0x02], &[0x78])?;
         // 3.2.25 ERRSTS
         builder.write_one_to_clear(0x91, &[0x11])?;
-        // 3.2.26 TRC, port 93 in the tables: reset control by this bridge is not used on this platform.
-        builder.register(0x93, &[0x00], &[0x00])?;
-        Ok(Self { config: builder.build(), smram: Mutex::new(0x02), decided: Mutex::default(), topology })
+        builder.register(TRC, &[0x00], &[0x0F])?;
+        let last = Mutex::new((0x02, 0));
+        Ok(Self { config: builder.build(), host, last, decided: Mutex::default(), topology })
     }
 
     /// The areas whose DRAM answers reads, or writes: first and last address, in ascending order.
@@ -140,30 +150,34 @@ impl PciFunction for HostBridge {
     }
 
     fn config_written(&self, _offset: u16, _len: usize) {
-        let mut last = lock(&self.smram);
-        let mut new = self.config.get_u8(SMRAM);
-        if (new | *last) & SMRAM_D_LCK != 0 {
+        let mut last = lock(&self.last);
+        let (mut new, trc) = (self.config.get_u8(SMRAM), self.config.get_u8(TRC));
+        if (new | last.0) & SMRAM_D_LCK != 0 {
             new = new & !SMRAM_D_OPEN | SMRAM_D_LCK;
             self.config.set(SMRAM, &[new]);
         }
-        *last = new;
+        let (_, before) = std::mem::replace(&mut *last, (new, trc));
         drop(last);
         self.follow();
+        if trc & !before & TRC_RESET_CPU != 0 {
+            self.host.power(PowerEvent::Reset(ResetSource::TurboResetControl));
+        }
     }
 
     fn reset(&self) {
-        *lock(&self.smram) = self.config.get_u8(SMRAM);
+        *lock(&self.last) = (self.config.get_u8(SMRAM), 0);
         self.follow();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::testing::Recorder;
     use super::*;
 
     #[test]
     fn locked_smram_stays_closed_and_locked_until_reset() {
-        let bridge = HostBridge::new(1, Arc::default()).unwrap();
+        let bridge = HostBridge::new(1, Recorder::new(), Arc::default()).unwrap();
         let write = |value| {
             bridge.config.write(SMRAM, &[value]);
             bridge.config_written(SMRAM, 1);

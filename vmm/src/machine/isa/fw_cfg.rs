@@ -137,17 +137,18 @@ impl State {
 
 impl FwCfg {
     /// The device of a machine with so many CPUs at the start, these APIC ids of all, in ascending order, and these ranges of RAM.
-    pub(in super::super) fn new(ram: GuestRam, cpus: u8, apic_ids: &[u8], memory: &[MemoryRange]) -> Self {
+    pub(in super::super) fn new(ram: GuestRam, cpus: u16, apic_ids: &[u32], memory: &[MemoryRange]) -> Self {
         let mut state = State::default();
         state.set_item(key::SIGNATURE, b"QEMU".to_vec());
         state.set_item(key::ID, ID.to_le_bytes().to_vec());
         let size = memory.iter().fold(0_u64, |sum, range| sum.saturating_add(range.length));
         state.set_item(key::RAM_SIZE, size.to_le_bytes().to_vec());
         state.set_item(key::NO_GRAPHIC, 1_u16.to_le_bytes().to_vec());
-        state.set_item(key::NB_CPUS, u16::from(cpus).to_le_bytes().to_vec());
+        state.set_item(key::NB_CPUS, cpus.to_le_bytes().to_vec());
         state.set_item(key::BOOT_MENU, 0_u16.to_le_bytes().to_vec());
         // Not a number of CPUs but one above the last APIC id.
-        let apic_ids = apic_ids.last().map_or(0, |last| u16::from(*last).saturating_add(1));
+        let apic_ids =
+            apic_ids.last().map_or(0, |last| u16::try_from(*last).unwrap_or(u16::MAX).saturating_add(1));
         state.set_item(key::MAX_CPUS, apic_ids.to_le_bytes().to_vec());
         let mut e820 = Vec::new();
         for range in memory {

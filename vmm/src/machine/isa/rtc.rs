@@ -358,7 +358,7 @@ impl Rtc {
     }
 
     /// Says in CMOS RAM, where firmware looks, how much RAM and how many CPUs the machine has.
-    pub(in super::super) fn describe(&self, memory: &[MemoryRange], cpus: u8) {
+    pub(in super::super) fn describe(&self, memory: &[MemoryRange], cpus: u16) {
         let size = |above: bool| {
             let regions = memory.iter().filter(|range| (range.address >= 1 << 32) == above);
             regions.map(|range| range.length).fold(0, u64::saturating_add)
@@ -375,7 +375,7 @@ impl Rtc {
         for (register, byte) in (register::MEMORY_ABOVE_4G..).zip([low, middle, high]) {
             state.put(register, byte);
         }
-        state.put(register::EXTRA_CPUS, cpus.saturating_sub(1));
+        state.put(register::EXTRA_CPUS, u8::try_from(cpus.saturating_sub(1)).unwrap_or(u8::MAX));
     }
 
     /// A deadline of the machine has come, this clock's perhaps.

@@ -26,18 +26,18 @@ pub(super) struct CpuHotplug {
     selector: u32,
     command: u8,
     /// Of each possible CPU: its local APIC id and its flags.
-    cpus: Vec<(u8, u8)>,
+    cpus: Vec<(u32, u8)>,
 }
 
 impl CpuHotplug {
     /// `apic_ids` of all possible CPUs, of which the first `present` are there.
-    pub(super) fn new(apic_ids: &[u8], present: usize) -> Self {
+    pub(super) fn new(apic_ids: &[u32], present: usize) -> Self {
         let cpus = apic_ids.iter().enumerate();
         let cpus = cpus.map(|(index, id)| (*id, if index < present { ENABLED } else { 0 })).collect();
         Self { cpus, ..Self::default() }
     }
 
-    fn selected(&mut self) -> Option<&mut (u8, u8)> {
+    fn selected(&mut self) -> Option<&mut (u32, u8)> {
         usize::try_from(self.selector).ok().and_then(|index| self.cpus.get_mut(index))
     }
 
@@ -47,7 +47,7 @@ impl CpuHotplug {
         let Some((id, flags)) = self.selected() else { return 0 };
         let data = match command {
             NEXT_EVENT => selector,
-            CPU_ID => u32::from(*id),
+            CPU_ID => *id,
             _ => 0,
         };
         match offset {
@@ -59,7 +59,7 @@ impl CpuHotplug {
     }
 
     /// Writes a register. Returns the index of a CPU that the guest lets go.
-    pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> Option<u8> {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> Option<u16> {
         if let (SELECTOR, [a, b, c, d]) = (offset, data) {
             self.selector = u32::from_le_bytes([*a, *b, *c, *d]);
             return None;
@@ -73,7 +73,7 @@ impl CpuHotplug {
             // The boot processor stays.
             FLAGS if value & EJECT != 0 && *flags & ENABLED != 0 && selector != 0 => {
                 *flags = 0;
-                return u8::try_from(selector).ok();
+                return u16::try_from(selector).ok();
             }
             COMMAND => {
                 self.command = value;
@@ -100,22 +100,22 @@ impl CpuHotplug {
     }
 
     /// A CPU comes. False when there is none such, or it is there.
-    pub(super) fn insert(&mut self, index: u8) -> bool {
+    pub(super) fn insert(&mut self, index: u16) -> bool {
         let cpu = self.cpus.get_mut(usize::from(index)).filter(|(_, flags)| flags & ENABLED == 0);
         cpu.map(|(_, flags)| *flags = ENABLED | INSERTING).is_some()
     }
 
     /// The guest is asked to let a CPU go. False when it is not there, or is the boot processor.
-    pub(super) fn request_removal(&mut self, index: u8) -> bool {
+    pub(super) fn request_removal(&mut self, index: u16) -> bool {
         let cpu = self.cpus.get_mut(usize::from(index));
         let cpu = cpu.filter(|(_, flags)| flags & ENABLED != 0 && index != 0);
         cpu.map(|(_, flags)| *flags |= REMOVING).is_some()
     }
 
     /// RST#: what is there stays, what was to be told is told no more. Returns the CPUs that were asked to go, which are gone now.
-    pub(super) fn reset(&mut self) -> Vec<u8> {
+    pub(super) fn reset(&mut self) -> Vec<u16> {
         let mut gone = Vec::new();
-        for (index, (_, flags)) in (0..=u8::MAX).zip(&mut self.cpus) {
+        for (index, (_, flags)) in (0..).zip(&mut self.cpus) {
             if *flags & REMOVING != 0 {
                 *flags = 0;
                 gone.push(index);

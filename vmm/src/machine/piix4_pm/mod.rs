@@ -138,8 +138,8 @@ impl Piix4Pm {
         host: Arc<dyn Host>,
         sci: IrqLine,
         timers: Arc<Timers>,
-        apic_ids: &[u8],
-        cpus: u8,
+        apic_ids: &[u32],
+        cpus: u16,
     ) -> Result<Self, ConfigError> {
         let mut builder = ConfigSpaceBuilder::new(Identity {
             vendor: 0x8086,
@@ -199,12 +199,12 @@ impl Piix4Pm {
     }
 
     /// Plugs a CPU in. False when there is no such possible CPU, or it is there.
-    pub(super) fn insert_cpu(&self, index: u8) -> bool {
+    pub(super) fn insert_cpu(&self, index: u16) -> bool {
         self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.insert(index))
     }
 
     /// Asks the guest to let a CPU go. False when it is not there, or is the boot processor.
-    pub(super) fn request_cpu_removal(&self, index: u8) -> bool {
+    pub(super) fn request_cpu_removal(&self, index: u16) -> bool {
         self.tell(GPE_CPU_HOTPLUG, |state| state.cpus.request_removal(index))
     }
 

@@ -64,7 +64,7 @@ fn an_ejected_function_is_gone_before_the_write_is_over() {
     assert!(sci(&host));
     assert_eq!((inl(&machine, UP), inl(&machine, DOWN)), (0, 0x20));
     write(&machine, Space::Port, EJECT, 2, 0x20);
-    assert_eq!(host.recorded().ejected, [] as [u8; 0], "dwords alone eject");
+    assert_eq!(host.recorded().ejected, [] as [u16; 0], "dwords alone eject");
     outl(&machine, EJECT, 0x20);
     assert_eq!(host.recorded().ejected, [5]);
     assert_eq!(inl(&machine, DOWN), 0);
@@ -96,7 +96,7 @@ fn the_functions_of_a_slot_are_found_one_by_one_and_ejected_together() {
     let places: BTreeSet<u8> = host.recorded().doorbells.iter().map(|bell| bell.slot).collect();
     assert_eq!(places, [5, second].into());
     outl(&machine, EJECT, 0x20);
-    assert_eq!(host.recorded().ejected, [5, second]);
+    assert_eq!(host.recorded().ejected, [5, u16::from(second)]);
     assert_eq!(host.recorded().doorbells, []);
     machine.attach_pci(5, TestFunction::new(5)).unwrap();
     assert_eq!(header(0), 0x00);
@@ -107,7 +107,7 @@ fn chipset_and_empty_slots_cannot_be_ejected() {
     let (host, machine) = machine(1);
     assert_eq!(inl(&machine, REMOVABLE), 0xFFFF_FFFC);
     outl(&machine, EJECT, 0xFFFF_FFFF);
-    assert_eq!(host.recorded().ejected, [] as [u8; 0]);
+    assert_eq!(host.recorded().ejected, [] as [u16; 0]);
     assert_eq!(config_read(&machine, (0, 0), 0, 4), 0x1237_8086);
     assert_eq!(config_read(&machine, (1, 3), 0, 4), 0x7113_8086);
 }
@@ -122,7 +122,7 @@ fn there_is_one_bus() {
         assert_eq!(inl(&machine, register), 0);
     }
     outl(&machine, EJECT, 4);
-    assert_eq!(host.recorded().ejected, [] as [u8; 0]);
+    assert_eq!(host.recorded().ejected, [] as [u16; 0]);
     assert_eq!(inl(&machine, SELECT), 1);
     outl(&machine, SELECT, 0);
     assert_eq!(inl(&machine, UP), 4);
@@ -150,10 +150,10 @@ fn what_is_pulled_out_without_asking_waits_for_nothing() {
     machine.detach_pci(3).unwrap();
     machine.announce_pci(3);
     assert_eq!((inl(&machine, UP), inl(&machine, DOWN)), (8, 0));
-    assert_eq!(host.recorded().ejected, [] as [u8; 0], "nobody ejected it");
+    assert_eq!(host.recorded().ejected, [] as [u16; 0], "nobody ejected it");
 }
 
-fn machine_with_room(cpus: u8, possible: u8) -> (Arc<Recorder>, Arc<Machine>) {
+fn machine_with_room(cpus: u16, possible: u16) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let config = MachineConfig { cpus, ..MachineConfig::new(possible, 40) };
     let machine = Machine::new(config, GuestRam::create(RAM).unwrap(), host.clone()).unwrap();
@@ -193,6 +193,24 @@ fn the_number_of_possible_cpus_can_be_found_out() {
 }
 
 #[test]
+fn cpus_beyond_8_bits_come_and_go() {
+    let (host, machine) = machine_with_room(2, 300);
+    listening(&machine);
+    assert!(machine.insert_cpu(299) && !machine.insert_cpu(300) && !machine.insert_cpu(1));
+    assert_eq!(scan(&machine), [(299, 2)]);
+    outl(&machine, CPU_SELECTOR, 299);
+    outb(&machine, CPU_COMMAND, 3);
+    assert_eq!(inl(&machine, CPU_DATA), 299, "its APIC id");
+    outl(&machine, CPU_SELECTOR, 299 + 256);
+    assert_eq!(inb(&machine, CPU_FLAGS), 0, "no such CPU");
+    assert!(machine.request_cpu_removal(299));
+    assert_eq!(scan(&machine), [(299, 4)]);
+    outl(&machine, CPU_SELECTOR, 299);
+    outb(&machine, CPU_FLAGS, 8);
+    assert_eq!(host.recorded().ejected, [299]);
+}
+
+#[test]
 fn cpus_come_and_go() {
     let (host, machine) = machine_with_room(1, 4);
     listening(&machine);
@@ -204,7 +222,7 @@ fn cpus_come_and_go() {
     assert!(!machine.request_cpu_removal(0) && !machine.request_cpu_removal(1));
     assert!(machine.request_cpu_removal(2));
     assert_eq!(scan(&machine), [(2, 4)]);
-    assert_eq!(host.recorded().ejected, [] as [u8; 0]);
+    assert_eq!(host.recorded().ejected, [] as [u16; 0]);
     outl(&machine, CPU_SELECTOR, 2);
     outb(&machine, CPU_FLAGS, 8);
     outb(&machine, CPU_FLAGS, 8);
@@ -240,7 +258,7 @@ proptest! {
                 }
                 2 => {
                     outl(&machine, EJECT, 1 << slot);
-                    ejected.extend(filled.take(&slot));
+                    ejected.extend(filled.take(&slot).map(u16::from));
                     asked.remove(&slot);
                 }
                 3 => {
@@ -249,7 +267,7 @@ proptest! {
                 }
                 4 => {
                     machine.reset();
-                    ejected.extend(std::mem::take(&mut asked).iter().filter_map(|slot| filled.take(slot)));
+                    ejected.extend(std::mem::take(&mut asked).iter().filter_map(|slot| filled.take(slot)).map(u16::from));
                 }
                 _ => {}
             }

@@ -23,12 +23,12 @@ use super::{Machine, MachineConfig, MemoryChip, Space};
 const RAM: u64 = 4 << 20;
 
 /// A machine with 4 MiB of RAM.
-fn machine(cpus: u8) -> (Arc<Recorder>, Arc<Machine>) {
+fn machine(cpus: u16) -> (Arc<Recorder>, Arc<Machine>) {
     machine_with(cpus, Vec::new())
 }
 
 /// The same with firmware.
-fn machine_with(cpus: u8, firmware: Vec<Arc<dyn MemoryChip>>) -> (Arc<Recorder>, Arc<Machine>) {
+fn machine_with(cpus: u16, firmware: Vec<Arc<dyn MemoryChip>>) -> (Arc<Recorder>, Arc<Machine>) {
     let host = Recorder::new();
     let ram = GuestRam::create(RAM).unwrap();
     let config = MachineConfig { firmware, ..MachineConfig::new(cpus, 40) };

@@ -51,13 +51,15 @@ fn configuration_data_takes_bytes_and_words_in_their_lanes() {
 
 #[test]
 fn every_way_to_reset_is_told() {
-    let resets: [(&[(u64, u64)], ResetSource); 3] = [
+    let resets: [(&[(u64, u64)], ResetSource); 4] = [
         (&[(0xCF9, 0x02), (0xCF9, 0x06)], ResetSource::ResetControl),
         (&[(0x92, 0x02), (0x92, 0x03)], ResetSource::Port92),
         (&[(0x64, 0xFE)], ResetSource::KeyboardController),
+        (&[(0xCFF, 0x02), (0xCFF, 0x06)], ResetSource::TurboResetControl),
     ];
     for (writes, source) in resets {
         let (host, machine) = machine(1);
+        select(&machine, 0, 0, 0x90);
         for (port, value) in writes {
             assert_eq!(host.recorded().power, []);
             outb(&machine, *port, *value);

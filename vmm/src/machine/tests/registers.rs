@@ -8,6 +8,8 @@
 //! - `C`: Bochs, `iodev/pci.cc` and `pci2isa.cc`, for values after reset;
 //! - `D`: DOSLIB's PIIX register dump, which decodes every bit and tells PIIX from PIIX3;
 //! - `L`: Linux, `drivers/pci/quirks.c` (PIIX4 device resources), and coreboot's boards that set them;
+//! - `R`: Ralf Brown's Interrupt List, release 61, INT 1A/AX=B10Ah/SF=8086h, tables 01229 to 01239 (82441FX, bit by bit), 01217 to
+//!   01222 (82371SB) and 01105 (82371AB function 3, names and sizes alone);
 //! - `P`: Palacios, `devices/piix4.c`, whose structures name every bit and value after reset;
 //! - `T`: the datasheet's text of that section (290550, pages 44 and 45).
 //!
@@ -15,8 +17,14 @@
 //! (B, D, P). SEE has no bits 27:16 and has bit 28 (D, P), against B. FTMR is written and read back (T), against B. SMIREQ's
 //! bits are set by hardware alone (T).
 //!
-//! Lines marked (u) have a mask that one model alone gives (B), or, for DBC and DRAMC, none that agrees: nobody looks at these
-//! registers without DRAM chips, buffers, parity and device monitors, which are not modelled.
+//! DBC's bits are all named in R alone (B has no such register). PMCCFG and TRC are as B and R have them, but for two bits of
+//! PMCCFG: bit 7, which R has as reserved, and the row select strap, which R has as read-only, against B. What a host bus, DRAM
+//! chips, parity or a turbo switch would do with them is not modelled; TRC's bit 2 resets.
+//!
+//! Lines marked (u), all of the 82371AB's device monitors, have a mask that one model alone gives (B). The datasheet's text was
+//! not to be had. Looked at: Bochs' `iodev/acpi.cc` and QEMU, which store all bits; Propolis, U-Boot's header of the chip and R, which
+//! have names and sizes; L, which reads a few bits of DEVRESA to J, all within these masks; D and P, which have other functions
+//! alone. They stay as B has them: no firmware or driver looks at them where there are no monitors, which are not modelled.
 
 use super::super::SlotFunction;
 use super::*;
@@ -37,24 +45,24 @@ const HOST_BRIDGE: &[Line] = &[
     ("3.2.9 HEDT", 0x0E, &[0x00], NONE, NONE, "identity"),
     ("3.2.10 BIST", 0x0F, &[0x00], NONE, NONE, "none"),
     ("subsystem, of the platform", 0x2C, &[0xF4, 0x1A, 0x00, 0x11], NONE, NONE, "identity"),
-    ("3.2.11 PMCCFG", 0x50, &[0x00, 0x00], &[0x40, 0x00], NONE, "none; WPE tells a second CPU"),
-    ("3.2.12 DETURBO", 0x52, &[0x00], &[0xFF], NONE, "none: no speed"),
-    ("3.2.13 DBC (u)", 0x53, &[0x80], &[0xF7], NONE, "none: no buffers"),
-    ("3.2.14 AXC (u)", 0x54, &[0x00], &[0x82], NONE, "none"),
-    ("3.2.15 DRT", 0x55, &[0x00, 0x00], &[0xFF, 0xFF], NONE, "none: no rows"),
-    ("3.2.16 DRAMC (u)", 0x57, &[0x01], &[0x3F], NONE, "none: no refresh"),
-    ("3.2.17 DRAMT", 0x58, &[0x10], &[0x7F], NONE, "none: no timing"),
+    ("3.2.11 PMCCFG [BR]", 0x50, &[0x00, 0x00], &[0x74, 0x83], NONE, "none; WPE tells a second CPU"),
+    ("3.2.12 DETURBO [BR]", 0x52, &[0x00], &[0xFF], NONE, "none: no speed"),
+    ("3.2.13 DBC [R]", 0x53, &[0x80], &[0xFF], NONE, "none: no buffers"),
+    ("3.2.14 AXC [BR]", 0x54, &[0x00], &[0x82], NONE, "none"),
+    ("3.2.15 DRT [BR]", 0x55, &[0x00, 0x00], &[0xFF, 0xFF], NONE, "none: no rows"),
+    ("3.2.16 DRAMC [BR]", 0x57, &[0x01], &[0x77], NONE, "none: no refresh"),
+    ("3.2.17 DRAMT [BR]", 0x58, &[0x10], &[0x7F], NONE, "none: no timing"),
     ("3.2.18 PAM0", 0x59, &[0x00], &[0x30], NONE, "each_pam_area_has_four_modes"),
     ("3.2.18 PAM1–6", 0x5A, &[0; 6], &[0x33; 6], NONE, "each_pam_area_has_four_modes"),
     ("3.2.19 DRB0–7", 0x60, &[0x01; 8], &[0xFF; 8], NONE, "none: firmware does not size memory by it"),
     ("3.2.20 FDHC", 0x68, &[0x00], &[0xC0], NONE, "the_hole_belongs_to_pci"),
     ("3.2.21 MTT", 0x70, &[0x00], &[0xF8], NONE, "none: no bus time"),
-    ("3.2.22 CLT (u)", 0x71, &[0x10], &[0x1F], NONE, "none: no bus time"),
+    ("3.2.22 CLT [BR]", 0x71, &[0x10], &[0x1F], NONE, "none: no bus time"),
     // Written bit by bit, since all ones lock it: smram_opens_while_enabled_and_never_again_once_locked.
     ("3.2.23 SMRAM", 0x72, &[0x02], &[0x68], NONE, "smram_opens_while_enabled_…"),
-    ("3.2.24 ERRCMD (u)", 0x90, &[0x00], &[0x1B], NONE, "none: no errors"),
-    ("3.2.25 ERRSTS", 0x91, &[0x00], NONE, &[0x11], "none: no errors"),
-    ("3.2.26 TRC", 0x93, &[0x00], NONE, NONE, "none: resets are the PIIX3's"),
+    ("3.2.24 ERRCMD [BR]", 0x90, &[0x00], &[0x1B], NONE, "none: no errors"),
+    ("3.2.25 ERRSTS [BR]", 0x91, &[0x00], NONE, &[0x11], "none: no errors"),
+    ("3.2.26 TRC [BR]", 0x93, &[0x00], &[0x0F], NONE, "every_way_to_reset_is_told"),
 ];
 
 const ISA_BRIDGE: &[Line] = &[

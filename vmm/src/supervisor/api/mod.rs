@@ -65,7 +65,7 @@ pub enum Request {
     /// Have another number of CPUs. The answer comes when the guest was told of all that came, and let go of all that went.
     Cpus {
         /// How many.
-        count: u8,
+        count: u16,
         /// For the guest to let go of them, in seconds.
         timeout: u32,
     },
@@ -169,7 +169,7 @@ pub struct MachineEntry {
     /// `starting`, `running` or `ending`.
     pub state: String,
     /// Number of virtual CPUs.
-    pub cpus: u8,
+    pub cpus: u16,
     /// Guest memory in bytes.
     pub memory: u64,
     /// The supervisor, the core and the devices.

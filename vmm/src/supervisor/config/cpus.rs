@@ -10,8 +10,13 @@ use super::nearest::hint;
 
 /// The keys.
 const KEYS: [&str; 4] = ["max", "sockets", "cores", "threads"];
-/// APIC ids are 8 bits wide and 255 is the broadcast address: ids above need an I/O APIC that the kernel's is not.
-const LAST_APIC_ID: u32 = 254;
+/// The last APIC id of 8 bits that is not the broadcast address: the I/O APIC in the host's kernel reaches no others.
+const LAST_IO_APIC_ID: u32 = 254;
+/// The most CPUs: what the names of their ACPI objects tell apart. However they sit together, their APIC ids have no more than the
+/// 15 bits that an interrupt message has for its destination.
+const MOST_CPUS: u32 = 1 << 12;
+/// The most where some come later: the ACPI tables of a direct boot lie below 1 MiB.
+const MOST_WITH_ROOM: u32 = 1536;
 /// The most of anything that a text is read as.
 const MOST: u32 = 1 << 16;
 
@@ -71,11 +76,12 @@ pub enum CpuSpecError {
         /// What there may be.
         max: u32,
     },
-    /// APIC ids beyond 8 bits.
-    #[error(
-        "cpus: {0} is too many; the last APIC id would be {1}, and this machine type goes up to {LAST_APIC_ID}"
-    )]
-    TooMany(u32, u32),
+    /// More than there can be.
+    #[error("cpus: {0} is too many; this machine type goes up to {MOST_CPUS}")]
+    TooMany(u32),
+    /// More than there can be when some come later.
+    #[error("cpus: room for {0} is too much; up to {MOST_WITH_ROOM} may come while a machine runs")]
+    TooMuchRoom(u32),
 }
 
 impl From<u32> for CpuSpec {
@@ -149,7 +155,7 @@ impl CpuSpec {
     ///
     /// # Errors
     /// What was said makes no machine.
-    pub fn resolve(&self) -> Result<(u8, Topology), CpuSpecError> {
+    pub fn resolve(&self) -> Result<(u16, Topology), CpuSpecError> {
         let Self { count, .. } = *self;
         if [Some(count), self.max, self.sockets, self.cores, self.threads].contains(&Some(0)) {
             return Err(CpuSpecError::None);
@@ -175,10 +181,12 @@ impl CpuSpec {
             return Err(CpuSpecError::Product { sockets, cores, threads, product, max });
         }
         let topology = Topology { sockets, cores, threads };
-        let last = topology.apic_id(max.saturating_sub(1));
-        match u8::try_from(count) {
-            Ok(count) if last <= LAST_APIC_ID => Ok((count, topology)),
-            _ => Err(CpuSpecError::TooMany(max, last)),
+        if max > count && (MOST_WITH_ROOM..MOST_CPUS).contains(&max.saturating_sub(1)) {
+            return Err(CpuSpecError::TooMuchRoom(max));
+        }
+        match u16::try_from(count) {
+            Ok(count) if max <= MOST_CPUS => Ok((count, topology)),
+            _ => Err(CpuSpecError::TooMany(max)),
         }
     }
 }
@@ -223,8 +231,19 @@ impl Topology {
     }
 
     /// All APIC ids, in ascending order.
-    pub fn apic_ids(&self) -> Vec<u8> {
-        (0..self.count()).filter_map(|index| u8::try_from(self.apic_id(index)).ok()).collect()
+    pub fn apic_ids(&self) -> Vec<u32> {
+        (0..self.count()).map(|index| self.apic_id(index)).collect()
+    }
+
+    /// The last APIC id.
+    pub fn last_apic_id(&self) -> u32 {
+        self.apic_id(self.count().saturating_sub(1))
+    }
+
+    /// How many CPUs, from the first one on, the I/O APIC reaches, when it does not reach all.
+    pub fn reached_by_io_apic(&self) -> Option<usize> {
+        let ids = self.apic_ids();
+        Some(ids.partition_point(|id| *id <= LAST_IO_APIC_ID)).filter(|reached| *reached < ids.len())
     }
 }
 
@@ -232,7 +251,7 @@ impl Topology {
 mod tests {
     use super::*;
 
-    fn resolved(text: &str) -> (u8, u32, u32, u32) {
+    fn resolved(text: &str) -> (u16, u32, u32, u32) {
         let (count, Topology { sockets, cores, threads }) =
             text.parse::<CpuSpec>().unwrap().resolve().unwrap();
         (count, sockets, cores, threads)
@@ -268,22 +287,44 @@ mod tests {
         assert!(refusal("7,threads=2").contains("say max=6"));
         assert!(refusal("4,core=2").contains("did you mean 'cores'?"));
         assert!(refusal("4,max=8,max=9").contains("given twice"));
-        assert!(refusal("256").contains("goes up to 254"));
-        assert!(refusal("1000").contains("1000 is too many"));
-        assert!(refusal("200,sockets=40,cores=5").contains("would be 316"));
+        assert!(refusal("60000").contains("60000 is too many"));
+        assert!(refusal("4097").contains("goes up to 4096"));
+        assert!(refusal("1,max=4100").contains("4100 is too many"));
+        assert!(refusal("1,max=1537").contains("room for 1537"));
+        assert_eq!(resolved("1,max=1536"), (1, 1, 1536, 1));
         assert!(refusal("4294967295").contains("not a number of CPUs"));
     }
 
     #[test]
     fn ids_are_unique_ascending_and_tell_the_place() {
-        for text in ["1", "3", "6,sockets=2", "12,sockets=2,cores=3,threads=2", "255", "120,threads=8"] {
+        for text in [
+            "1",
+            "3",
+            "6,sockets=2",
+            "12,sockets=2,cores=3,threads=2",
+            "255",
+            "120,threads=8",
+            "4095,sockets=91,cores=9,threads=5",
+        ] {
             let (_, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
             let ids = topology.apic_ids();
             assert_eq!(ids.len(), usize::try_from(topology.count()).unwrap(), "{text}");
             assert!(ids.is_sorted_by(|a, b| a < b), "{text}: {ids:?}");
+            assert_eq!(ids.last(), Some(&topology.last_apic_id()), "{text}");
+            assert!(topology.last_apic_id() < 1 << 15, "{text}");
         }
         let (_, topology) = "12,sockets=2,cores=3,threads=2".parse::<CpuSpec>().unwrap().resolve().unwrap();
         assert_eq!(topology.apic_ids(), [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
         assert_eq!((topology.core_shift(), topology.package_shift()), (1, 3));
+    }
+
+    #[test]
+    fn the_io_apic_reaches_ids_of_8_bits() {
+        let reached = |text: &str| text.parse::<CpuSpec>().unwrap().resolve().unwrap().1.reached_by_io_apic();
+        assert_eq!(reached("255"), None);
+        assert_eq!(reached("256"), Some(255));
+        assert_eq!(reached("1,max=1024"), Some(255));
+        // 8 ids for 5 processors: the 32nd package begins with 248.
+        assert_eq!(reached("200,sockets=40,cores=5"), Some(31 * 5 + 5));
     }
 }

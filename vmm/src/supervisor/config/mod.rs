@@ -129,7 +129,7 @@ pub struct MachineConfig {
     /// Limits that several devices share.
     pub limit_groups: Vec<LimitGroupSpec>,
     /// Number of virtual CPUs at the start.
-    pub cpus: u8,
+    pub cpus: u16,
     /// All that there may be, and how they sit together.
     pub topology: Topology,
     /// `host`, or a model that the processors are reduced to.

@@ -39,9 +39,8 @@ fn impossible_memory_is_refused() {
 #[test]
 fn impossible_cpu_counts_are_refused() {
     assert!(refusal("--cpus 0").contains("at least 1 CPU"));
-    assert!(refusal("--cpus 256").contains("256 is too many"));
     assert!(refusal("--cpus 60000").contains("60000 is too many"));
-    assert_eq!(run("--kernel k --cpus 254").unwrap().cpus, 254);
+    assert_eq!(run("--kernel k --cpus 1024").unwrap().cpus, 1024);
 }
 
 #[test]

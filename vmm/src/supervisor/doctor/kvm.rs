@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
+use crate::supervisor::config::Topology;
 use kvm_bindings as kvm;
 use thiserror::Error;
 
@@ -41,8 +42,18 @@ pub enum KvmError {
     #[error("cpus: {wanted} is too many for this host: its KVM allows {most} in one machine")]
     Cpus {
         /// What was asked for.
-        wanted: u8,
+        wanted: u32,
         /// `KVM_CAP_MAX_VCPUS`.
+        most: i32,
+    },
+    /// Sparser APIC ids than it has.
+    #[error(
+        "cpus: the last APIC id would be {last}, and this host's KVM goes up to {most}: have sockets, cores and threads in powers of two"
+    )]
+    ApicIds {
+        /// The last one.
+        last: u32,
+        /// One less than `KVM_CAP_MAX_VCPU_ID`.
         most: i32,
     },
 }
@@ -97,6 +108,7 @@ pub const CAPABILITIES: &[Capability] = &[
         "DIRTY_LOG_RING",
         "without it dirty pages are found by bitmap, which is slower",
     ),
+    optional(kvm::KVM_CAP_X2APIC_API, "X2APIC_API", "without it no APIC ids above 254"),
     optional(kvm::KVM_CAP_SPLIT_IRQCHIP, "SPLIT_IRQCHIP", "without it no interrupt remapping for guests"),
 ];
 
@@ -145,18 +157,30 @@ pub fn open() -> Result<File, KvmError> {
     }
 }
 
-/// Refuses a KVM that lacks what every machine needs, or allows fewer CPUs than wanted.
-pub fn check(kvm: &File, cpus: u8) -> Result<(), KvmError> {
+/// Refuses a KVM that lacks what this machine needs, or allows fewer CPUs than wanted.
+pub fn check(kvm: &File, topology: &Topology) -> Result<(), KvmError> {
+    let wide = topology.reached_by_io_apic().is_some();
+    let needed =
+        |capability: &&Capability| capability.needed || wide && capability.number == kvm::KVM_CAP_X2APIC_API;
     let missing: Vec<String> = CAPABILITIES
         .iter()
-        .filter(|capability| capability.needed && !capability.present(kvm))
+        .filter(needed)
+        .filter(|capability| !capability.present(kvm))
         .map(|capability| format!("KVM_CAP_{} ({})", capability.name, capability.purpose))
         .collect();
     if !missing.is_empty() {
         return Err(KvmError::Capabilities(missing.join(", ")));
     }
-    let most = max_cpus(kvm);
-    if i32::from(cpus) > most { Err(KvmError::Cpus { wanted: cpus, most }) } else { Ok(()) }
+    let (wanted, most) = (topology.count(), max_cpus(kvm));
+    if i64::from(wanted) > i64::from(most) {
+        return Err(KvmError::Cpus { wanted, most });
+    }
+    // A kernel that does not know of it has as many as CPUs (KVM_CAP_MAX_VCPU_ID).
+    let most = extension(kvm, kvm::KVM_CAP_MAX_VCPU_ID).max(most).saturating_sub(1);
+    match topology.last_apic_id() {
+        last if i64::from(last) > i64::from(most) => Err(KvmError::ApicIds { last, most }),
+        _ => Ok(()),
+    }
 }
 
 /// The most CPUs that one machine may have.

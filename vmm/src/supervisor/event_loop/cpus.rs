@@ -13,7 +13,7 @@ use crate::supervisor::cli::LogLevel;
 pub(super) struct Cpus {
     online: Vec<bool>,
     /// Who waits for the guest to let go of CPUs, down to what number, until when, and how long that is.
-    waiting: Option<(u16, u8, Instant, Duration)>,
+    waiting: Option<(u16, u16, Instant, Duration)>,
 }
 
 impl Cpus {
@@ -23,8 +23,8 @@ impl Cpus {
     }
 
     /// How many there are.
-    pub(super) fn count(&self) -> u8 {
-        u8::try_from(self.online.iter().filter(|online| **online).count()).unwrap_or(u8::MAX)
+    pub(super) fn count(&self) -> u16 {
+        u16::try_from(self.online.iter().filter(|online| **online).count()).unwrap_or(u16::MAX)
     }
 
     /// When the guest is late.
@@ -32,12 +32,12 @@ impl Cpus {
         self.waiting.map(|(_, _, until, _)| until)
     }
 
-    fn find(&self, online: bool) -> impl DoubleEndedIterator<Item = u8> {
-        let all = (0..=u8::MAX).zip(self.online.clone());
+    fn find(&self, online: bool) -> impl DoubleEndedIterator<Item = u16> {
+        let all = (0..).zip(self.online.clone());
         all.filter(move |(_, it)| *it == online).map(|(index, _)| index).collect::<Vec<_>>().into_iter()
     }
 
-    fn set(&mut self, index: u8, online: bool) {
+    fn set(&mut self, index: u16, online: bool) {
         if let Some(place) = self.online.get_mut(usize::from(index)) {
             *place = online;
         }
@@ -49,7 +49,7 @@ impl EventLoop<'_> {
     pub(super) fn resize_cpus(
         &mut self,
         client: u16,
-        count: u8,
+        count: u16,
         limit: Duration,
     ) -> Result<Option<Response>, String> {
         if self.phase != Phase::Running {
@@ -63,12 +63,12 @@ impl EventLoop<'_> {
             return Err(format!("this machine can have 1 to {possible} CPUs: max= of --cpus says how many"));
         }
         let now = self.cpus.count();
-        let more: Vec<u8> = self.cpus.find(false).take(count.saturating_sub(now).into()).collect();
+        let more: Vec<u16> = self.cpus.find(false).take(count.saturating_sub(now).into()).collect();
         for index in more {
             self.cpus.set(index, true);
             self.tell_core(&ToCore::Cpu { index, insert: true }, None);
         }
-        let fewer: Vec<u8> = self.cpus.find(true).rev().take(now.saturating_sub(count).into()).collect();
+        let fewer: Vec<u16> = self.cpus.find(true).rev().take(now.saturating_sub(count).into()).collect();
         for index in &fewer {
             self.tell_core(&ToCore::Cpu { index: *index, insert: false }, None);
         }
@@ -87,7 +87,7 @@ impl EventLoop<'_> {
     }
 
     /// The guest let go of a CPU.
-    pub(super) fn cpu_removed(&mut self, index: u8) {
+    pub(super) fn cpu_removed(&mut self, index: u16) {
         self.cpus.set(index, false);
         self.remember_cpus();
         let count = self.cpus.count();

@@ -41,7 +41,7 @@ pub(super) enum Message {
     DeviceAdded { id: String },
     DeviceRefused { id: String, reason: String },
     DeviceRemoved { id: String },
-    CpuRemoved { index: u8 },
+    CpuRemoved { index: u16 },
     Alive(Progress),
     Failed(String),
     Left(Left),

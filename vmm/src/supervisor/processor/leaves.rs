@@ -22,6 +22,9 @@ const HAS_SUBLEAVES: u32 = 1;
 /// Levels of leaves 0Bh and 1Fh.
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
+/// KVM's features in EAX of its leaf (Linux, Documentation/virt/kvm/x86/cpuid.rst): bits 11–5 of a message's address belong to the destination.
+const KVM_FEATURES: u32 = 0x4000_0001;
+const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
 
 /// Puts in what KVM can do and does not say: it depends on how the interrupt controllers are made.
 pub(super) fn complete(cpuid: &mut [CpuidLeaf], tsc_deadline: bool) {
@@ -34,6 +37,9 @@ pub(super) fn complete(cpuid: &mut [CpuidLeaf], tsc_deadline: bool) {
 
 /// Puts in all that is the same for all processors. Their own numbers are zero.
 pub(super) fn adjust(cpuid: &mut Vec<CpuidLeaf>, topology: &Topology) {
+    if topology.reached_by_io_apic().is_some() {
+        offer_wide_ids(cpuid);
+    }
     let last = cpuid.iter().find(|entry| entry.leaf == 0).map_or(0, |entry| entry.registers[0]);
     cpuid.retain(|entry| !matches!(entry.leaf, 0xb | 0x1f));
     if topology.threads > 1 {
@@ -44,6 +50,18 @@ pub(super) fn adjust(cpuid: &mut Vec<CpuidLeaf>, topology: &Topology) {
     }
     for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= last) {
         cpuid.extend(extended_topology(leaf, topology));
+    }
+}
+
+/// Leaf 0Bh alone has ids of more than 8 bits. What both tell is ours alone, so the host need not have them.
+fn offer_wide_ids(cpuid: &mut [CpuidLeaf]) {
+    for entry in cpuid {
+        let [eax, ..] = &mut entry.registers;
+        match entry.leaf {
+            0 => *eax = (*eax).max(0xb),
+            KVM_FEATURES => *eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
+            _ => {}
+        }
     }
 }
 
@@ -73,7 +91,7 @@ fn adjust_leaf(entry: &mut CpuidLeaf, topology: &Topology) {
     let [eax, ebx, ecx, edx] = &mut entry.registers;
     match entry.leaf {
         1 => {
-            *ebx = *ebx & 0x0000_ffff | logical << 16;
+            *ebx = *ebx & 0x0000_ffff | logical.min(0xff) << 16;
             // Guests get no virtualization of their own: it is the largest piece of KVM that they could attack.
             *ecx &= !LEAF_1_ECX_VMX;
             set(edx, LEAF_1_EDX_HTT, logical > 1);
@@ -90,7 +108,7 @@ fn adjust_leaf(entry: &mut CpuidLeaf, topology: &Topology) {
             set(ecx, EXT_1_ECX_CMP_LEGACY, logical > 1);
         }
         // AMD: threads of a package less one, and how many bits of the APIC id tell them apart.
-        0x8000_0008 => *ecx = (logical - 1) | topology.package_shift() << 12,
+        0x8000_0008 => *ecx = (logical - 1).min(0xff) | topology.package_shift() << 12,
         // AMD: the SVM leaf goes with the feature.
         0x8000_000a => entry.registers = [0; 4],
         0x8000_001d if *eax & 0x1f != 0 => {
@@ -161,6 +179,19 @@ mod tests {
         let cpuid = adjusted("24,sockets=2,cores=6,threads=2", &host);
         assert_eq!(find(&cpuid, 0x8000_0008, 0), [0x30, 9, 4 << 12 | 11, 9]);
         assert_eq!(find(&cpuid, 0x8000_001e, 0), [0, 1 << 8, 0, 9]);
+    }
+
+    #[test]
+    fn ids_beyond_8_bits_are_told_by_leaf_0b_and_kvm() {
+        let host = [leaf(0, [7, 0, 0, 0]), leaf(1, [0; 4]), leaf(KVM_FEATURES, [1, 0, 0, 0])];
+        let cpuid = adjusted("1024", &host);
+        assert_eq!(find(&cpuid, 0, 0)[0], 0xb);
+        assert_eq!(find(&cpuid, 0xb, 1), [10, 1024, 0x201, 0]);
+        assert_eq!(find(&cpuid, 1, 0)[1], 0x00ff_0000, "8 bits say 255 for more");
+        assert_eq!(find(&cpuid, KVM_FEATURES, 0)[0], 1 << 15 | 1);
+        assert_eq!(find(&adjusted("255", &host), KVM_FEATURES, 0)[0], 1);
+        let cpuid = adjusted("1024", &[leaf(0x8000_0008, [0x30, 0, 0, 0])]);
+        assert_eq!(find(&cpuid, 0x8000_0008, 0)[2], 10 << 12 | 0xff);
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub enum ProcessorError {
 ///
 /// # Errors
 /// KVM says nothing, or the host lacks what the model requires.
-pub fn processors(topology: &Topology, model: &CpuModel, present: u8) -> Result<Processors, ProcessorError> {
+pub fn processors(topology: &Topology, model: &CpuModel, present: u16) -> Result<Processors, ProcessorError> {
     let kvm = Kvm::new()?;
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     let mut cpuid: Vec<CpuidLeaf> = supported.as_slice().iter().map(leaf).collect();
@@ -66,7 +66,7 @@ mod tests {
         let vm = Kvm::new().expect("this test needs /dev/kvm").create_vm().unwrap();
         vm.create_irq_chip().unwrap();
         let mut tried = 0;
-        for (id, text) in [(0, "1"), (5, "6,max=12,sockets=2,threads=2"), (100, "255")] {
+        for (id, text) in [(0, "1"), (5, "6,max=12,sockets=2,threads=2"), (100, "255"), (300, "1024")] {
             let (count, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
             for name in ["host", "x86-64-v2", "x86-64-v3"] {
                 let model = CpuModel::read(name).unwrap();

@@ -103,6 +103,10 @@ fn registers_take_and_keep_what_those_of_qemu_do_but_for_the_reviewed_ones() {
                 1 => 0,
                 _ => random.next(),
             } & ((1 << (8 * size)) - 1);
+            // TRC of the host bridge resets this machine, and is a byte like any other in QEMU.
+            if devfn == 0 && (register..register + size).contains(&0x93) {
+                continue;
+            }
             select(&mut pair, devfn, register);
             pair.both(&format!("out{letter} {:#x} {value:#x}", 0xCFC + (register & 3)));
             compare(&mut pair, &reset, devfn, register & 0xFC, &mut differences);
