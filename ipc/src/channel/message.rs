@@ -55,10 +55,10 @@ pub enum ToCore {
         /// Pull it out without asking.
         force: bool,
     },
-    /// Plug in the possible CPU of this index, or ask the guest to let it go. [`FromCore::CpuRemoved`] comes when it did.
-    Cpu {
-        /// Its index, from 0.
-        index: u16,
+    /// Plug in possible CPUs, or ask the guest to let them go. [`FromCore::CpuRemoved`] comes for each when it did.
+    Cpus {
+        /// Their indices, from 0. All in one message: the channel has room for some hundred.
+        indices: Vec<u16>,
         /// Plug in.
         insert: bool,
     },

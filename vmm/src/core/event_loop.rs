@@ -108,13 +108,13 @@ impl EventLoop {
                 self.leave(Job::Add(Line::take(&link, &mut Descriptors::from(descriptors))?));
             }
             Ok((ToCore::DeviceRemove { id, force }, _)) => self.leave(Job::Remove { id, force }),
-            Ok((ToCore::Cpu { index, insert: true }, _)) => {
+            Ok((ToCore::Cpus { indices, insert: true }, _)) => indices.into_iter().for_each(|index| {
                 core.vcpus.set_online(index.into(), true);
                 core.platform.machine.insert_cpu(index);
-            }
-            Ok((ToCore::Cpu { index, insert: false }, _)) => {
+            }),
+            Ok((ToCore::Cpus { indices, insert: false }, _)) => indices.into_iter().for_each(|index| {
                 core.platform.machine.request_cpu_removal(index);
-            }
+            }),
             Ok((ToCore::Ping, _)) => channel.send_within(&FromCore::Alive, &[], SEND_DEADLINE)?,
             Ok((ToCore::Start(_), _)) => tracing::warn!("a second start message"),
             Err(ChannelError::Deadline) => {}

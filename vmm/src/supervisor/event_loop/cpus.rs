@@ -64,16 +64,16 @@ impl EventLoop<'_> {
         }
         let now = self.cpus.count();
         let more: Vec<u16> = self.cpus.find(false).take(count.saturating_sub(now).into()).collect();
-        for index in more {
-            self.cpus.set(index, true);
-            self.tell_core(&ToCore::Cpu { index, insert: true }, None);
-        }
+        more.iter().for_each(|index| self.cpus.set(*index, true));
         let fewer: Vec<u16> = self.cpus.find(true).rev().take(now.saturating_sub(count).into()).collect();
-        for index in &fewer {
-            self.tell_core(&ToCore::Cpu { index: *index, insert: false }, None);
+        let none_leaves = fewer.is_empty();
+        for (indices, insert) in [(more, true), (fewer, false)] {
+            if !indices.is_empty() {
+                self.tell_core(&ToCore::Cpus { indices, insert }, None);
+            }
         }
         self.remember_cpus();
-        if fewer.is_empty() {
+        if none_leaves {
             self.say(LogLevel::Info, &format!("the machine has {count} CPUs"));
             return Ok(Some(Response::Done));
         }
