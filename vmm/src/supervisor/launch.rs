@@ -632,18 +632,6 @@ fn start_core(
     program.start(CORE, Role::Core, &start, &fds)
 }
 
-/// The kernel's command line, which keeps the interrupts of the I/O APIC from CPUs that it does not reach, unless the user has a
-/// word on that: the one in the host's kernel has 8 bits for a destination, while Linux takes it for one with 15 bits where
-/// messages have them.
-fn command_line(config: &MachineConfig) -> String {
-    match config.topology.reached_by_io_apic() {
-        Some(reached) if !config.cmdline.contains("irqaffinity=") => {
-            format!("{} irqaffinity=0-{}", config.cmdline, reached.saturating_sub(1)).trim_start().to_owned()
-        }
-        _ => config.cmdline.clone(),
-    }
-}
-
 /// The files that the guest sees as memory.
 fn mapped<'a>(resources: &'a Resources, fds: &mut Fds<'a>) -> Vec<MappedRegion> {
     let region = |pmem: &'a Pmem| {
@@ -673,7 +661,7 @@ fn boot<'a>(config: &MachineConfig, resources: &'a Resources, fds: &mut Fds<'a>)
         None => Boot::Kernel {
             kernel: image,
             initrd: resources.initrd.as_ref().map(|initrd| fds.add(initrd)),
-            cmdline: command_line(config),
+            cmdline: config.kernel_command_line(),
             smbios: Tables::new(config, true).placed(SMBIOS),
         },
     }

@@ -110,7 +110,7 @@ fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
             &format!("kernel command line: {added} was added, for no console= was given"),
         );
     }
-    if let Some(warning) = resources.confinement.warning() {
+    for warning in [resources.confinement.warning(), config.irq_affinity_warning()].into_iter().flatten() {
         log.say(LogLevel::Warn, &warning);
     }
     for (field, stream) in [(config::SERIAL, &resources.serial), (config::CONSOLE, &resources.console)] {

@@ -11,6 +11,7 @@ pub mod file;
 pub mod firmware;
 pub mod fs;
 mod ids;
+mod irq_affinity;
 pub mod limit_group;
 pub mod liveness;
 pub mod nearest;
