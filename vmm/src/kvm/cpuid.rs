@@ -23,7 +23,9 @@ pub(super) fn table(processors: &Processors, id: u32) -> Result<CpuId, KvmError>
                 let package = above(processors.package_shift);
                 let first = package.checked_shl(processors.package_shift.into()).unwrap_or(0);
                 let core = (id ^ first).checked_shr(processors.core_shift.into()).unwrap_or(0);
-                (eax, ebx, ecx) = (id, ebx & !0xff | core & 0xff, ecx & !0xff | package & 0xff);
+                // Nothing, rather than a lie, where it does not fit.
+                let fits = if core > 0xff { 0 } else { u32::MAX };
+                (eax, ebx, ecx) = (id, (ebx & !0xff | core) & fits, (ecx & !0xff | package & 0xff) & fits);
             }
             _ => {}
         }
@@ -68,5 +70,12 @@ mod tests {
         let table = super::table(&processors, 0x123).unwrap();
         let ids: Vec<_> = table.as_slice().iter().map(|entry| (entry.eax, entry.ebx, entry.edx)).collect();
         assert_eq!(ids, [(1, 0x230c_3456, 4), (1, 2, 0x123), (0x123, 0x101, 0)]);
+        // 256 cores and more of one package.
+        let processors = Processors { core_shift: 0, package_shift: 12, ..processors };
+        for (id, expected) in [(0xff, [0xff, 0x1ff, 0]), (0x100, [0x100, 0, 0])] {
+            let table = super::table(&processors, id).unwrap();
+            let entry = table.as_slice().last().unwrap();
+            assert_eq!([entry.eax, entry.ebx, entry.ecx], expected);
+        }
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn adjust(cpuid: &mut Vec<CpuidLeaf>, topology: &Topology) {
     }
     let last = cpuid.iter().find(|entry| entry.leaf == 0).map_or(0, |entry| entry.registers[0]);
     cpuid.retain(|entry| !matches!(entry.leaf, 0xb | 0x1f));
-    if topology.threads > 1 {
+    if topology.threads > 1 || topology.reached_by_io_apic().is_some() {
         offer_topology_extensions(cpuid);
     }
     for entry in cpuid.iter_mut() {
@@ -53,19 +53,21 @@ pub(super) fn adjust(cpuid: &mut Vec<CpuidLeaf>, topology: &Topology) {
     }
 }
 
-/// Leaf 0Bh alone has ids of more than 8 bits. What both tell is ours alone, so the host need not have them.
+/// Leaf 0Bh alone has ids of more than 8 bits. What both tell is ours alone, so the host need not have them. The core enters kernels
+/// in x2APIC mode, so that no model may mask it.
 fn offer_wide_ids(cpuid: &mut [CpuidLeaf]) {
     for entry in cpuid {
-        let [eax, ..] = &mut entry.registers;
+        let [eax, _, ecx, _] = &mut entry.registers;
         match entry.leaf {
             0 => *eax = (*eax).max(0xb),
+            1 => *ecx |= LEAF_1_ECX_X2APIC,
             KVM_FEATURES => *eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
             _ => {}
         }
     }
 }
 
-/// AMD: without TOPOEXT a guest takes threads for cores. What it tells is ours alone, so the host need not have it.
+/// AMD: without TOPOEXT a guest takes threads for cores, and Linux does not look at leaf 0Bh. What it tells is ours alone, so the host need not have it.
 fn offer_topology_extensions(cpuid: &mut Vec<CpuidLeaf>) {
     let vendor = cpuid.iter().find(|entry| entry.leaf == 0).map(|entry| entry.registers[1]);
     if !vendor.is_some_and(|vendor| [VENDOR_AMD, VENDOR_HYGON].contains(&vendor)) {
@@ -101,7 +103,7 @@ fn adjust_leaf(entry: &mut CpuidLeaf, topology: &Topology) {
         4 if *eax & 0x1f != 0 => {
             let sharing: u32 = if *eax >> 5 & 7 >= 3 { share_package } else { share_core };
             let cores: u32 = (1 << (topology.package_shift() - topology.core_shift())) - 1;
-            *eax = *eax & 0x0000_3fff | sharing << 14 | cores.min(63) << 26;
+            *eax = *eax & 0x0000_3fff | sharing.min(0xfff) << 14 | cores.min(63) << 26;
         }
         0x8000_0001 => {
             *ecx &= !EXT_1_ECX_SVM;
@@ -190,8 +192,15 @@ mod tests {
         assert_eq!(find(&cpuid, 1, 0)[1], 0x00ff_0000, "8 bits say 255 for more");
         assert_eq!(find(&cpuid, KVM_FEATURES, 0)[0], 1 << 15 | 1);
         assert_eq!(find(&adjusted("255", &host), KVM_FEATURES, 0)[0], 1);
+        // A model may mask X2APIC.
+        let x2apic = |text| find(&adjusted(text, &host), 1, 0)[2] & LEAF_1_ECX_X2APIC;
+        assert_eq!((x2apic("255"), x2apic("1024")), (0, LEAF_1_ECX_X2APIC));
         let cpuid = adjusted("1024", &[leaf(0x8000_0008, [0x30, 0, 0, 0])]);
         assert_eq!(find(&cpuid, 0x8000_0008, 0)[2], 10 << 12 | 0xff);
+        // 3 * 2048 ids: more than the 12 bits of the field say.
+        // 13 bits of ids in a package: more than the field says.
+        let cpuid = adjusted("2565,cores=513,threads=5", &[leaf(4, [0x63, 0, 0, 0])]);
+        assert_eq!(find(&cpuid, 4, 0)[0], 63 << 26 | 0xfff << 14 | 0x63);
     }
 
     #[test]
@@ -210,6 +219,12 @@ mod tests {
         assert_eq!(find(&cpuid, 0x8000_0000, 0)[0], 0x8000_001e);
         assert_ne!(find(&cpuid, 0x8000_0001, 0)[2] & EXT_1_ECX_TOPOEXT, 0);
         assert_eq!(find(&cpuid, 0x8000_001e, 0), [0, 1 << 8, 0, 0]);
+        let cpuid = adjusted("1024", &host(VENDOR_AMD));
+        assert_ne!(
+            find(&cpuid, 0x8000_0001, 0)[2] & EXT_1_ECX_TOPOEXT,
+            0,
+            "Linux takes leaf 0Bh with it alone"
+        );
         for cpuid in [adjusted("4", &host(VENDOR_AMD)), adjusted("4,threads=2", &host(0x756e_6547))] {
             assert_eq!(find(&cpuid, 0x8000_0001, 0)[2] & EXT_1_ECX_TOPOEXT, 0);
         }
