@@ -22,6 +22,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("a_program_of_another_protocol_is_refused", other_protocol),
     ("what_cannot_be_replaced_is_refused_by_name", refusals),
     ("a_disk_gets_another_size", resize),
+    ("hundreds_of_processors_come_at_once", processors),
 ];
 
 const ALL: [&str; 4] = ["disk0", "rng", "console", "serial"];
@@ -109,6 +110,17 @@ fn resize() {
     done(&bench.ask("device resize NAME disk0"));
     done(&bench.ask("device restart NAME disk0"));
     assert_eq!(file_size(&bench, "disk0").0, (16 << 20).to_string());
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+/// While the core is busy and reads nothing.
+fn processors() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img --cpus 1,max=1024 --log-file log", "wait");
+    done(&bench.ask("resize NAME --cpus 1024"));
+    done(&bench.ask("device restart NAME disk0"));
+    assert_eq!(count(&bench, "does not listen"), 0);
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }
