@@ -33,7 +33,8 @@ pub struct Gate {
     /// Closed. A copy of what `state` says, for a look without the lock before each entry into the guest.
     closed: AtomicBool,
     state: Mutex<State>,
-    changed: Condvar,
+    /// A vCPU has left the guest, stands at the gate or has ended, or nobody excludes them any more: for those who wait for that.
+    left: Condvar,
 }
 
 #[derive(Default)]
@@ -47,12 +48,16 @@ struct State {
     seats: Vec<Arc<Seat>>,
 }
 
+type Guard<'a> = MutexGuard<'a, State>;
+
 /// One vCPU thread as the gate sees it.
 pub(super) struct Seat {
     index: usize,
     /// The vCPU is plugged in.
     online: AtomicBool,
     in_guest: AtomicBool,
+    /// It may pass: each waits for itself, for with a thousand of them it costs to wake all.
+    opened: Condvar,
     thread: libc::pthread_t,
 }
 
@@ -92,25 +97,25 @@ impl VcpuThreads {
 
     /// Lets all vCPUs run.
     pub fn resume(&self) {
-        drop(self.gate.change(|state| state.running = true));
+        drop(self.gate.change(self.gate.lock(), |state| state.running = true));
     }
 
     /// Holds all vCPUs and returns when none is in the guest any more.
     ///
     /// A vCPU that waits for a device process comes back at that wait's deadline at the latest.
     pub fn pause(&self) {
-        self.gate.change(|state| state.running = false).kick();
+        drop(self.gate.change(self.gate.lock(), |state| state.running = false));
         self.wait_at_gate();
     }
 
     /// Plugs a vCPU in or out. One that is out stays at the gate whatever the guest sends it; it has left the guest soon
     /// after this returns.
     pub fn set_online(&self, index: usize, online: bool) {
-        let set = |state: &mut State| {
-            let seat = state.seats.iter().find(|seat| seat.index == index);
-            seat.inspect(|seat| seat.online.store(online, Ordering::SeqCst));
-        };
-        self.gate.change(set).kick();
+        let state = self.gate.lock();
+        if let Some(seat) = state.seats.iter().find(|seat| seat.index == index) {
+            seat.online.store(online, Ordering::SeqCst);
+            state.settle(seat);
+        }
     }
 
     fn wait_at_gate(&self) {
@@ -122,9 +127,15 @@ impl VcpuThreads {
 }
 
 impl State {
-    /// Gets every vCPU out of the guest.
-    fn kick(&self) {
-        for seat in self.seats.iter().filter(|seat| seat.in_guest.load(Ordering::SeqCst)) {
+    fn lets(&self, seat: &Seat) -> bool {
+        self.running && !self.exclusive && seat.online.load(Ordering::SeqCst)
+    }
+
+    /// Wakes the vCPU that may pass, and gets the one that may not out of the guest.
+    fn settle(&self, seat: &Seat) {
+        if self.lets(seat) {
+            seat.opened.notify_one();
+        } else if seat.in_guest.load(Ordering::SeqCst) {
             // SAFETY: a thread gives up its seat, under the lock that `self` is guarded by, before it ends: the id is valid.
             unsafe { libc::pthread_kill(seat.thread, KICK_SIGNAL) };
         }
@@ -132,22 +143,22 @@ impl State {
 }
 
 impl Gate {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> Guard<'_> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes who may pass, and wakes all that wait.
-    fn change(&self, change: impl FnOnce(&mut State)) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
+    /// Changes who may pass, and tells all that it concerns.
+    fn change<'a>(&self, mut state: Guard<'a>, change: impl FnOnce(&mut State)) -> Guard<'a> {
         change(&mut state);
         // Sequentially consistent, as in `enter_guest`: either the vCPU sees the gate closed, or its seat is seen in the guest.
         self.closed.store(!state.running || state.exclusive, Ordering::SeqCst);
-        self.changed.notify_all();
+        state.seats.iter().for_each(|seat| state.settle(seat));
+        self.left.notify_all();
         state
     }
 
-    fn sleep<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    fn sleep<'a>(&self, state: Guard<'a>) -> Guard<'a> {
+        self.left.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Does something while no vCPU is in the guest; those that are elsewhere, the caller's own for instance, go on. What is done
@@ -157,15 +168,14 @@ impl Gate {
         while state.exclusive {
             state = self.sleep(state);
         }
-        drop(state);
-        let mut state = self.change(|state| state.exclusive = true);
-        state.kick();
+        // Without letting the lock go: of two that waited one would open the gate while the other is not done.
+        let mut state = self.change(state, |state| state.exclusive = true);
         while state.seats.iter().any(|seat| seat.in_guest.load(Ordering::SeqCst)) {
             state = self.sleep(state);
         }
         drop(state);
         let result = action();
-        drop(self.change(|state| state.exclusive = false));
+        drop(self.change(self.lock(), |state| state.exclusive = false));
         result
     }
 
@@ -186,16 +196,16 @@ impl Gate {
         seat.in_guest.store(false, Ordering::SeqCst);
         if self.closed.load(Ordering::SeqCst) {
             let _whoever_looks_has_looked = self.lock();
-            self.changed.notify_all();
+            self.left.notify_all();
         }
     }
 
     fn wait(&self, seat: &Seat) {
         let mut state = self.lock();
         state.waiting += 1;
-        self.changed.notify_all();
-        while !state.running || state.exclusive || !seat.online.load(Ordering::SeqCst) {
-            state = self.sleep(state);
+        self.left.notify_all();
+        while !state.lets(seat) {
+            state = seat.opened.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
     }
@@ -203,7 +213,8 @@ impl Gate {
     fn take_seat(&self, index: usize, online: bool) -> Arc<Seat> {
         // SAFETY: takes no argument and cannot fail.
         let thread = unsafe { libc::pthread_self() };
-        let seat = Arc::new(Seat { index, online: online.into(), in_guest: AtomicBool::new(false), thread });
+        let (online, in_guest, opened) = (online.into(), AtomicBool::default(), Condvar::new());
+        let seat = Arc::new(Seat { index, online, in_guest, opened, thread });
         self.lock().seats.push(seat.clone());
         seat
     }
@@ -212,7 +223,7 @@ impl Gate {
         let mut state = self.lock();
         state.seats.retain(|other| !Arc::ptr_eq(other, seat));
         state.waiting += 1;
-        self.changed.notify_all();
+        self.left.notify_all();
     }
 }
 
@@ -284,16 +295,19 @@ mod tests {
             }
             let empty = || {
                 met.fetch_add(inside.load(Ordering::SeqCst), Ordering::SeqCst);
+                // Long enough for another one that excludes them to be in the way.
+                std::thread::yield_now();
+                met.fetch_add(inside.load(Ordering::SeqCst), Ordering::SeqCst);
             };
             gate.exclude_vcpus(empty);
-            drop(gate.change(|state| state.running = true));
+            drop(gate.change(gate.lock(), |state| state.running = true));
             // Two at once, as when two vCPUs flip PAM.
             std::thread::scope(|scope| {
                 for _ in 0..2 {
                     scope.spawn(|| (0..300).for_each(|_| gate.exclude_vcpus(empty)));
                 }
             });
-            let mut state = gate.change(|state| state.running = false);
+            let mut state = gate.change(gate.lock(), |state| state.running = false);
             while state.waiting < 3 {
                 state = gate.sleep(state);
             }
@@ -301,8 +315,50 @@ mod tests {
             drop(state);
             gate.exclude_vcpus(empty);
             stop.store(true, Ordering::SeqCst);
-            drop(gate.change(|state| state.running = true));
+            drop(gate.change(gate.lock(), |state| state.running = true));
         });
         assert_eq!(met.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn a_vcpu_passes_only_while_it_is_online() {
+        install_kick_handler();
+        let (gate, passes, stop) = (Arc::new(Gate::default()), AtomicUsize::new(0), AtomicBool::new(false));
+        let threads = VcpuThreads { gate: gate.clone(), threads: Vec::new() };
+        let (passes, stop, threads, mut late) = (&passes, &stop, &threads, 0);
+        std::thread::scope(|scope| {
+            for index in 0..3 {
+                let gate = gate.clone();
+                scope.spawn(move || {
+                    let seat = gate.take_seat(index, index == 0);
+                    while !stop.load(Ordering::SeqCst) {
+                        gate.enter_guest(&seat);
+                        passes.fetch_add(usize::from(index == 2), Ordering::SeqCst);
+                        gate.leave_guest(&seat);
+                    }
+                    gate.leave(&seat);
+                });
+            }
+            threads.resume();
+            while gate.lock().waiting < 2 {
+                std::thread::yield_now();
+            }
+            for _ in 0..300 {
+                let before = passes.load(Ordering::SeqCst);
+                threads.set_online(2, true);
+                while passes.load(Ordering::SeqCst) == before {
+                    std::thread::yield_now();
+                }
+                threads.set_online(2, false);
+                gate.exclude_vcpus(|| ());
+                let after = passes.load(Ordering::SeqCst);
+                // What opens the gate for others opens it not for this one.
+                gate.exclude_vcpus(|| ());
+                late += passes.load(Ordering::SeqCst) - after;
+            }
+            stop.store(true, Ordering::SeqCst);
+            (1..3).for_each(|index| threads.set_online(index, true));
+        });
+        assert_eq!(late, 0);
     }
 }
