@@ -7,7 +7,7 @@ pub(super) const EBDA_START: u64 = 0x9_FC00;
 /// Video memory and option ROMs: no RAM from here on.
 const VIDEO_START: u64 = 0xA_0000;
 /// The BIOS area, where ACPI tables are.
-const BIOS_START: u64 = 0xE_0000;
+pub const BIOS_START: u64 = 0xE_0000;
 const BIOS_END: u64 = 0x10_0000;
 
 /// What a range of guest addresses is. Values are those of e820 and of PVH's memory map.

@@ -17,7 +17,7 @@
 //! | 9000–EFFF | page tables |
 //! | 20000 | command line |
 //! | 9FC00–9FFFF | extended BIOS data area, reserved |
-//! | E0000–FFFFF | reserved; ACPI tables, written by the core |
+//! | E0000–FFFFF | reserved; ACPI tables and SMBIOS, written by the core; long ACPI tables begin at C0000, reserved then |
 //! | 100000… | kernel, and the initrd as high as it may be below the hole |
 
 mod bzimage;
@@ -43,7 +43,7 @@ use bulkhead_ipc::memory::{Direction, GuestRam};
 pub use entry::{ControlRegisters, Entry, Gdt, Mode, Segment, Unpacking};
 pub use error::BootError;
 pub use firmware::load_firmware;
-pub use map::{MapEntry, MapKind, memory_map};
+pub use map::{BIOS_START, MapEntry, MapKind, memory_map};
 
 use image::{Image, Kind};
 

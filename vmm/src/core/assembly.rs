@@ -21,9 +21,9 @@ use super::flash::Flash;
 use super::platform::Platform;
 use super::register_device::RemoteDevice;
 use super::reports::Reports;
-use crate::boot::{BootSource, Entry, load_firmware, load_kernel};
+use crate::boot::{BIOS_START, BootSource, Entry, load_firmware, load_kernel};
 use crate::kvm::{Gate, Vcpu, VcpuStop, VcpuThreads};
-use crate::machine::{Machine, MemoryChip};
+use crate::machine::{BuildError, Machine, MemoryChip};
 use crate::virtio::VirtioPci;
 
 /// The stack of the thread that opens the sessions with the device processes.
@@ -222,8 +222,13 @@ fn load(
 ) -> Result<Entry, CoreError> {
     machine.assign_resources();
     let tables = machine.acpi_tables();
+    let room = SMBIOS.saturating_sub(tables.address);
+    if tables.blob.len() as u64 > room {
+        return Err(BuildError::Tables(room).into());
+    }
     place(ram, tables.address, &tables.blob)?;
-    let source = BootSource { kernel, initrd, command_line, rsdp: Some(tables.rsdp), reserved: &[] };
+    let reserved = &[(tables.address, BIOS_START.saturating_sub(tables.address))];
+    let source = BootSource { kernel, initrd, command_line, rsdp: Some(tables.rsdp), reserved };
     Ok(load_kernel(ram, &source)?)
 }
 

@@ -45,6 +45,9 @@ pub enum BuildError {
     /// An address width that no such CPU has.
     #[error("guest-physical addresses have 36 to 52 bits, not {0}")]
     AddressBits(u8),
+    /// More CPUs and slots than there is room for in a direct boot.
+    #[error("the ACPI tables are longer than the {0} bytes below SMBIOS")]
+    Tables(u64),
     /// A built-in function's registers are defined wrongly.
     #[error("the chipset's configuration space is defined wrongly: {0}")]
     Config(#[from] ConfigError),
