@@ -79,7 +79,7 @@ fn huge_pages(context: &Context) -> Outcome {
     Ok(())
 }
 
-/// All that `KVM_CAP_MAX_VCPUS` allows, and fewer with ids far apart.
+/// All that `KVM_CAP_MAX_VCPUS` allows, at the start and later, and fewer with ids far apart.
 fn processors(context: &Context) -> Outcome {
     let doctor = bulkhead(context).arg("doctor").output().map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
@@ -87,8 +87,13 @@ fn processors(context: &Context) -> Outcome {
     let most: u32 =
         most.and_then(|(most, _)| most.parse().ok()).ok_or("`bulkhead doctor` tells no number of CPUs")?;
     let most = most.min(4096);
-    let sparse = ("300,sockets=60,cores=5".to_owned(), 300, 59 * 8 + 4);
-    for (name, (cpus, count, last)) in [("most", (most.to_string(), most, most - 1)), ("sparse", sparse)] {
+    let mut machines = vec![("most", most.to_string(), most, most - 1)];
+    if most >= 300 {
+        machines.push(("sparse", "300,sockets=60,cores=5".to_owned(), 300, 59 * 8 + 4));
+    } else {
+        eprintln!("KVM has {most} CPUs here: 300 of them with ids far apart are left out");
+    }
+    for (name, cpus, count, last) in machines {
         let machine = Machine::bare(context, &context.places.payloads.join("processors.elf"))?;
         let arguments = ["--memory", "64M", "--rng", "--cpus", &cpus];
         let mut running = machine.named(name).arguments(&arguments).start()?;
@@ -102,7 +107,15 @@ fn processors(context: &Context) -> Outcome {
     running.expect_exit(exit::USAGE)?;
     let refused = running.messages().iter().any(|line| line.contains("is too many"));
     ensure!(refused, "{} CPUs: {:?}", most + 1, running.messages());
-    Ok(())
+    // The most that may come later.
+    let most = most.min(1536);
+    let (mut running, _) = waiting(context, &["--cpus", &format!("1,max={most}")])?;
+    let mut resize = bulkhead(context);
+    resize.args(["resize", &running.name, "--cpus", &most.to_string()]);
+    let output = resize.output().map_err(|error| error.to_string())?;
+    ensure!(output.status.success(), "from 1 to {most} CPUs: {}", String::from_utf8_lossy(&output.stderr));
+    running.signal(Signal::SIGTERM)?;
+    running.expect_exit(143)
 }
 
 fn garbage(context: &Context) -> Outcome {

@@ -375,7 +375,8 @@ impl Rtc {
         for (register, byte) in (register::MEMORY_ABOVE_4G..).zip([low, middle, high]) {
             state.put(register, byte);
         }
-        state.put(register::EXTRA_CPUS, u8::try_from(cpus.saturating_sub(1)).unwrap_or(u8::MAX));
+        // None where 8 bits do not tell: then firmware asks fw_cfg.
+        state.put(register::EXTRA_CPUS, u8::try_from(cpus).map_or(0, |cpus| cpus.saturating_sub(1)));
     }
 
     /// A deadline of the machine has come, this clock's perhaps.
@@ -629,6 +630,10 @@ mod tests {
             .to_vec();
         // 640 KiB; more than 16 bits of KiB; (3 GiB − 16 MiB) / 64 KiB; 5 GiB / 64 KiB; 4 CPUs.
         assert_eq!(bytes, [0x80, 0x02, 0xFF, 0xFF, 0xFF, 0xFF, 0x00, 0xBF, 0x00, 0x40, 0x01, 0x03]);
+        for (cpus, extra) in [(1, 0), (255, 254), (256, 0), (4096, 0)] {
+            rtc.describe(&[], cpus);
+            assert_eq!(get(&rtc, register::EXTRA_CPUS), extra, "{cpus} CPUs");
+        }
     }
 
     #[test]
