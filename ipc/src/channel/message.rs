@@ -152,6 +152,9 @@ pub struct FirmwareFile {
     pub contents: Vec<u8>,
 }
 
+/// The first local APIC id that does not tell one processor from all in 8 bits: 255 is the broadcast address.
+pub const FIRST_WIDE_APIC_ID: u32 = 255;
+
 /// The processors that the guest sees, and may see later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Processors {

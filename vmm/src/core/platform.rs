@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_ipc::channel::message::{Boot, CoreStart, LinkKind};
+use bulkhead_ipc::channel::message::{Boot, CoreStart, FIRST_WIDE_APIC_ID, LinkKind};
 use bulkhead_ipc::memory::{GuestRam, MappedFile};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
@@ -12,9 +12,6 @@ use super::host::CoreHost;
 use super::reports::Reports;
 use crate::kvm::{Doorbells, Gate, Interrupts, MemorySlots, Vcpu, Vm, address_bits};
 use crate::machine::{Machine, MachineConfig, MemoryChip};
-
-/// The first local APIC id that does not tell one processor from all in 8 bits.
-const FIRST_WIDE_APIC_ID: u32 = 255;
 
 /// What devices are attached to.
 pub(super) struct Platform {

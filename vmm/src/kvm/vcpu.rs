@@ -6,7 +6,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use bulkhead_ipc::channel::message::Processors;
+use bulkhead_ipc::channel::message::{FIRST_WIDE_APIC_ID, Processors};
 use bulkhead_ipc::memory::GuestRam;
 use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -61,7 +61,7 @@ impl Vcpu {
         fd.set_cpuid2(&table).map_err(call("KVM_SET_CPUID2"))?;
         msrs::set_up(&fd)?;
         registers::set_up_lapic(&fd)?;
-        let wide_ids = processors.apic_ids.last() >= Some(&255);
+        let wide_ids = processors.apic_ids.last() >= Some(&FIRST_WIDE_APIC_ID);
         Ok(Self { apic_id, wide_ids, fd, machine, ram: vm.ram.clone() })
     }
 
@@ -70,7 +70,8 @@ impl Vcpu {
     /// # Errors
     /// The ioctl that failed.
     pub fn enter_at(&self, entry: &Entry) -> Result<(), KvmError> {
-        registers::set_entry(&self.fd, entry, self.wide_ids)
+        // A multiboot kernel, which alone finds a number in RAX, need not know of x2APIC mode.
+        registers::set_entry(&self.fd, entry, self.wide_ids && entry.rax == 0)
     }
 
     /// The vCPU's descriptor number, for the check of all descriptors before the process is sealed.

@@ -1,6 +1,7 @@
 //! MADT, the interrupt controllers (ACPI 6.5, section 5.2.12).
 
 use acpi_tables::sdt::Sdt;
+use bulkhead_ipc::channel::message::FIRST_WIDE_APIC_ID;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 
@@ -15,8 +16,6 @@ const TYPE_SOURCE_OVERRIDE: u8 = 2;
 const TYPE_LOCAL_APIC_NMI: u8 = 4;
 const TYPE_LOCAL_X2APIC: u8 = 9;
 const TYPE_LOCAL_X2APIC_NMI: u8 = 10;
-/// The broadcast id of 8 bits: this id and those above it are told in structures of their own.
-const FIRST_X2APIC_ID: u32 = 255;
 /// Local APIC flags: enabled; not yet, but it can come online.
 const ENABLED: u32 = 1;
 const ONLINE_CAPABLE: u32 = 2;
@@ -31,7 +30,7 @@ const OVERRIDES: [(u8, u32, u16); 5] =
 /// The structure of a CPU.
 pub(super) fn local_apic(index: u16, apic_id: u32, enabled: bool) -> Vec<u8> {
     let flags = if enabled { ENABLED } else { ONLINE_CAPABLE };
-    if apic_id >= FIRST_X2APIC_ID {
+    if apic_id >= FIRST_WIDE_APIC_ID {
         let fields = [apic_id, flags, index.into()].map(u32::to_le_bytes);
         return [&[TYPE_LOCAL_X2APIC, 16, 0, 0], fields.as_flattened()].concat();
     }
@@ -59,7 +58,7 @@ pub(super) fn table(cpus: u16, apic_ids: &[u32]) -> Vec<u8> {
     }
     // NMI on LINT1 of every CPU.
     body.extend([TYPE_LOCAL_APIC_NMI, 6, 0xFF, 0, 0, 1]);
-    if apic_ids.last() >= Some(&FIRST_X2APIC_ID) {
+    if apic_ids.last() >= Some(&FIRST_WIDE_APIC_ID) {
         body.extend([TYPE_LOCAL_X2APIC_NMI, 12, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 1, 0, 0, 0]);
     }
     let mut table = Sdt::new(*b"APIC", 36, 5, OEM_ID, OEM_TABLE_ID, OEM_REVISION);

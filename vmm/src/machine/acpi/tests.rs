@@ -102,10 +102,12 @@ fn entries(madt: &[u8], kind: u8) -> Vec<Vec<u8>> {
 /// ACPI 6.5, sections 5.2.12.12 and 5.2.12.13.
 #[test]
 fn processors_with_ids_from_255_on_have_structures_of_their_own() {
-    let tables = tables(257);
-    let madt = listed(&tables)[1];
-    assert_eq!(entries(madt, 0).last().unwrap()[..], [254, 254, 1, 0, 0, 0]);
-    let wide = [[255, 0], [0, 1]].map(|[low, high]| [0, 0, low, high, 0, 0, 1, 0, 0, 0, low, high, 0, 0]);
+    // Sparse, so that a UID (the index) is not the id.
+    let madt = madt::table(4, &[0, 2, 254, 255, 0x1234]);
+    let madt = madt.as_slice();
+    assert_eq!(entries(madt, 0), [[0, 0, 1, 0, 0, 0], [1, 2, 1, 0, 0, 0], [2, 254, 1, 0, 0, 0]]);
+    let wide = [([255, 0], 1, 3), ([0x34, 0x12], 2, 4)];
+    let wide = wide.map(|([low, high], flags, uid)| [0, 0, low, high, 0, 0, flags, 0, 0, 0, uid, 0, 0, 0]);
     assert_eq!(entries(madt, 9), wide);
     assert_eq!(entries(madt, 10), [[0, 0, 255, 255, 255, 255, 1, 0, 0, 0]]);
     let tables = self::tables(255);

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bulkhead_ipc::channel::message::FIRST_WIDE_APIC_ID;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use thiserror::Error;
 
@@ -10,8 +11,6 @@ use super::nearest::hint;
 
 /// The keys.
 const KEYS: [&str; 4] = ["max", "sockets", "cores", "threads"];
-/// The last APIC id of 8 bits that is not the broadcast address: the I/O APIC in the host's kernel reaches no others.
-const LAST_IO_APIC_ID: u32 = 254;
 /// The most CPUs: what the names of their ACPI objects tell apart. However they sit together, their APIC ids have no more than the
 /// 15 bits that an interrupt message has for its destination.
 const MOST_CPUS: u32 = 1 << 12;
@@ -240,10 +239,10 @@ impl Topology {
         self.apic_id(self.count().saturating_sub(1))
     }
 
-    /// How many CPUs, from the first one on, the I/O APIC reaches, when it does not reach all.
+    /// How many CPUs, from the first one on, the I/O APIC of the host's kernel reaches, when it does not reach all.
     pub fn reached_by_io_apic(&self) -> Option<usize> {
         let ids = self.apic_ids();
-        Some(ids.partition_point(|id| *id <= LAST_IO_APIC_ID)).filter(|reached| *reached < ids.len())
+        Some(ids.partition_point(|id| *id < FIRST_WIDE_APIC_ID)).filter(|reached| *reached < ids.len())
     }
 }
 
