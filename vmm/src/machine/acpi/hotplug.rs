@@ -134,7 +134,7 @@ fn locked(name: &str, arguments: u8, result: Option<&dyn Aml>, body: &[Raw]) -> 
 fn notifications(apic_ids: &[u32]) -> Vec<Raw> {
     let notify = |index: u16| {
         let told = raw(&Notify::new(&Path::new(&cpu_name(index)), &Arg(1)));
-        when(&Equal::new(&Arg(0), &index), &[told, raw(&Return::new(&ZERO))])
+        when(&Equal::new(&Arg(0), &index), &[told])
     };
     (0..).zip(apic_ids).map(|(index, _)| notify(index)).collect()
 }
