@@ -344,6 +344,8 @@ pub enum ToDevice {
     Keys {
         /// Counts these messages, from 1 on.
         number: u64,
+        /// Number of the newest there is: a state that knows of later ones is not one of a keyboard that kept to the rules.
+        newest: u64,
         /// The keys.
         keys: Vec<Key>,
     },

@@ -317,7 +317,7 @@ fn serve(control: &Control, id: &str) {
             }
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
-            (ToDevice::Keys { number, keys }, _) => {
+            (ToDevice::Keys { number, keys, .. }, _) => {
                 eprintln!("INFO stand-in: message {number} of {} strokes for {id}", keys.len());
                 control.channel.send(&FromDevice::KeysTaken(number), &[]).unwrap();
             }
