@@ -91,7 +91,7 @@ impl Kept {
         self.long(WAY).load(Ordering::Acquire)
     }
 
-    /// Stores a second word, where nothing is asked about ways out.
+    /// Stores the way out, or another second word where nothing is asked about ways out. A store of it comes after all stores before.
     pub fn set_way(&self, way: u64) {
         self.long(WAY).store(way, Ordering::SeqCst);
     }
