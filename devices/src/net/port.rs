@@ -43,6 +43,8 @@ pub enum Output {
     Dropped,
     /// There is no room now.
     Full,
+    /// It cannot be sent, and the stream may have ended within another: the peer is to be left.
+    Lost,
 }
 
 impl Port {
@@ -80,8 +82,11 @@ impl Port {
                 if outbox.append(len, &mut fill) {
                     return Output::Sent;
                 }
-                if outbox.is_empty() || !self.flush(outbox) {
+                if outbox.is_empty() {
                     return Output::Dropped;
+                }
+                if !self.flush(outbox) {
+                    return Output::Lost;
                 }
                 if !outbox.is_empty() {
                     return Output::Full;
@@ -222,6 +227,21 @@ mod tests {
         }
         let expected = frame(&[9; 1000]);
         assert!(reader.join().unwrap().chunks(1004).all(|packet| packet == expected));
+    }
+
+    #[test]
+    fn a_stream_that_fails_within_a_packet_is_lost() {
+        let (port, peer) = stream();
+        let mut outbox = outbox_of(&port, None);
+        let mut send = || {
+            port.send(&mut outbox, 1000, |place| {
+                place.fill(9);
+                true
+            })
+        };
+        while send() == Output::Sent {}
+        drop(peer);
+        assert_eq!(send(), Output::Lost);
     }
 
     #[test]
