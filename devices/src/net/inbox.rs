@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use bulkhead_ipc::tap::VNET_HEADER;
 use nix::errno::Errno;
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::unistd::read;
 
 use super::port::{Header, LARGEST, LENGTH, Port, SMALLEST};
@@ -40,7 +41,10 @@ pub enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Tap,
+    /// A packet with nothing in it is one.
     Datagrams,
+    /// A socket that keeps packets apart and ends with its peer: nothing is what comes then.
+    Packets,
     Stream,
 }
 
@@ -109,10 +113,13 @@ fn marked_length(room: &[u8]) -> Option<usize> {
 }
 
 impl Inbox {
-    /// Packets of `port`, in memory that may outlive the process.
+    /// Packets of `port`, in memory that may outlive the process. To be called before the process is sealed.
     pub fn new(port: &Port, kept: Kept) -> Self {
         let kind = match port {
             Port::Tap(_) => Kind::Tap,
+            Port::Datagrams(Some(peer)) if getsockopt(peer, sockopt::SockType) == Ok(SockType::SeqPacket) => {
+                Kind::Packets
+            }
             Port::Datagrams(_) => Kind::Datagrams,
             Port::Stream(_) => Kind::Stream,
         };
@@ -208,7 +215,7 @@ impl Inbox {
         let Range { start, end } = self.state.filled;
         match self.kind {
             Kind::Tap => self.state.spent = true,
-            Kind::Datagrams => self.state.filled = 0..0,
+            Kind::Datagrams | Kind::Packets => self.state.filled = 0..0,
             Kind::Stream => self.state.filled.start = start.max(self.body.end).min(end),
         }
         self.save();
@@ -306,6 +313,7 @@ impl Inbox {
             Port::Datagrams(None) | Port::Stream(None) => return Input::Nothing,
         };
         match result {
+            Ok(0) if self.kind == Kind::Packets => Input::Lost,
             // An empty datagram is done with at once.
             Ok(_) => {
                 self.next_packet();

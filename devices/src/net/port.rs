@@ -28,7 +28,7 @@ pub type Header = [u8; VNET_HEADER];
 pub enum Port {
     /// A queue of a tap.
     Tap(Arc<File>),
-    /// A packet a datagram. Without a peer nothing is there.
+    /// A packet a datagram, or a message of a connection. Without a peer nothing is there.
     Datagrams(Option<OwnedFd>),
     /// QEMU's and passt's framing. Without a peer nothing is there.
     Stream(Option<OwnedFd>),
@@ -131,6 +131,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::fs::FileExt;
     use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 
     use super::super::inbox::{Inbox, Input};
     use super::super::{inbox, outbox};
@@ -312,11 +314,7 @@ mod tests {
             outbox.append(3, copy(b"abc"));
             port.flush(&mut outbox);
             let mut drain = vec![0; 1 << 18];
-            let _all_of_it = nix::sys::socket::recv(
-                peer.as_raw_fd(),
-                &mut drain,
-                nix::sys::socket::MsgFlags::MSG_DONTWAIT,
-            );
+            let _all_of_it = nix::sys::socket::recv(peer.as_raw_fd(), &mut drain, MsgFlags::MSG_DONTWAIT);
         }
     }
 
@@ -334,5 +332,29 @@ mod tests {
         assert_eq!(&bytes[..count], b"back");
         drop(theirs);
         assert_eq!(port.send(&mut outbox, 4, copy(b"gone")), Output::Dropped);
+    }
+
+    #[test]
+    fn a_peer_that_keeps_packets_apart_is_lost_when_it_closes_and_an_empty_datagram_is_a_packet() {
+        let pair = |kind| socketpair(AddressFamily::Unix, kind, None, SockFlag::empty()).unwrap();
+        for kind in [SockType::SeqPacket, SockType::Datagram] {
+            let (ours, theirs) = pair(kind);
+            let port = Port::Datagrams(Some(ours));
+            let mut inbox = inbox_of(&port, None);
+            nix::unistd::write(&theirs, b"a packet").unwrap();
+            assert_eq!(inbox.receive(&port), Input::Packet);
+            assert_eq!(inbox.packet().1, b"a packet");
+            inbox.consume();
+            assert_eq!(inbox.receive(&port), Input::Nothing);
+            if kind == SockType::SeqPacket {
+                drop(theirs);
+                assert_eq!(inbox.receive(&port), Input::Lost);
+            } else {
+                nix::sys::socket::send(theirs.as_raw_fd(), b"", MsgFlags::empty()).unwrap();
+                assert_eq!(inbox.receive(&port), Input::Packet);
+                inbox.consume();
+                assert_eq!(inbox.receive(&port), Input::Nothing);
+            }
+        }
     }
 }
