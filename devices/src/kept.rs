@@ -43,6 +43,9 @@ unsafe impl Send for Kept {}
 impl Kept {
     /// Maps a page and `bytes` bytes of `file` from `offset` on; without a file they end with the process.
     ///
+    /// A successor maps them while its predecessor still serves. The caller neither reads nor changes the bytes before that one has
+    /// ended: the kernel and another process would change them under a slice.
+    ///
     /// # Errors
     /// The file is too small, or the kernel refuses.
     pub fn new(file: Option<&File>, offset: u64, bytes: usize) -> io::Result<Self> {
@@ -91,7 +94,7 @@ impl Kept {
         self.long(WAY).load(Ordering::Acquire)
     }
 
-    /// Stores a second word, where nothing is asked about ways out.
+    /// Stores the way out, or another second word where nothing is asked about ways out. A store of it comes after all stores before.
     pub fn set_way(&self, way: u64) {
         self.long(WAY).store(way, Ordering::SeqCst);
     }
@@ -107,7 +110,8 @@ impl Kept {
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the mapping is longer than HEAD and lives as long as `self`; the bytes are changed through `&mut self` alone, by
-        // this process or by the kernel at its order, and no other process maps them for writing while this one serves.
+        // this process or by the kernel at its order. A successor that maps them too touches none before this process is reaped,
+        // which is its callers' duty (`new`).
         unsafe { std::slice::from_raw_parts(self.memory.add(HEAD).as_ptr(), self.length.get() - HEAD) }
     }
 

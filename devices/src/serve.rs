@@ -243,7 +243,7 @@ pub fn run(
             // The workers say their last.
             drop(daemon);
             match control {
-                Control::Console(console) => leave(channel, &[], &console.left()),
+                Control::Console(console) => leave(channel, &console.left()),
                 _ => Ok(()),
             }
         }
@@ -265,14 +265,13 @@ pub fn refuse(channel: &Channel, reason: String) -> Result<(), ChannelError> {
     channel.send_within(&FromDevice::Failed(reason), &[], FAREWELL_LIMIT)
 }
 
-/// The most bytes of one direction in one message.
+/// The most bytes in one message.
 const LEFT_AT_ONCE: usize = 24 << 10;
 
 /// Leaves to a successor what would be lost with this process. Without a supervisor that listens there is none.
-pub(crate) fn leave(channel: &Channel, input: &[u8], output: &[u8]) -> Result<(), ServeError> {
-    let input = input.chunks(LEFT_AT_ONCE).map(|input| Left { input: input.to_vec(), output: Vec::new() });
-    let output = output.chunks(LEFT_AT_ONCE);
-    for left in input.chain(output.map(|output| Left { input: Vec::new(), output: output.to_vec() })) {
+fn leave(channel: &Channel, output: &[u8]) -> Result<(), ServeError> {
+    for output in output.chunks(LEFT_AT_ONCE) {
+        let left = Left { output: output.to_vec() };
         match channel.send_within(&FromDevice::Left(left), &[], FAREWELL_LIMIT) {
             Ok(()) => {}
             Err(ChannelError::PeerClosed) => break,

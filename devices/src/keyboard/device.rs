@@ -46,8 +46,13 @@ impl KeyboardDevice {
         Self { state: State::default(), begun: false, file: file.into(), interrupt: Interrupt::default() }
     }
 
-    /// Keys are pressed or released, unless a predecessor was told of them. Returns the number of those taken last.
-    pub fn press(&mut self, number: u64, keys: &[Key]) -> u64 {
+    /// Keys are pressed or released, unless a predecessor was told of them. Returns the number of those taken last. `newest`: number of
+    /// the newest there is.
+    pub fn press(&mut self, number: u64, newest: u64, keys: &[Key]) -> u64 {
+        // The predecessor may have been broken into.
+        if self.state.taken > newest.max(number) {
+            self.state.taken = 0;
+        }
         if number > self.state.taken {
             self.state.controller.press(keys);
             // Together with what they made of the controller.
@@ -106,7 +111,9 @@ impl DeviceProcess for KeyboardDevice {
 
     fn order(&mut self, message: ToDevice) -> Option<FromDevice> {
         match message {
-            ToDevice::Keys { number, keys } => Some(FromDevice::KeysTaken(self.press(number, &keys))),
+            ToDevice::Keys { number, newest, keys } => {
+                Some(FromDevice::KeysTaken(self.press(number, newest, &keys)))
+            }
             message => {
                 tracing::warn!(?message, "a control message that this device does not know");
                 None
@@ -193,7 +200,7 @@ mod tests {
 
         fn press(&mut self, keys: &[Key]) {
             self.keys += 1;
-            assert_eq!(self.device.press(self.keys, keys), self.keys);
+            assert_eq!(self.device.press(self.keys, self.keys, keys), self.keys);
         }
 
         fn offset(&self, port: u64) -> u64 {
@@ -234,9 +241,27 @@ mod tests {
         guest.press(&[A]);
         successor.begin().unwrap();
         guest.device = successor;
-        assert_eq!(guest.device.press(1, &[A]), 1);
+        assert_eq!(guest.device.press(1, 1, &[A]), 1);
         guest.press(&[B]);
         assert_eq!([guest.read(0x60), guest.read(0x60)], [0x1E, 0x30]);
+        assert_eq!(guest.read(0x64) & 1, 0);
+    }
+
+    #[test]
+    fn a_state_that_knows_of_keys_that_nobody_struck_keeps_none_back() {
+        let file = tempfile::tempfile().unwrap();
+        let mut guest = Guest::new(&file);
+        guest.write(0x64, 0x60);
+        guest.write(0x60, 0x41);
+        guest.device.state.taken = u64::MAX;
+        guest.device.store();
+        guest.succeed(&file);
+        guest.press(&[A]);
+        guest.press(&[B]);
+        assert_eq!([guest.read(0x60), guest.read(0x60)], [0x1E, 0x30]);
+        // One that a predecessor took, of more that are not known to be taken, is not struck again.
+        guest.succeed(&file);
+        assert_eq!(guest.device.press(1, 2, &[A]), 2);
         assert_eq!(guest.read(0x64) & 1, 0);
     }
 

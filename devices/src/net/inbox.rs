@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use bulkhead_ipc::tap::VNET_HEADER;
 use nix::errno::Errno;
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::unistd::read;
 
 use super::port::{Header, LARGEST, LENGTH, Port, SMALLEST};
@@ -40,7 +41,10 @@ pub enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Tap,
+    /// A packet with nothing in it is one.
     Datagrams,
+    /// A socket that keeps packets apart and ends with its peer: nothing is what comes then.
+    Packets,
     Stream,
 }
 
@@ -109,10 +113,13 @@ fn marked_length(room: &[u8]) -> Option<usize> {
 }
 
 impl Inbox {
-    /// Packets of `port`, in memory that may outlive the process.
+    /// Packets of `port`, in memory that may outlive the process. To be called before the process is sealed.
     pub fn new(port: &Port, kept: Kept) -> Self {
         let kind = match port {
             Port::Tap(_) => Kind::Tap,
+            Port::Datagrams(Some(peer)) if getsockopt(peer, sockopt::SockType) == Ok(SockType::SeqPacket) => {
+                Kind::Packets
+            }
             Port::Datagrams(_) => Kind::Datagrams,
             Port::Stream(_) => Kind::Stream,
         };
@@ -145,7 +152,8 @@ impl Inbox {
         let given = self.state.giving.take().is_some_and(|before| before != used);
         self.save();
         self.kept.settle();
-        if self.state.spent {
+        // All of it, once: the predecessor may have been broken into.
+        if self.state.spent || self.kind == Kind::Tap && self.state.filled.is_empty() {
             self.state.filled = 0..PACKET;
             self.mark();
         }
@@ -157,11 +165,13 @@ impl Inbox {
     /// Another way out begins.
     pub fn restart(&mut self, way: u64) {
         (self.state, self.body) = (State::default(), 0..0);
-        self.kept.begin(way);
+        // The way counts last: a successor of a process killed before does the same again.
+        self.kept.begin(0);
         if self.kind == Kind::Tap {
             self.state.filled = 0..PACKET;
             self.mark();
         }
+        self.kept.set_way(way);
     }
 
     fn save(&self) {
@@ -205,7 +215,7 @@ impl Inbox {
         let Range { start, end } = self.state.filled;
         match self.kind {
             Kind::Tap => self.state.spent = true,
-            Kind::Datagrams => self.state.filled = 0..0,
+            Kind::Datagrams | Kind::Packets => self.state.filled = 0..0,
             Kind::Stream => self.state.filled.start = start.max(self.body.end).min(end),
         }
         self.save();
@@ -303,6 +313,7 @@ impl Inbox {
             Port::Datagrams(None) | Port::Stream(None) => return Input::Nothing,
         };
         match result {
+            Ok(0) if self.kind == Kind::Packets => Input::Lost,
             // An empty datagram is done with at once.
             Ok(_) => {
                 self.next_packet();
@@ -321,4 +332,53 @@ impl Inbox {
 pub fn memory(port: &Port, file: Option<&std::fs::File>, offset: u64) -> io::Result<Kept> {
     let bytes = if matches!(port, Port::Stream(_)) { 2 * AREA } else { PACKET.next_multiple_of(HEAD) };
     Kept::new(file, offset, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use super::*;
+
+    const WAY: u64 = 3;
+
+    fn tap_with(file: &File) -> Inbox {
+        let port = Port::Tap(Arc::new(tempfile::tempfile().unwrap()));
+        Inbox::new(&port, memory(&port, Some(file), 0).unwrap())
+    }
+
+    fn byte(file: &File, at: usize) -> u8 {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at as u64).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn the_room_for_a_packet_is_marked_before_its_way_counts() {
+        for _ in 0..300 {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(KEPT as u64).unwrap();
+            let mut inbox = tap_with(&file);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // The word that says the way.
+                    while byte(&file, 8) != 3 {}
+                    assert_eq!(byte(&file, HEAD + PACKET - 1), MARK);
+                });
+                inbox.begin(WAY, 0);
+            });
+        }
+    }
+
+    #[test]
+    fn room_that_a_predecessor_marked_in_part_is_marked_anew() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(KEPT as u64).unwrap();
+        tap_with(&file).begin(WAY, 0);
+        file.write_all_at(&[7; 100], (HEAD + 50) as u64).unwrap();
+        tap_with(&file).begin(WAY, 0);
+        assert!((0..PACKET).step_by(50).all(|at| byte(&file, HEAD + at) == MARK));
+    }
 }

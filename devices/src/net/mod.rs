@@ -205,7 +205,8 @@ pub struct Net {
     shared: Arc<Shared>,
     offloads: u32,
     ports: Vec<(Port, Inbox, Outbox)>,
-    arrivals: Sender<Peer>,
+    /// A socket gets other peers.
+    arrivals: Option<Sender<Peer>>,
     arriving: Option<Receiver<Peer>>,
     /// A driver has begun.
     begun: bool,
@@ -261,16 +262,8 @@ impl Net {
             settings,
         };
         shared.set_mac(shared.settings.mac);
-        let (arrivals, arriving) = channel();
-        Ok(Self {
-            shared: Arc::new(shared),
-            offloads,
-            ports,
-            arrivals,
-            arriving: Some(arriving),
-            begun: false,
-            ended: false,
-        })
+        let (arrivals, arriving) = one.then(channel).unzip();
+        Ok(Self { shared: Arc::new(shared), offloads, ports, arrivals, arriving, begun: false, ended: false })
     }
 
     /// A handle for the control channel's messages.
@@ -284,13 +277,15 @@ impl Net {
 #[derive(Clone, Debug)]
 pub struct Controller {
     shared: Arc<Shared>,
-    arrivals: Sender<Peer>,
+    arrivals: Option<Sender<Peer>>,
 }
 
 impl Controller {
-    /// Another peer of the socket, with the number of this way.
+    /// Another peer of the socket, with the number of this way. With a tap it is closed: nobody would ever take it.
     pub fn attach(&self, socket: OwnedFd, way: u64) {
-        let _ = self.arrivals.send(Peer { socket, way });
+        if let Some(arrivals) = &self.arrivals {
+            let _ = arrivals.send(Peer { socket, way });
+        }
     }
 
     /// Plugs the cable in, or pulls it out.
@@ -332,9 +327,9 @@ impl VirtioDevice for Net {
         let ports = std::mem::take(&mut self.ports);
         let mut arriving = self.arriving.take();
         let pair = |(number, (port, inbox, outbox))| {
-            let arrivals = if matches!(port, Port::Tap(_)) { None } else { arriving.take() };
             let shared = self.shared.clone();
-            Box::new(Pair::new(shared, number, port, (inbox, outbox), arrivals)) as Box<dyn QueueWorker>
+            Box::new(Pair::new(shared, number, port, (inbox, outbox), arriving.take()))
+                as Box<dyn QueueWorker>
         };
         (0..).zip(ports).map(pair).collect()
     }
@@ -360,5 +355,23 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.ended |= std::mem::take(&mut self.begun);
         self.shared.features.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_card_at_a_tap_keeps_no_peer() {
+        let tap = Tap { name: String::new(), queues: vec![tempfile::tempfile().unwrap()], offloads: 0 };
+        let card = Net::new(Settings::default(), Backend::Tap(tap), None).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        card.controller().attach(ours.into(), 2);
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "it is closed");
     }
 }

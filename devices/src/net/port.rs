@@ -28,7 +28,7 @@ pub type Header = [u8; VNET_HEADER];
 pub enum Port {
     /// A queue of a tap.
     Tap(Arc<File>),
-    /// A packet a datagram. Without a peer nothing is there.
+    /// A packet a datagram, or a message of a connection. Without a peer nothing is there.
     Datagrams(Option<OwnedFd>),
     /// QEMU's and passt's framing. Without a peer nothing is there.
     Stream(Option<OwnedFd>),
@@ -43,6 +43,8 @@ pub enum Output {
     Dropped,
     /// There is no room now.
     Full,
+    /// It cannot be sent, and the stream may have ended within another: the peer is to be left.
+    Lost,
 }
 
 impl Port {
@@ -80,8 +82,11 @@ impl Port {
                 if outbox.append(len, &mut fill) {
                     return Output::Sent;
                 }
-                if outbox.is_empty() || !self.flush(outbox) {
+                if outbox.is_empty() {
                     return Output::Dropped;
+                }
+                if !self.flush(outbox) {
+                    return Output::Lost;
                 }
                 if !outbox.is_empty() {
                     return Output::Full;
@@ -126,6 +131,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::fs::FileExt;
     use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 
     use super::super::inbox::{Inbox, Input};
     use super::super::{inbox, outbox};
@@ -225,6 +232,21 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_that_fails_within_a_packet_is_lost() {
+        let (port, peer) = stream();
+        let mut outbox = outbox_of(&port, None);
+        let mut send = || {
+            port.send(&mut outbox, 1000, |place| {
+                place.fill(9);
+                true
+            })
+        };
+        while send() == Output::Sent {}
+        drop(peer);
+        assert_eq!(send(), Output::Lost);
+    }
+
+    #[test]
     fn a_successor_goes_on_in_the_middle_of_a_packet_each_way() {
         let (port, mut peer) = stream();
         let file = memory();
@@ -292,11 +314,7 @@ mod tests {
             outbox.append(3, copy(b"abc"));
             port.flush(&mut outbox);
             let mut drain = vec![0; 1 << 18];
-            let _all_of_it = nix::sys::socket::recv(
-                peer.as_raw_fd(),
-                &mut drain,
-                nix::sys::socket::MsgFlags::MSG_DONTWAIT,
-            );
+            let _all_of_it = nix::sys::socket::recv(peer.as_raw_fd(), &mut drain, MsgFlags::MSG_DONTWAIT);
         }
     }
 
@@ -314,5 +332,29 @@ mod tests {
         assert_eq!(&bytes[..count], b"back");
         drop(theirs);
         assert_eq!(port.send(&mut outbox, 4, copy(b"gone")), Output::Dropped);
+    }
+
+    #[test]
+    fn a_peer_that_keeps_packets_apart_is_lost_when_it_closes_and_an_empty_datagram_is_a_packet() {
+        let pair = |kind| socketpair(AddressFamily::Unix, kind, None, SockFlag::empty()).unwrap();
+        for kind in [SockType::SeqPacket, SockType::Datagram] {
+            let (ours, theirs) = pair(kind);
+            let port = Port::Datagrams(Some(ours));
+            let mut inbox = inbox_of(&port, None);
+            nix::unistd::write(&theirs, b"a packet").unwrap();
+            assert_eq!(inbox.receive(&port), Input::Packet);
+            assert_eq!(inbox.packet().1, b"a packet");
+            inbox.consume();
+            assert_eq!(inbox.receive(&port), Input::Nothing);
+            if kind == SockType::SeqPacket {
+                drop(theirs);
+                assert_eq!(inbox.receive(&port), Input::Lost);
+            } else {
+                nix::sys::socket::send(theirs.as_raw_fd(), b"", MsgFlags::empty()).unwrap();
+                assert_eq!(inbox.receive(&port), Input::Packet);
+                inbox.consume();
+                assert_eq!(inbox.receive(&port), Input::Nothing);
+            }
+        }
     }
 }

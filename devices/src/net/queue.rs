@@ -234,7 +234,7 @@ impl Pair {
         let output = if leaves { self.pass_on(ring, beginning, len)? } else { Output::Dropped };
         match output {
             Output::Sent => self.shared.metrics.sent(len),
-            Output::Dropped => {
+            Output::Dropped | Output::Lost => {
                 self.shared.metrics.dropped_out.fetch_add(1, Ordering::Relaxed);
             }
             Output::Full => {}
@@ -259,7 +259,7 @@ impl Pair {
                     }
                 }
             });
-            return failed.map_or(Ok(output), Err);
+            return failed.filter(|_| output != Output::Lost).map_or(Ok(output), Err);
         };
         if segments.len() > PIECES {
             return Ok(Output::Dropped);
@@ -307,7 +307,12 @@ impl Pair {
                         self.full = self.resume.is_none();
                         return false;
                     }
-                    Ok(_) => self.done.push((head, 0)),
+                    Ok(output) => {
+                        self.done.push((head, 0));
+                        if output == Output::Lost {
+                            self.lose_peer();
+                        }
+                    }
                     Err(error) => {
                         ring.fail(&error);
                         ring.finish(head, 0);

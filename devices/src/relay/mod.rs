@@ -165,10 +165,11 @@ impl Relay<'_> {
         };
         match self.handshake.request(message) {
             Next::PassOn(message) => {
-                self.deadline = self.handshake.asked().and_then(|_| Instant::now().checked_add(ANSWER_LIMIT));
+                self.expect_answer();
                 send(&self.back_end, &message).map_err(|error| self.failed(error))?;
             }
             Next::PassOnBoth(message, question) => {
+                self.expect_answer();
                 send(&self.back_end, &message).map_err(|error| self.failed(error))?;
                 send(&self.back_end, &question).map_err(|error| self.failed(error))?;
             }
@@ -176,6 +177,11 @@ impl Relay<'_> {
             Next::Nothing => {}
         }
         Ok(true)
+    }
+
+    /// The back end is to answer within the limit, if it was asked something.
+    fn expect_answer(&mut self) {
+        self.deadline = self.handshake.asked().and_then(|_| Instant::now().checked_add(ANSWER_LIMIT));
     }
 
     /// Takes one message of the back end.

@@ -155,13 +155,15 @@ impl<'a> EventLoop<'a> {
             }
             ToDevice::Ping => self.channel.send(&FromDevice::Alive(Progress::Fine), &[])?,
             ToDevice::Stop => return Ok(Turn::Stop),
-            ToDevice::Take(_)
-            | ToDevice::Resize { .. }
+            ToDevice::Resize { .. }
             | ToDevice::AttachWay(_)
             | ToDevice::Keys { .. }
             | ToDevice::Link { .. }
             | ToDevice::DiskSize { .. } => {}
-            message @ (ToDevice::Start(_) | ToDevice::Balloon { .. } | ToDevice::AttachPort(_)) => {
+            message @ (ToDevice::Start(_)
+            | ToDevice::Take(_)
+            | ToDevice::Balloon { .. }
+            | ToDevice::AttachPort(_)) => {
                 tracing::warn!(?message, "a control message that this device does not know");
             }
         }

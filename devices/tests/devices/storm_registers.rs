@@ -160,7 +160,8 @@ impl Typist<'_> {
     fn send(&self) {
         if let Some((number, keys)) = self.unread.clone() {
             // A process that has just died takes the message along.
-            let _sent = self.victim.process.channel.send(&ToDevice::Keys { number, keys }, &[]);
+            let _sent =
+                self.victim.process.channel.send(&ToDevice::Keys { number, newest: number, keys }, &[]);
         }
     }
 

@@ -333,7 +333,7 @@ pub enum ToDevice {
     },
     /// Answer [`FromDevice::Alive`]: a process that hangs does not.
     Ping,
-    /// What the predecessor had left; it comes before the first request of the guest.
+    /// What a console's predecessor had left; it comes before the first request of the guest.
     Take(Left),
     /// Finish what is in flight and exit with code 0.
     Stop,
@@ -347,6 +347,8 @@ pub enum ToDevice {
     Keys {
         /// Counts these messages, from 1 on.
         number: u64,
+        /// Number of the newest there is: a state that knows of later ones is not one of a keyboard that kept to the rules.
+        newest: u64,
         /// The keys.
         keys: Vec<Key>,
     },
@@ -460,12 +462,10 @@ pub struct BalloonReport {
     pub statistics: Option<Vec<(u16, u64)>>,
 }
 
-/// Bytes that a console or serial line has taken from one side and not passed to the other.
+/// Bytes that the guest said to a console and nobody has read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
-    /// For the guest.
-    pub input: Vec<u8>,
-    /// From the guest.
+    /// The oldest first.
     pub output: Vec<u8>,
 }
 

@@ -285,12 +285,12 @@ fn serve(control: &Control, id: &str) {
         match control.recv::<ToDevice>() {
             (ToDevice::Stop, _) if id == "stubborn" => {}
             (ToDevice::Stop, _) => {
-                let left = Left { input: lives.to_string().into_bytes(), output: Vec::new() };
+                let left = Left { output: lives.to_string().into_bytes() };
                 control.channel.send(&FromDevice::Left(left), &[]).unwrap();
                 exit(0)
             }
             (ToDevice::Take(left), _) => {
-                lives = String::from_utf8(left.input).unwrap().parse::<u32>().unwrap() + 1;
+                lives = String::from_utf8(left.output).unwrap().parse::<u32>().unwrap() + 1;
                 eprintln!("INFO stand-in: process {lives} of {id}");
             }
             (ToDevice::Ping, _) => {
@@ -317,7 +317,7 @@ fn serve(control: &Control, id: &str) {
             }
             (ToDevice::Link { up }, _) => eprintln!("INFO stand-in: link {up} of {id}"),
             (ToDevice::DiskSize { bytes }, _) => eprintln!("INFO stand-in: {bytes} bytes for {id}"),
-            (ToDevice::Keys { number, keys }, _) => {
+            (ToDevice::Keys { number, keys, .. }, _) => {
                 eprintln!("INFO stand-in: message {number} of {} strokes for {id}", keys.len());
                 control.channel.send(&FromDevice::KeysTaken(number), &[]).unwrap();
             }

@@ -157,14 +157,20 @@ impl EventLoop<'_> {
             Message::CpuRemoved { index } => self.cpu_removed(index),
             Message::Balloon(report) => self.balloon_report(&id, &report),
             Message::Expired => self.watchdog_expired(index),
-            Message::KeysTaken(number) => self.keys_taken(&id, number),
+            Message::KeysTaken(number) => self.keys_taken(index, &id, number),
             Message::DiskSize(size) => self.image_resized(&id, size),
             Message::Left(left) => {
                 if let Some(recovery) = self.recoveries.get_mut(index) {
                     recovery.inherit(left);
                 }
             }
-            Message::Alive(progress) => self.alive(index, progress),
+            Message::Alive(progress) => {
+                self.alive(index, progress);
+                if id == KEYBOARD {
+                    // It may have had no room for keys before.
+                    self.send_keys();
+                }
+            }
             Message::Failed(reason) => {
                 let text = format!("device {id} failed: {reason}");
                 self.condemn(index, EventKind::Failure, &text);
@@ -441,10 +447,10 @@ impl EventLoop<'_> {
     }
 
     /// A device that was started anew gets the peer that its predecessor had.
-    pub(super) fn attach_again(&self, device: &str) {
+    pub(super) fn attach_again(&mut self, device: &str) {
         match device {
             PORTS => self.attach_ports_again(),
-            KEYBOARD => self.strike_again(),
+            KEYBOARD => self.send_keys(),
             _ => {}
         }
         let attachments = self.environment.server.attachments();

@@ -271,7 +271,6 @@ impl Nic {
             }
         }
         if std::mem::replace(&mut self.used, true) {
-            self.way_number = self.way_number.saturating_add(1);
             return self.reconnect();
         }
         Ok(())
