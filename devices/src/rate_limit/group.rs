@@ -20,7 +20,7 @@ use super::{Rate, RateLimits};
 const SECOND: u64 = 1_000_000_000;
 /// How deep a fair share is, ns: what a member may have beyond it when it comes back from a pause.
 const SHARE_DEPTH: u64 = 10_000_000;
-/// No member can say of the bucket that it is full later than so far ahead, ns; a single request may take that long.
+/// No member can say of the bucket that it is full later than so far after it was empty, ns; a single request may take that long.
 const LONGEST_DEBT: u64 = 60 * SECOND;
 
 /// The limit of a group, as one member sees it.
@@ -106,11 +106,12 @@ impl Shared {
 
     /// Looks at what the others say.
     fn look(&mut self, view: &GroupView, now: u64) {
-        let latest = now.saturating_add(LONGEST_DEBT);
+        let most = self.depth.saturating_add(LONGEST_DEBT);
+        let latest = now.saturating_add(most);
         self.said = view.own(self.kind).full_at;
         for (place, seen) in self.seen.iter_mut().enumerate() {
             let Some(Word { used, full_at }) = view.other(place, self.kind) else { continue };
-            let more = used.wrapping_sub(*seen).min(LONGEST_DEBT);
+            let more = used.wrapping_sub(*seen).min(most);
             *seen = used;
             self.full_at = self.full_at.saturating_add(more);
             self.said = self.said.max(full_at);
@@ -241,6 +242,19 @@ mod tests {
     }
 
     #[test]
+    fn a_burst_deeper_than_the_longest_debt_is_there_once_too() {
+        let memory = GroupMemory::create().unwrap();
+        let limits = operations(100, 10_000);
+        let mut members = [join(&memory, limits), join(&memory, limits)];
+        let now = 1000 * SECOND;
+        let got = members
+            .each_mut()
+            .map(|member| (0..20_000).take_while(|_| member.try_take(0, now).is_ok()).count());
+        assert_eq!(got[0], 10_000);
+        assert!(got[1] <= 1, "{got:?}");
+    }
+
+    #[test]
     fn who_lies_takes_the_surplus_and_nobodys_share() {
         let liar = [
             Word { used: u64::MAX, full_at: u64::MAX },
@@ -264,7 +278,7 @@ mod tests {
         assert!(got >= 4_990, "{got}");
         // Once it is gone, what it said is forgotten before long.
         memory.leave(hostile);
-        now += LONGEST_DEBT + SECOND;
+        now += 2 * LONGEST_DEBT;
         let alone = contend(std::slice::from_mut(&mut honest), now, 2);
         assert!((20_000..=20_300).contains(&alone[0]), "{alone:?}");
     }
