@@ -86,7 +86,7 @@ struct Shared {
     said: u64,
     /// What this member and its predecessors have used.
     used: u64,
-    /// What the others had used when they were looked at last.
+    /// What those in the other places had used when they were looked at last.
     seen: [u64; MEMBERS],
     /// When the fair share is full again.
     share_full_at: u64,
@@ -97,7 +97,7 @@ struct Shared {
 impl Shared {
     fn new(Rate { rate, burst }: Rate, kind: Tokens, view: &GroupView) -> Option<Self> {
         let depth = if burst == 0 { SECOND / 10 } else { time(burst, 0, rate.max(1)).0 };
-        let seen = std::array::from_fn(|place| view.other(place, kind).unwrap_or_default().used);
+        let seen = std::array::from_fn(|place| view.used(place, kind));
         let Word { used, full_at } = view.own(kind);
         let said = full_at;
         let (share_full_at, rest) = (0, 0);
@@ -252,6 +252,30 @@ mod tests {
             .map(|member| (0..20_000).take_while(|_| member.try_take(0, now).is_ok()).count());
         assert_eq!(got[0], 10_000);
         assert!(got[1] <= 1, "{got:?}");
+    }
+
+    #[test]
+    fn who_takes_the_place_of_another_is_not_charged_for_it() {
+        let memory = GroupMemory::create().unwrap();
+        let limits = operations(1000, 100);
+        let (mut first, stays) = (join(&memory, limits), memory.join().unwrap());
+        let mut other = member(&memory, stays, limits);
+        let mut now = SECOND;
+        let all = |member: &mut Member, now| (0..1000).take_while(|_| member.try_take(0, now).is_ok()).count();
+        for restarted in [false, true] {
+            assert!(all(&mut first, now) >= 100);
+            assert!(all(&mut other, now) <= 5);
+            memory.leave(0);
+            if restarted {
+                // While the place is empty.
+                other = member(&memory, stays, limits);
+            }
+            first = join(&memory, limits);
+            now += 2 * SECOND;
+            assert!(all(&mut other, now) >= 100, "{restarted}");
+            assert!(all(&mut first, now) <= 5, "{restarted}");
+            now += 2 * SECOND;
+        }
     }
 
     #[test]
