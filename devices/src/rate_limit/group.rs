@@ -138,12 +138,17 @@ impl Shared {
 
     /// Takes `tokens`, after [`Self::wait`] has found them.
     fn take(&mut self, view: &GroupView, tokens: u64, now: u64) {
+        if tokens == 0 {
+            // It has not looked, and would say what it knew long ago.
+            return;
+        }
         let (time, rest) = time(tokens, self.rest, self.rate);
         self.rest = rest;
         self.used = self.used.wrapping_add(time);
         self.full_at = self.full_at.saturating_add(time);
         let full_at = self.said.max(now).saturating_add(time);
         view.say(self.kind, Word { used: self.used, full_at });
+        self.said = full_at;
 
         let charge = self.of_share(view, time);
         let charged = self.share_full_at.max(now).saturating_add(charge);
@@ -363,6 +368,9 @@ mod tests {
         let wait = one.try_take(1000, SECOND).unwrap_err();
         assert!((2_900..=3_001).contains(&wait.as_millis()), "{wait:?}");
         assert_eq!(one.try_take(0, SECOND), Ok(()), "nothing costs nothing");
+        // And nothing is forgotten for it.
+        let owed = one.view.own(Tokens::Bandwidth);
+        assert_eq!(owed, Word { used: 3 * SECOND, full_at: 4 * SECOND });
     }
 
     proptest! {
