@@ -7,7 +7,7 @@
 //!
 //! Who lies can say that the bucket is empty, and no more. So each member has a bucket of its own beside it, of its fair share
 //! of the rate and not deep, and may take what is in either. Both are charged for everything, but the share is never charged
-//! below empty for what came from the group: nobody has to pay later for a surplus that nobody else wanted.
+//! below empty for what the group had: nobody has to pay later for a surplus that nobody else wanted.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -127,8 +127,14 @@ impl Shared {
         }
         self.look(view, now);
         let (time, _) = time(tokens, 0, self.rate);
-        let group = missing(self.said, time, self.depth, now);
-        group.min(missing(self.share_full_at, self.of_share(view, time), SHARE_DEPTH, now))
+        let share = missing(self.share_full_at, self.of_share(view, time), SHARE_DEPTH, now);
+        self.group_lacks(tokens, now).min(share)
+    }
+
+    /// The time until `tokens` can be taken from the group's bucket, by what was said when it was looked at last.
+    fn group_lacks(&self, tokens: u64, now: u64) -> u64 {
+        let (time, _) = time(tokens, 0, self.rate);
+        missing(self.said, time, self.depth, now)
     }
 
     /// The time that a member's share of the rate needs for what the rate needs so much for.
@@ -144,17 +150,22 @@ impl Shared {
         }
         let (time, rest) = time(tokens, self.rest, self.rate);
         self.rest = rest;
+        let from_group = self.group_lacks(tokens, now) == 0;
         self.used = self.used.wrapping_add(time);
         self.full_at = self.full_at.saturating_add(time);
         let full_at = self.said.max(now).saturating_add(time);
         view.say(self.kind, Word { used: self.used, full_at });
         self.said = full_at;
 
-        let charge = self.of_share(view, time);
-        let charged = self.share_full_at.max(now).saturating_add(charge);
-        let is_there = missing(self.share_full_at, charge, SHARE_DEPTH, now) == 0;
+        let charged = self.share_full_at.max(now).saturating_add(self.of_share(view, time));
         let empty = now.saturating_add(SHARE_DEPTH);
-        self.share_full_at = if is_there { charged } else { self.share_full_at.max(charged.min(empty)) };
+        self.share_full_at = if from_group {
+            // More than the group can hold is a debt all the same.
+            let owed = self.of_share(view, time.saturating_sub(self.depth));
+            self.share_full_at.max(charged.min(empty)).saturating_add(owed)
+        } else {
+            charged
+        };
     }
 }
 
@@ -266,7 +277,8 @@ mod tests {
         let (mut first, stays) = (join(&memory, limits), memory.join().unwrap());
         let mut other = member(&memory, stays, limits);
         let mut now = SECOND;
-        let all = |member: &mut Member, now| (0..1000).take_while(|_| member.try_take(0, now).is_ok()).count();
+        let all =
+            |member: &mut Member, now| (0..1000).take_while(|_| member.try_take(0, now).is_ok()).count();
         for restarted in [false, true] {
             assert!(all(&mut first, now) >= 100);
             assert!(all(&mut other, now) <= 5);
@@ -310,6 +322,25 @@ mod tests {
         now += 2 * LONGEST_DEBT;
         let alone = contend(std::slice::from_mut(&mut honest), now, 2);
         assert!((20_000..=20_300).contains(&alone[0]), "{alone:?}");
+    }
+
+    #[test]
+    fn what_the_group_gave_costs_no_more_of_the_share_than_it_holds() {
+        let memory = GroupMemory::create().unwrap();
+        let bandwidth = Rate { rate: 1_000_000, burst: 0 };
+        let mut one = join(&memory, RateLimits { bandwidth, ..RateLimits::default() });
+        let other = view(&memory, memory.join().unwrap());
+        // Ten times what its share holds, and both buckets are full.
+        assert_eq!(one.try_take(50_000, SECOND), Ok(()));
+        // The group has nothing more; the share has filled again.
+        other.say(Tokens::Bandwidth, Word { used: 0, full_at: u64::MAX });
+        let now = SECOND + SHARE_DEPTH;
+        assert_eq!(one.try_take(5_000, now), Ok(()));
+        // What the share gives beyond its depth is owed.
+        assert_eq!(one.try_take(50_000, now), Err(Duration::from_millis(10)));
+        let now = now + SHARE_DEPTH;
+        assert_eq!(one.try_take(50_000, now), Ok(()));
+        assert_eq!(one.try_take(5_000, now), Err(Duration::from_millis(100)));
     }
 
     #[test]
