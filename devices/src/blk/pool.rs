@@ -14,7 +14,7 @@ use bulkhead_ipc::memory::LentVector;
 use bulkhead_ipc::vhost_user::backend::EnterThread;
 use nix::sys::eventfd::EventFd;
 use nix::unistd::write;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::image::{Files, Image, describe};
 
@@ -254,7 +254,10 @@ impl Shared {
             Ok(()) => Image::grow(&self.files, size, block).map_err(|error| error.to_string()),
             Err(error) => Err(format!("cannot be written: {}", describe(&error))),
         };
-        let opened = Image::open(&self.files, was_open)?;
+        let opened = Image::open(&self.files, was_open).map_err(|error| {
+            error!(%error, "the image cannot be opened again: the guest will see I/O errors");
+            format!("fails from here on: its image cannot be opened again: {error}")
+        })?;
         let size = opened.size();
         *image = was_open.then_some(opened);
         grown.map(|()| size)
