@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +120,13 @@ enum Control {
     Ports(Sockets),
     Balloon(balloon::Controller),
     Net(net::Controller),
+}
+
+impl Control {
+    /// Can be read when a device has something to say of itself.
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        if let Self::Blk(disk) = self { disk.event() } else { None }
+    }
 }
 
 /// A virtio device with what the process around it needs to know.
@@ -307,6 +314,7 @@ fn prepare<'a>(
     let mut daemon = Daemon::new(parts.device, &enter_by(parts.queue))?;
     daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
+    held.extend(parts.control.event().map(|event| event.as_raw_fd()));
     crate::footprint::release_program();
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;
@@ -493,13 +501,17 @@ fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<
 fn serve(daemon: &mut Daemon, channel: &Channel, acted_on: &Control) -> Result<(), ServeError> {
     loop {
         let Some(socket) = daemon.socket() else { return Ok(()) };
-        let mut fds =
-            [PollFd::new(channel.as_fd(), PollFlags::POLLIN), PollFd::new(socket, PollFlags::POLLIN)];
+        let watched = [channel.as_fd(), socket].into_iter().chain(acted_on.event());
+        let mut fds: Vec<_> = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(ServeError::System("poll", errno)),
         }
-        let [control, front_end] = fds.map(|fd| fd.any().unwrap_or(true));
+        let [control, front_end, event] =
+            [0, 1, 2].map(|at| fds.get(at).is_some_and(|fd| fd.any().unwrap_or(true)));
+        if event {
+            tell_grown(daemon, channel, acted_on)?;
+        }
         if control && !control_message(daemon, channel, acted_on)? {
             daemon.disconnect()?;
             return Ok(());
@@ -564,12 +576,7 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
             daemon.config_changed();
         }
         (ToDevice::DiskSize { bytes }, Control::Blk(disk)) => {
-            let grown = disk.grow(bytes);
-            let changed = grown.as_ref().map_or_else(|| disk.resize(bytes), Result::is_ok);
-            if let Some(grown) = grown {
-                channel.send_within(&FromDevice::DiskSize(grown), &[], FAREWELL_LIMIT)?;
-            }
-            if changed {
+            if disk.resize(bytes) {
                 daemon.config_changed();
             }
         }
@@ -589,6 +596,19 @@ fn control_message(daemon: &mut Daemon, channel: &Channel, control: &Control) ->
         (message, _) => warn!(?message, "a control message that this device does not know"),
     }
     Ok(true)
+}
+
+/// Tells the supervisor and the front end of a disk that has become longer, or the supervisor why it has not.
+fn tell_grown(daemon: &mut Daemon, channel: &Channel, control: &Control) -> Result<(), ServeError> {
+    let Control::Blk(disk) = control else { return Ok(()) };
+    for grown in disk.grown() {
+        let changed = grown.is_ok();
+        channel.send_within(&FromDevice::DiskSize(grown), &[], FAREWELL_LIMIT)?;
+        if changed {
+            daemon.config_changed();
+        }
+    }
+    Ok(())
 }
 
 /// The size of a balloon.

@@ -29,7 +29,7 @@ pub enum Tokens {
 /// What a member says of one kind of tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Word {
-    /// What it has used so far: nanoseconds of the group's rate, modulo 2^64.
+    /// What it, and who had its place before, has used so far: nanoseconds of the group's rate, modulo 2^64.
     pub used: u64,
     /// When the group's bucket is full again, as far as it knows: nanoseconds of CLOCK_MONOTONIC.
     pub full_at: u64,
@@ -82,8 +82,10 @@ impl GroupMemory {
     pub fn join(&self) -> Option<usize> {
         let taken = self.roll.1.load(0);
         let (number, place) = self.places.iter().enumerate().find(|(number, _)| !is_taken(taken, *number))?;
-        // A predecessor may have been broken into, and have left anything.
-        (0..WORDS).for_each(|word| place.words.store(word, 0));
+        // Who had it may have been broken into, and have left anything. What was used stays: others have seen it, and count what comes on
+        // top of it.
+        let used = [Tokens::Bandwidth, Tokens::Operations].map(|kind| kind as usize);
+        (0..WORDS).filter(|word| !used.contains(word)).for_each(|word| place.words.store(word, 0));
         self.roll.1.store(0, taken | 1 << number);
         Some(number)
     }
@@ -147,6 +149,12 @@ impl GroupView {
         Some(load(words, kind))
     }
 
+    /// What was used by whoever had this place, also when nobody has it.
+    #[must_use]
+    pub fn used(&self, place: usize, kind: Tokens) -> u64 {
+        self.places.get(place).map_or(0, |words| load(words, kind).used)
+    }
+
     /// What this one, or a predecessor, has said last.
     #[must_use]
     pub fn own(&self, kind: Tokens) -> Word {
@@ -186,9 +194,10 @@ mod tests {
         assert_eq!(view(&memory, a).own(Tokens::Operations), word);
         memory.leave(a);
         assert_eq!((second.members(), second.other(a, Tokens::Operations)), (1, None));
-        // Who comes next finds nothing of who was there.
+        // Who comes next owes nothing for who was there; what was used is counted on.
+        assert_eq!(second.used(a, Tokens::Operations), 7);
         assert_eq!(memory.join(), Some(a));
-        assert_eq!(second.other(a, Tokens::Operations), Some(Word::default()));
+        assert_eq!(second.other(a, Tokens::Operations), Some(Word { used: 7, full_at: 0 }));
     }
 
     #[test]

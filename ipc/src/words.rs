@@ -44,12 +44,18 @@ unsafe impl Sync for Words {}
 /// # Errors
 /// The host refuses memory or a descriptor.
 pub fn create(name: &CStr, count: usize) -> Result<OwnedFd, WordsError> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = memfd_create(name, flags).map_err(failed("memfd_create"))?;
-    let size = i64::try_from(bytes(count)?.get()).unwrap_or(i64::MAX);
-    nix::unistd::ftruncate(&file, size).map_err(failed("ftruncate"))?;
+    sealed(name, bytes(count)?.get() as u64).map_err(failed("memfd_create"))
+}
+
+/// Makes memory of so many bytes, all zero, of a size that nobody can change: whoever maps it is safe.
+///
+/// # Errors
+/// The host refuses memory or a descriptor.
+pub fn sealed(name: &CStr, bytes: u64) -> Result<OwnedFd, Errno> {
+    let file = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    nix::unistd::ftruncate(&file, i64::try_from(bytes).map_err(|_| Errno::EFBIG)?)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("fcntl"))?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
 }
 
@@ -101,5 +107,23 @@ impl Drop for Words {
     fn drop(&mut self) {
         // SAFETY: `self` owns the mapping and no reference into it outlives it.
         let _ = unsafe { munmap(self.address, self.size.get()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn nobody_changes_the_size_of_sealed_memory_or_its_seals() {
+        let memory = File::from(sealed(c"test", 10).unwrap());
+        for size in [9, 11] {
+            assert_eq!(memory.set_len(size).unwrap_err().raw_os_error(), Some(libc::EPERM), "{size}");
+        }
+        let sealed_again = fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE));
+        assert_eq!((sealed_again, memory.metadata().unwrap().len()), (Err(Errno::EPERM), 10));
+        assert_eq!(sealed(c"test", u64::MAX).unwrap_err(), Errno::EFBIG);
     }
 }

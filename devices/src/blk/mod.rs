@@ -23,6 +23,7 @@ mod service;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -125,21 +126,29 @@ pub struct Controller {
 
 impl Controller {
     /// The file has this many bytes now. Requests beyond the end fail from here on; the front end is to be told. False: the disk is
-    /// what it was, or an image in a format, which says its size itself.
+    /// what it was. An image in a format says its size itself: it is made longer, and [`Self::grown`] has the answer.
     pub fn resize(&self, bytes: u64) -> bool {
-        self.shared.raw.is_some() && self.set_size(bytes)
+        match &self.shared.pool {
+            None => return self.set_size(bytes),
+            Some(pool) if self.shared.read_only => pool.answer(Err("is read-only".into())),
+            Some(pool) => pool.grow(bytes, u64::from(self.block_size)),
+        }
+        false
     }
 
-    /// Makes the disk of an image in a format longer; the front end is to be told if it has become so. `None`: it is none.
-    pub fn grow(&self, bytes: u64) -> Option<Result<u64, String>> {
-        let pool = self.shared.pool.as_ref()?;
-        if self.shared.read_only {
-            return Some(Err("is read-only".into()));
-        }
-        let grown = pool.grow(bytes, u64::from(self.block_size));
-        Some(grown.inspect(|bytes| {
+    /// What became of making disks longer: the size in bytes, of which the front end is to be told, or a sentence for a person, which
+    /// follows the disk's id.
+    pub fn grown(&self) -> Vec<Result<u64, String>> {
+        let grown = self.shared.pool.as_ref().map(|pool| pool.grown()).unwrap_or_default();
+        for bytes in grown.iter().flatten() {
             self.set_size(*bytes);
-        }))
+        }
+        grown
+    }
+
+    /// Can be read when [`Self::grown`] has something.
+    pub fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.shared.pool.as_ref().map(|pool| pool.wake())
     }
 
     /// True: it had another.

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::hash::RandomState;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -12,9 +12,9 @@ use std::thread::Builder;
 
 use bulkhead_ipc::memory::LentVector;
 use bulkhead_ipc::vhost_user::backend::EnterThread;
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::write;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::image::{Files, Image, describe};
 
@@ -61,6 +61,10 @@ pub struct Io {
 /// A request that ended: its slot, its buffers, and bytes moved or an errno.
 pub type Finished = (usize, LentVector, Result<usize, i32>);
 
+fn event() -> io::Result<EventFd> {
+    Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
+}
+
 /// Where a queue finds what ended.
 pub struct Done {
     finished: Mutex<Vec<Finished>>,
@@ -74,9 +78,7 @@ impl Done {
     /// # Errors
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
-        use nix::sys::eventfd::EfdFlags;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Self { finished: Mutex::default(), wake: EventFd::from_value_and_flags(0, flags)? })
+        Ok(Self { finished: Mutex::default(), wake: event()? })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Finished>> {
@@ -98,8 +100,27 @@ enum Job {
     Io(Box<Io>),
     /// Opens the image (for writing), or closes it; answers its size in bytes.
     Open(Option<bool>, SyncSender<Result<u64, String>>),
-    /// Makes the disk longer, so many bytes in blocks of so many; answers its size in bytes.
-    Grow((u64, u64), SyncSender<Result<u64, String>>),
+    /// Makes the disk longer, so many bytes in blocks of so many; the answer is [`Pool::grown`].
+    Grow(u64, u64),
+}
+
+/// The answer of a thread to whoever does not wait for it.
+struct Answers {
+    /// The disk's size in bytes.
+    given: Mutex<Vec<Result<u64, String>>>,
+    /// Can be read while there may be one.
+    wake: EventFd,
+}
+
+impl Answers {
+    fn lock(&self) -> MutexGuard<'_, Vec<Result<u64, String>>> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(&self, answer: Result<u64, String>) {
+        self.lock().push(answer);
+        let _ = write(self.wake.as_fd(), &1u64.to_ne_bytes());
+    }
 }
 
 #[derive(Default)]
@@ -113,6 +134,7 @@ struct Shared {
     more: Condvar,
     files: Files,
     image: RwLock<Option<Image>>,
+    grown: Answers,
     explained: AtomicU64,
 }
 
@@ -134,7 +156,8 @@ impl Pool {
     /// A thread could not be started or put under its filter.
     pub fn start(files: Files, enter: &EnterThread) -> io::Result<Self> {
         let (jobs, more, image) = (Mutex::default(), Condvar::new(), RwLock::default());
-        let shared = Arc::new(Shared { jobs, more, files, image, explained: AtomicU64::new(0) });
+        let grown = Answers { given: Mutex::default(), wake: event()? };
+        let shared = Arc::new(Shared { jobs, more, files, image, grown, explained: AtomicU64::new(0) });
         let pool = Self { shared };
         for index in 0..THREADS {
             let (shared, enter) = (Arc::clone(&pool.shared), enter.clone());
@@ -170,21 +193,31 @@ impl Pool {
     }
 
     fn order(&self, open: Option<bool>) -> Result<u64, String> {
-        self.ask(|answer| Job::Open(open, answer))
-    }
-
-    /// Makes the disk longer, whose image no other process has open. Requests wait meanwhile. Answers its size in bytes.
-    ///
-    /// # Errors
-    /// A sentence for a person, which follows the disk's id.
-    pub fn grow(&self, size: u64, block: u64) -> Result<u64, String> {
-        self.ask(|answer| Job::Grow((size, block), answer))
-    }
-
-    fn ask(&self, job: impl FnOnce(SyncSender<Result<u64, String>>) -> Job) -> Result<u64, String> {
         let (answer, result) = sync_channel(1);
-        self.shared.give(job(answer));
+        self.shared.give(Job::Open(open, answer));
         result.recv().unwrap_or_else(|_| Err("the image's threads have ended".into()))
+    }
+
+    /// Makes the disk longer, whose image no other process has open. Requests wait meanwhile, behind those that were there before; who asks
+    /// for it does not, and finds the answer in [`Self::grown`].
+    pub fn grow(&self, size: u64, block: u64) {
+        self.shared.give(Job::Grow(size, block));
+    }
+
+    /// Gives this answer to whoever looks into [`Self::grown`].
+    pub fn answer(&self, answer: Result<u64, String>) {
+        self.shared.grown.give(answer);
+    }
+
+    /// What became of [`Self::grow`]: the disk's size in bytes, or a sentence for a person, which follows the disk's id.
+    pub fn grown(&self) -> Vec<Result<u64, String>> {
+        let _none_yet = self.shared.grown.wake.read();
+        std::mem::take(&mut self.shared.grown.lock())
+    }
+
+    /// Can be read when [`Self::grown`] has something.
+    pub fn wake(&self) -> BorrowedFd<'_> {
+        self.shared.grown.wake.as_fd()
     }
 
     /// Gives a request to the threads.
@@ -226,9 +259,7 @@ impl Shared {
                 Job::Open(open, answer) => {
                     let _ = answer.send(self.open(open));
                 }
-                Job::Grow((size, block), answer) => {
-                    let _ = answer.send(self.grow(size, block));
-                }
+                Job::Grow(size, block) => self.grown.give(self.grow(size, block)),
                 Job::Io(io) => self.run(*io, &mut bytes),
             }
         }
@@ -254,7 +285,10 @@ impl Shared {
             Ok(()) => Image::grow(&self.files, size, block).map_err(|error| error.to_string()),
             Err(error) => Err(format!("cannot be written: {}", describe(&error))),
         };
-        let opened = Image::open(&self.files, was_open)?;
+        let opened = Image::open(&self.files, was_open).map_err(|error| {
+            error!(%error, "the image cannot be opened again: the guest will see I/O errors");
+            format!("fails from here on: its image cannot be opened again: {error}")
+        })?;
         let size = opened.size();
         *image = was_open.then_some(opened);
         grown.map(|()| size)
@@ -320,5 +354,33 @@ fn carry_out(
         Operation::Sync => image.sync().map(|()| 0),
         Operation::Discard(len) => image.discard(offset, len).map(|()| 0),
         Operation::Zero(len) => image.write_zeroes(offset, len).map(|()| 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_ipc::channel::message::ImageFormat;
+    use nix::poll::{PollFd, PollFlags, poll};
+
+    use super::*;
+    use crate::blk::image::Layer;
+
+    #[test]
+    fn who_asks_for_a_longer_disk_does_not_wait_for_it() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let files = Files { chain: vec![Layer { file, format: ImageFormat::Raw }], data: Vec::new() };
+        let pool = Pool::start(files, &(Arc::new(|| Ok(())) as EnterThread)).unwrap();
+        pool.open(true).unwrap();
+        let told = |limit: u16| poll(&mut [PollFd::new(pool.wake(), PollFlags::POLLIN)], limit).unwrap();
+        let in_flight = pool.shared.image.read().unwrap();
+        pool.grow(2 << 20, 512);
+        assert_eq!((told(0), pool.grown()), (0, Vec::new()));
+        drop(in_flight);
+        assert_eq!(told(10_000), 1);
+        let answers = pool.grown();
+        let [Err(reason)] = &answers[..] else { panic!("{answers:?}") };
+        assert!(reason.contains("only qcow2 images grow"), "{reason}");
+        assert_eq!((told(0), pool.grown()), (0, Vec::new()));
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! Who lies can say that the bucket is empty, and no more. So each member has a bucket of its own beside it, of its fair share
 //! of the rate and not deep, and may take what is in either. Both are charged for everything, but the share is never charged
-//! below empty for what came from the group: nobody has to pay later for a surplus that nobody else wanted.
+//! below empty for what the group had: nobody has to pay later for a surplus that nobody else wanted.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use super::{Rate, RateLimits};
 const SECOND: u64 = 1_000_000_000;
 /// How deep a fair share is, ns: what a member may have beyond it when it comes back from a pause.
 const SHARE_DEPTH: u64 = 10_000_000;
-/// No member can say of the bucket that it is full later than so far ahead, ns; a single request may take that long.
+/// No member can say of the bucket that it is full later than so far after it was empty, ns; a single request may take that long.
 const LONGEST_DEBT: u64 = 60 * SECOND;
 
 /// The limit of a group, as one member sees it.
@@ -86,7 +86,7 @@ struct Shared {
     said: u64,
     /// What this member and its predecessors have used.
     used: u64,
-    /// What the others had used when they were looked at last.
+    /// What those in the other places had used when they were looked at last.
     seen: [u64; MEMBERS],
     /// When the fair share is full again.
     share_full_at: u64,
@@ -97,7 +97,7 @@ struct Shared {
 impl Shared {
     fn new(Rate { rate, burst }: Rate, kind: Tokens, view: &GroupView) -> Option<Self> {
         let depth = if burst == 0 { SECOND / 10 } else { time(burst, 0, rate.max(1)).0 };
-        let seen = std::array::from_fn(|place| view.other(place, kind).unwrap_or_default().used);
+        let seen = std::array::from_fn(|place| view.used(place, kind));
         let Word { used, full_at } = view.own(kind);
         let said = full_at;
         let (share_full_at, rest) = (0, 0);
@@ -106,11 +106,12 @@ impl Shared {
 
     /// Looks at what the others say.
     fn look(&mut self, view: &GroupView, now: u64) {
-        let latest = now.saturating_add(LONGEST_DEBT);
+        let most = self.depth.saturating_add(LONGEST_DEBT);
+        let latest = now.saturating_add(most);
         self.said = view.own(self.kind).full_at;
         for (place, seen) in self.seen.iter_mut().enumerate() {
             let Some(Word { used, full_at }) = view.other(place, self.kind) else { continue };
-            let more = used.wrapping_sub(*seen).min(LONGEST_DEBT);
+            let more = used.wrapping_sub(*seen).min(most);
             *seen = used;
             self.full_at = self.full_at.saturating_add(more);
             self.said = self.said.max(full_at);
@@ -126,8 +127,14 @@ impl Shared {
         }
         self.look(view, now);
         let (time, _) = time(tokens, 0, self.rate);
-        let group = missing(self.said, time, self.depth, now);
-        group.min(missing(self.share_full_at, self.of_share(view, time), SHARE_DEPTH, now))
+        let share = missing(self.share_full_at, self.of_share(view, time), SHARE_DEPTH, now);
+        self.group_lacks(tokens, now).min(share)
+    }
+
+    /// The time until `tokens` can be taken from the group's bucket, by what was said when it was looked at last.
+    fn group_lacks(&self, tokens: u64, now: u64) -> u64 {
+        let (time, _) = time(tokens, 0, self.rate);
+        missing(self.said, time, self.depth, now)
     }
 
     /// The time that a member's share of the rate needs for what the rate needs so much for.
@@ -137,18 +144,28 @@ impl Shared {
 
     /// Takes `tokens`, after [`Self::wait`] has found them.
     fn take(&mut self, view: &GroupView, tokens: u64, now: u64) {
+        if tokens == 0 {
+            // It has not looked, and would say what it knew long ago.
+            return;
+        }
         let (time, rest) = time(tokens, self.rest, self.rate);
         self.rest = rest;
+        let from_group = self.group_lacks(tokens, now) == 0;
         self.used = self.used.wrapping_add(time);
         self.full_at = self.full_at.saturating_add(time);
         let full_at = self.said.max(now).saturating_add(time);
         view.say(self.kind, Word { used: self.used, full_at });
+        self.said = full_at;
 
-        let charge = self.of_share(view, time);
-        let charged = self.share_full_at.max(now).saturating_add(charge);
-        let is_there = missing(self.share_full_at, charge, SHARE_DEPTH, now) == 0;
+        let charged = self.share_full_at.max(now).saturating_add(self.of_share(view, time));
         let empty = now.saturating_add(SHARE_DEPTH);
-        self.share_full_at = if is_there { charged } else { self.share_full_at.max(charged.min(empty)) };
+        self.share_full_at = if from_group {
+            // More than the group can hold is a debt all the same.
+            let owed = self.of_share(view, time.saturating_sub(self.depth));
+            self.share_full_at.max(charged.min(empty)).saturating_add(owed)
+        } else {
+            charged
+        };
     }
 }
 
@@ -241,6 +258,44 @@ mod tests {
     }
 
     #[test]
+    fn a_burst_deeper_than_the_longest_debt_is_there_once_too() {
+        let memory = GroupMemory::create().unwrap();
+        let limits = operations(100, 10_000);
+        let mut members = [join(&memory, limits), join(&memory, limits)];
+        let now = 1000 * SECOND;
+        let got = members
+            .each_mut()
+            .map(|member| (0..20_000).take_while(|_| member.try_take(0, now).is_ok()).count());
+        assert_eq!(got[0], 10_000);
+        assert!(got[1] <= 1, "{got:?}");
+    }
+
+    #[test]
+    fn who_takes_the_place_of_another_is_not_charged_for_it() {
+        let memory = GroupMemory::create().unwrap();
+        let limits = operations(1000, 100);
+        let (mut first, stays) = (join(&memory, limits), memory.join().unwrap());
+        let mut other = member(&memory, stays, limits);
+        let mut now = SECOND;
+        let all =
+            |member: &mut Member, now| (0..1000).take_while(|_| member.try_take(0, now).is_ok()).count();
+        for restarted in [false, true] {
+            assert!(all(&mut first, now) >= 100);
+            assert!(all(&mut other, now) <= 5);
+            memory.leave(0);
+            if restarted {
+                // While the place is empty.
+                other = member(&memory, stays, limits);
+            }
+            first = join(&memory, limits);
+            now += 2 * SECOND;
+            assert!(all(&mut other, now) >= 100, "{restarted}");
+            assert!(all(&mut first, now) <= 5, "{restarted}");
+            now += 2 * SECOND;
+        }
+    }
+
+    #[test]
     fn who_lies_takes_the_surplus_and_nobodys_share() {
         let liar = [
             Word { used: u64::MAX, full_at: u64::MAX },
@@ -264,9 +319,28 @@ mod tests {
         assert!(got >= 4_990, "{got}");
         // Once it is gone, what it said is forgotten before long.
         memory.leave(hostile);
-        now += LONGEST_DEBT + SECOND;
+        now += 2 * LONGEST_DEBT;
         let alone = contend(std::slice::from_mut(&mut honest), now, 2);
         assert!((20_000..=20_300).contains(&alone[0]), "{alone:?}");
+    }
+
+    #[test]
+    fn what_the_group_gave_costs_no_more_of_the_share_than_it_holds() {
+        let memory = GroupMemory::create().unwrap();
+        let bandwidth = Rate { rate: 1_000_000, burst: 0 };
+        let mut one = join(&memory, RateLimits { bandwidth, ..RateLimits::default() });
+        let other = view(&memory, memory.join().unwrap());
+        // Ten times what its share holds, and both buckets are full.
+        assert_eq!(one.try_take(50_000, SECOND), Ok(()));
+        // The group has nothing more; the share has filled again.
+        other.say(Tokens::Bandwidth, Word { used: 0, full_at: u64::MAX });
+        let now = SECOND + SHARE_DEPTH;
+        assert_eq!(one.try_take(5_000, now), Ok(()));
+        // What the share gives beyond its depth is owed.
+        assert_eq!(one.try_take(50_000, now), Err(Duration::from_millis(10)));
+        let now = now + SHARE_DEPTH;
+        assert_eq!(one.try_take(50_000, now), Ok(()));
+        assert_eq!(one.try_take(5_000, now), Err(Duration::from_millis(100)));
     }
 
     #[test]
@@ -325,6 +399,9 @@ mod tests {
         let wait = one.try_take(1000, SECOND).unwrap_err();
         assert!((2_900..=3_001).contains(&wait.as_millis()), "{wait:?}");
         assert_eq!(one.try_take(0, SECOND), Ok(()), "nothing costs nothing");
+        // And nothing is forgotten for it.
+        let owed = one.view.own(Tokens::Bandwidth);
+        assert_eq!(owed, Word { used: 3 * SECOND, full_at: 4 * SECOND });
     }
 
     proptest! {

@@ -109,6 +109,24 @@ fn grow(process: &Supervised, bytes: u64) -> Result<u64, String> {
 }
 
 #[test]
+fn who_lets_a_broken_image_grow_hears_that_the_disk_fails() {
+    let (_folder, path) = image(64 << 20, &[]);
+    let DeviceConfig::Blk(mut config) = blk(1) else { panic!("no disk") };
+    config.options.format = ImageFormat::Qcow2;
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let given = OwnedFd::from(file.try_clone().unwrap());
+    let mut process = Supervised::start("blk", DeviceConfig::Blk(config), &[&given], Enforcement::Supervised);
+    let mut driver = process.driver(1);
+    assert_eq!(request(&mut driver, READ, 0, &[(BUFFERS, 4096, true)]), OK);
+    // No qcow2 image any more.
+    file.write_all_at(&[0; 4], 0).unwrap();
+    let refusal = grow(&process, 128 << 20).unwrap_err();
+    assert!(refusal.starts_with("fails from here on: "), "{refusal}");
+    assert_eq!(request(&mut driver, READ, 0, &[(BUFFERS, 4096, true)]), IOERR);
+    process.stop();
+}
+
+#[test]
 fn qcow2_grows_while_it_is_in_use() {
     const SMALL: u64 = 64 << 20;
     const LARGE: u64 = 3 << 29;

@@ -407,8 +407,8 @@ impl Resources {
             pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
             processors,
             // Last, for these leave something in the file system or change the terminal.
-            serial: Stream::open(SERIAL, &config.serial)?,
-            console: Stream::open(CONSOLE, &config.console)?,
+            serial: Stream::open_alone(SERIAL, &config.serial)?,
+            console: Stream::open_alone(CONSOLE, &config.console)?,
             ports: Ports::open(&config.ports)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,
         })

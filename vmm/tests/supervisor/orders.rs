@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::{Bench, Run, finish, signal, wait_for};
 use crate::restart::{count, murder};
+use crate::stand_in::SAID_TOO_OFTEN;
 
 pub const CASES: &[(&str, fn())] = &[
     ("a_device_is_restarted_in_order", in_order),
@@ -23,6 +24,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("what_cannot_be_replaced_is_refused_by_name", refusals),
     ("a_disk_gets_another_size", resize),
     ("hundreds_of_processors_come_at_once", processors),
+    ("who_resizes_an_image_is_answered_whatever_becomes_of_its_process", resize_image),
 ];
 
 const ALL: [&str; 4] = ["disk0", "rng", "console", "serial"];
@@ -121,6 +123,39 @@ fn processors() {
     done(&bench.ask("resize NAME --cpus 1024"));
     done(&bench.ask("device restart NAME disk0"));
     assert_eq!(count(&bench, "does not listen"), 0);
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn resize_image() {
+    let bench = Bench::new();
+    let child = bench.start("--disk path=a.img,format=qcow2 --log-file log", "");
+    let ask = |bytes: u64| {
+        let asked = bench.bulkhead(&format!("device resize {} disk0 {bytes}", bench.name)).spawn().unwrap();
+        wait_for("the device's word", || count(&bench, &format!("{bytes} bytes for disk0")) == 1);
+        asked
+    };
+    let answered = |asked| {
+        let run = finish(asked);
+        assert_eq!(run.code, 7, "{}", run.err);
+        assert!(run.err.contains("disk0 has lost its process meanwhile"), "{}", run.err);
+    };
+    let asked = ask(4 << 20);
+    let refused = bench.ask("device resize NAME disk0 8M");
+    assert!(refused.err.contains("disk0 is being resized"), "{}", refused.err);
+    murder(&bench, "disk0");
+    answered(asked);
+    wait_for("a successor", || count(&bench, "disk0 was replaced within") == 1);
+    // Replaced in order.
+    let asked = ask(16 << 20);
+    done(&bench.ask("device restart NAME disk0"));
+    answered(asked);
+    // A process that says more than was asked is heard once.
+    let asked = ask(SAID_TOO_OFTEN);
+    done(&finish(asked));
+    wait_for("the rest", || count(&bench, "said it all for disk0") == 1);
+    done(&bench.ask("device restart NAME disk0"));
+    assert_eq!(count(&bench, "disk0: has 1G now"), 1);
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

@@ -59,24 +59,26 @@ impl EventLoop<'_> {
         Ok(())
     }
 
-    /// Has a process change its image, and answers the client when it has.
+    /// Has a process change its image, and answers the client when it has, or when it ends without a word.
     fn resize_image(&mut self, client: u16, device: &str, bytes: u64) -> Result<(), String> {
         self.not_replacing(device)?;
-        let serves = |process: &&Process| process.id == device && process.state == State::Ready;
-        if !self.processes.iter().any(|process| serves(&process)) {
-            return Err(format!("{device} has no process that serves just now: ask again in a moment"));
+        if self.disk(device)?.client.is_some() {
+            return Err(format!("{device} is being resized: ask again when that is done"));
         }
-        let clients = &mut self.disk(device)?.clients;
-        clients.retain(|other| *other != client);
-        clients.push(client);
-        self.tell(device, &ToDevice::DiskSize { bytes });
+        let serves = |process: &&Process| process.id == device && process.state == State::Ready;
+        let process = self.processes.iter().find(serves);
+        let process = process
+            .ok_or_else(|| format!("{device} has no process that serves just now: ask again in a moment"))?;
+        let sent = process.channel.send(&ToDevice::DiskSize { bytes }, &[]);
+        sent.map_err(|error| format!("the process of {device} does not listen: {error}"))?;
+        self.disk(device)?.client = Some(client);
         Ok(())
     }
 
     /// A process has changed its image, or not.
     pub(super) fn image_resized(&mut self, device: &str, size: Result<u64, String>) {
-        let Ok(disk) = self.disk(device) else { return };
-        let clients = std::mem::take(&mut disk.clients);
+        // What nobody asked for changes nothing, and fills no log.
+        let Some(client) = self.disk(device).ok().and_then(|disk| disk.client.take()) else { return };
         let response = match size {
             Ok(bytes) => {
                 self.say(LogLevel::Info, &format!("{device}: has {} now", Size(bytes)));
@@ -84,9 +86,13 @@ impl EventLoop<'_> {
             }
             Err(reason) => Response::Error { message: format!("{device} {reason}") },
         };
-        for client in clients {
-            self.environment.server.respond(client, &response, &self.environment.poller);
-        }
+        self.environment.server.respond(client, &response, &self.environment.poller);
+    }
+
+    /// A process has ended: what it was asked and has not answered, it never will.
+    pub(super) fn image_not_resized(&mut self, device: &str) {
+        let reason = "has lost its process meanwhile: look for its size, and ask again";
+        self.image_resized(device, Err(reason.to_owned()));
     }
 
     fn disk(&mut self, device: &str) -> Result<&mut Disk, String> {

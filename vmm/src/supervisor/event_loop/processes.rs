@@ -341,6 +341,7 @@ impl EventLoop<'_> {
         process.state = State::Ended;
         // Its last words first: they may be the reason.
         self.control(index, false);
+        self.image_not_resized(&self.id_of(index));
         let Some(process) = self.processes.get_mut(index) else { return };
         process.log.drain(&process.id, &mut self.environment.log);
         let poller = &self.environment.poller;

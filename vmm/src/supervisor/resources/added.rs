@@ -107,7 +107,7 @@ impl Resources {
             }
             NewDevice::Rng(limit, ..) => self.entropy = Some(Entropy::open(*limit)?),
             NewDevice::Share(share) => self.shares.push(Share::open(share)?),
-            NewDevice::Console(_) => self.console = Stream::open(CONSOLE, &StreamTarget::Attach)?,
+            NewDevice::Console(_) => self.console = Stream::open_alone(CONSOLE, &StreamTarget::Attach)?,
             NewDevice::Vsock(vsock) => self.vsock = Some(Vsock::open(vsock)?),
             NewDevice::Balloon(balloon) => self.balloon = Some(Balloon::new(balloon)),
             NewDevice::Net(nic, _) => {

@@ -46,7 +46,7 @@ pub struct Disk {
     /// Device and inode of each of its files, and whether it is only read.
     identities: Vec<((u64, u64), bool)>,
     /// Who waits for its process to have changed the size of its image.
-    pub clients: Vec<u16>,
+    pub client: Option<u16>,
 }
 
 /// Why a disk does not get another size. The sentences follow the disk's id.
@@ -137,7 +137,7 @@ pub fn open_disk(disk: &DiskConfig, before: &[Disk]) -> Result<Disk, ResourceErr
         return Err(ResourceError::DiskSize { id, path, size });
     }
     let direct = if options.cache.direct { Some(open_direct(&id, &path, readonly)?) } else { None };
-    Ok(Disk { id, file, direct, backing, data, readonly, size, options, identities, clients: Vec::new() })
+    Ok(Disk { id, file, direct, backing, data, readonly, size, options, identities, client: None })
 }
 
 impl Disk {

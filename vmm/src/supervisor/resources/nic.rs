@@ -13,8 +13,8 @@ use std::process::{Child, Command, Stdio};
 
 use bulkhead_ipc::channel::message::NET_KEPT;
 use bulkhead_ipc::tap::{Tap, TapError, attach_tap_queue};
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use bulkhead_ipc::words;
+use nix::fcntl::OFlag;
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::unistd::pipe2;
 use thiserror::Error;
@@ -187,15 +187,6 @@ impl Passt {
     }
 }
 
-/// Memory of this size, which stays so: whoever maps it is safe.
-fn memory(size: u64) -> io::Result<OwnedFd> {
-    let memory = File::from(memfd_create(c"net", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    memory.set_len(size)?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
-    Ok(memory.into())
-}
-
 /// A port that somebody else has is better said before passt is started, which says it to nobody.
 fn check_ports(id: &str, forwards: &[Forward]) -> Result<(), NicError> {
     for forward in forwards {
@@ -253,8 +244,8 @@ impl Nic {
             tap.configure(config.mtu).map_err(tap_error)?;
         }
         let pairs = if let Way::Tap(tap) = &way { tap.queues.len() as u64 } else { 1 };
-        let kept = memory(pairs.saturating_mul(NET_KEPT))
-            .map_err(|source| NicError::Memory { id: id.clone(), source })?;
+        let kept = words::sealed(c"net", pairs.saturating_mul(NET_KEPT))
+            .map_err(|errno| NicError::Memory { id: id.clone(), source: errno.into() })?;
         Ok(Self { config: config.clone(), way, way_number: 1, kept, used: false })
     }
 

@@ -8,10 +8,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use bulkhead_ipc::channel::message::TYPED;
+use bulkhead_ipc::words;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::{OpenptyResult, openpty};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
 use super::{ResourceError, append};
@@ -78,7 +78,7 @@ impl Stream {
             let what = format!("{field}: {what}");
             move |reason: io::Error| ResourceError::Host { what, reason }
         };
-        let stream = match target {
+        Ok(Some(match target {
             StreamTarget::Off => return Ok(None),
             StreamTarget::Attach => Self { attachable: true, ..Self::empty() },
             StreamTarget::Stdio => Self::stdio().map_err(host("cannot use standard input and output"))?,
@@ -89,9 +89,15 @@ impl Stream {
             StreamTarget::Unix(path) => {
                 Self { listener: Some(Listener::bind(field, path)?), attachable: true, ..Self::empty() }
             }
-        };
-        let typed = Some(typed(1).map_err(host("memory for what is typed"))?);
-        Ok(Some(Self { typed, ..stream }))
+        }))
+    }
+
+    /// As [`Self::open`], for a device of one stream: with memory for what is typed.
+    pub fn open_alone(field: &'static str, target: &StreamTarget) -> Result<Option<Self>, ResourceError> {
+        let Some(stream) = Self::open(field, target)? else { return Ok(None) };
+        let failed =
+            |reason| ResourceError::Host { what: format!("{field}: memory for what is typed"), reason };
+        Ok(Some(Self { typed: Some(typed(1).map_err(failed)?), ..stream }))
     }
 
     /// Forgets what was typed: the machine starts anew.
@@ -153,16 +159,12 @@ impl Stream {
     }
 }
 
-/// Memory for what is typed at so many streams; it does not get smaller, so that whoever maps it is safe.
+/// Memory for what is typed at so many streams; whoever maps it is safe.
 ///
 /// # Errors
 /// The kernel has none.
 pub fn typed(streams: u64) -> io::Result<File> {
-    let memory = File::from(memfd_create(c"typed", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    memory.set_len(streams.saturating_mul(TYPED))?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
-    Ok(memory)
+    Ok(words::sealed(c"typed", streams.saturating_mul(TYPED))?.into())
 }
 
 /// Empties such memory.
