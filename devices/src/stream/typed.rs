@@ -60,7 +60,7 @@ impl Typed {
     /// Bytes in memory that may outlive the process: [`KEPT`] bytes of `file` from `offset` on, empty at the start.
     ///
     /// # Errors
-    /// As [`Kept::new`].
+    /// The file is too small, or the kernel refuses.
     pub fn new(file: Option<&File>, offset: u64) -> io::Result<Self> {
         Ok(Self { kept: Kept::new(file, offset, ROOM)?, unread: 0..0, expected: 0, begun: false })
     }
