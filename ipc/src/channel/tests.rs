@@ -202,6 +202,14 @@ fn open_descriptors_names_a_new_one_and_not_a_closed_one() {
     assert_eq!(nix::unistd::close(high), Err(Errno::EBADF));
 }
 
+/// `poll` takes them for closed.
+#[test]
+fn open_descriptors_names_those_opened_as_paths() {
+    use nix::fcntl::{OFlag, open};
+    let path = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty()).unwrap();
+    assert!(open_descriptors().unwrap().contains(&path.as_raw_fd()));
+}
+
 fn any_from_device() -> impl Strategy<Value = FromDevice> {
     let policy = (0..PolicyName::ALL.len()).prop_map(|index| PolicyName::ALL[index]);
     prop_oneof![
