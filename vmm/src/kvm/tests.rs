@@ -3,6 +3,8 @@
 //!
 //! Contains unsafe code: memory is given to KVM by host address.
 
+mod irqfds;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Mutex;

@@ -38,4 +38,4 @@ pub use failure::{Observer, VirtioError};
 pub use interrupts::{IntxPin, MsiHost, MsiMessage};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

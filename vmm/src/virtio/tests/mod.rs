@@ -1,11 +1,11 @@
 //! Tests of the transport: a driver made of register accesses on one side, a back end in a thread on the other.
 
-mod driver;
+pub mod driver;
 mod interrupts;
 mod lifecycle;
 mod on_the_bus;
 mod own_daemon;
-mod peer;
+pub mod peer;
 mod random;
 mod registers;
 mod replacement;
@@ -77,7 +77,7 @@ impl IntxPin for Pin {
 }
 
 #[derive(Default)]
-struct Failures(Mutex<Vec<String>>);
+pub struct Failures(Mutex<Vec<String>>);
 
 impl Failures {
     fn count(&self) -> usize {
@@ -102,7 +102,7 @@ struct Scaffold {
     ram: GuestRam,
 }
 
-fn settings() -> Settings {
+pub fn settings() -> Settings {
     let exchange = Duration::from_secs(10);
     let limits = Limits { exchange, stop: exchange };
     Settings { limits, patience: exchange, ..Settings::new("disk0", DeviceType::BLOCK) }
