@@ -39,8 +39,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("bare", "hot-plug: pulled-out devices leave nothing behind", 60, pulled_out),
         Case::new("bare", "hot-plug: what makes no sense is refused", 60, refused),
         Case::new("stock", "processors come and go, and sit where --cpus says", 120, processors),
-        Case::new("stock", "processors beyond 8-bit APIC ids run, and get messages", 600, many_processors)
-            .long_in_lab(),
+        Case::new("stock", "processors beyond 8-bit APIC ids come, run and get messages", 120, wide_ids),
         Case::new("stock", "hot-plug: a disk comes and goes under load", 300, |context| {
             under_load(context, STOCK_ROUNDS)
         }),
@@ -472,30 +471,43 @@ fn plug_and_unplug(context: &Context, running: &mut Running, round: usize) -> Ou
     Ok([added, used.saturating_sub(added), removed.saturating_sub(used)])
 }
 
-/// Ids of 15 bits in the MADT, of the processors themselves and in the messages of a device.
-fn many_processors(context: &Context) -> Outcome {
-    let count = 260;
-    let cpus = count.to_string();
-    let arguments = ["--cpus", &cpus, "--memory", "512M", "--rng"];
+/// Nine threads of nine cores leave gaps: the second package begins with the id 256, after 81 processors. Linux takes two of its
+/// ids, one from the MADT and one that comes by hot-plug, and a device sends its messages there. The others wait: each start
+/// takes a second in the lab.
+fn wide_ids(context: &Context) -> Outcome {
+    let arguments = ["--cpus", "82,max=162,sockets=2,cores=9,threads=9", "--memory", "512M", "--rng"];
     let machine = Machine::stock(context, Kernel::Elf, "many-processors")?;
-    // What takes long for each processor, and tells nothing here, is left out.
-    let machine = machine.words("tsc=reliable lpj=4000000 mitigations=off");
-    let mut running = machine.arguments(&arguments).start()?;
+    let mut running = machine.words("maxcpus=1").arguments(&arguments).start()?;
+    running.wait_for("guest: ready for another", 1)?;
+    let mut resize = bulkhead(context);
+    let resized =
+        resize.args(["resize", &running.name, "--cpus", "83"]).output().map_err(|e| e.to_string())?;
+    ensure!(resized.status.success(), "no 83 CPUs: {}", String::from_utf8_lossy(&resized.stderr));
     running.wait_for("guest: done many-processors", 1)?;
     running.expect_exit(exit::SUCCESS)?;
-    let last = count - 1;
-    let expected = [
-        ("online", format!("0-{last}")),
-        ("serial may interrupt", "0-254".to_owned()),
-        ("last apic id", last.to_string()),
-        ("message to", last.to_string()),
-    ];
-    for (what, expected) in expected {
+    for (what, expected) in [
+        ("present", "0-81"),
+        ("apic id of 81 is", "256"),
+        ("81 is in package", "1"),
+        ("serial may interrupt", "0"),
+        ("apic id of 82 is", "257"),
+        ("82 is in package", "1"),
+    ] {
         let found = running.guest(what).unwrap_or_default();
-        ensure!(found == expected, "{what}: {found}");
+        ensure!(found == expected, "{what} {found}, not {expected}");
     }
-    let messages = running.guest("messages on the last").and_then(|count| count.parse::<u32>().ok());
-    ensure!(messages.is_some_and(|count| count > 0), "no message reached the last processor");
+    for cpu in ["81", "82"] {
+        let counts = running.guest(&format!("messages to {cpu}:")).unwrap_or_default();
+        let counts =
+            counts.split_once(", then ").and_then(|(a, b)| Some((a.parse::<u32>().ok()?, b.parse().ok()?)));
+        ensure!(
+            counts.is_some_and(|(before, after)| before < after),
+            "no message reached CPU {cpu}: {counts:?}"
+        );
+    }
+    let online =
+        running.serial().into_iter().filter(|line| line.starts_with("guest: online ")).collect::<Vec<_>>();
+    ensure!(online == ["guest: online 0,81", "guest: online 0,81-82"], "{online:?}");
     Ok(())
 }
 

@@ -114,7 +114,8 @@ impl Guest {
     }
 
     fn act(&mut self, act: &Act) {
-        let blocks = |slot| self.plugged.get(slot).map(|it| (it.driver.common, it.driver.table, it.driver.msix));
+        let blocks =
+            |slot| self.plugged.get(slot).map(|it| (it.driver.common, it.driver.table, it.driver.msix));
         match act {
             Act::Command(slot, value) => self.rig.config(*slot, 4, &[*value, 0]),
             Act::Bar(slot, bar, base) => self.rig.config(*slot, 0x10 + 4 * bar, &base.to_le_bytes()),
@@ -222,7 +223,8 @@ impl Guest {
                 assert_eq!(self.is_connected(event), implied.is_some(), "slot {slot} source {source}");
                 event.write(1).unwrap();
                 let sent = implied.filter(|(address, _)| *address == HERE);
-                let expected: Vec<_> = sent.iter().map(|(_, data)| usize::from(data.to_le_bytes()[0])).collect();
+                let expected: Vec<_> =
+                    sent.iter().map(|(_, data)| usize::from(data.to_le_bytes()[0])).collect();
                 assert_eq!(self.arrived(!expected.is_empty()), expected, "slot {slot} source {source}");
                 let _ = event.read();
             }

@@ -75,6 +75,10 @@ impl Aml for InterruptChoice<'_> {
     }
 }
 
+pub(super) fn refs(children: &[Raw]) -> Vec<&dyn Aml> {
+    children.iter().map(|child| child as &dyn Aml).collect()
+}
+
 /// The table.
 pub(super) fn table(platform: &Platform<'_>) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -93,8 +97,7 @@ pub(super) fn named(name: &str, value: &dyn Aml) -> Raw {
 }
 
 fn scope(name: &str, children: &[Raw]) -> Raw {
-    let children = children.iter().map(|child| child as &dyn Aml).collect();
-    Raw(bytes(&Scope::new(Path::new(name), children)))
+    Raw(bytes(&Scope::new(Path::new(name), refs(children))))
 }
 
 fn scope_sb(children: &[Raw]) -> Raw {
@@ -102,8 +105,7 @@ fn scope_sb(children: &[Raw]) -> Raw {
 }
 
 pub(super) fn device(name: &str, children: &[Raw]) -> Raw {
-    let children = children.iter().map(|child| child as &dyn Aml).collect();
-    Raw(bytes(&Device::new(Path::new(name), children)))
+    Raw(bytes(&Device::new(Path::new(name), refs(children))))
 }
 
 pub(super) fn ports(first: u16, length: u8) -> IO {
@@ -210,9 +212,8 @@ fn keyboard(present: bool) -> Raw {
 
 fn serial_port() -> Raw {
     let resources = named("_CRS", &ResourceTemplate::new(vec![&ports(0x3F8, 8), &isa_interrupt(4)]));
-    let identity = [named("_HID", &EISAName::new("PNP0501")), named("_UID", &1_u8)];
-    let [hid, uid] = identity;
-    device("COM1", &[hid, uid, named("_STA", &STA_PRESENT), resources])
+    let [uid, status] = [("_UID", 1), ("_STA", STA_PRESENT)].map(|(name, value)| named(name, &value));
+    device("COM1", &[named("_HID", &EISAName::new("PNP0501")), uid, status, resources])
 }
 
 /// pvpanic: by its name drivers know what to do with the port.
@@ -243,8 +244,9 @@ fn link_device(uid: u8, name: &str, register: &str) -> Raw {
     let possible = named("_PRS", &ResourceTemplate::new(vec![&InterruptChoice(&LINK_IRQS)]));
 
     let off = And::new(&Zero {}, &pirqrc, &0x80_u8);
-    let if_off = If::new(&off, vec![&RETURN_LINK_OFF]);
-    let status = Method::new(Path::new("_STA"), 0, false, vec![&if_off, &RETURN_LINK_ON]);
+    let (is_off, is_on) = (Return::new(&STA_LINK_OFF), Return::new(&STA_LINK_ON));
+    let if_off = If::new(&off, vec![&is_off]);
+    let status = Method::new(Path::new("_STA"), 0, false, vec![&if_off, &is_on]);
 
     let turn_off = Or::new(&pirqrc, &pirqrc, &0x80_u8);
     let disable = Method::new(Path::new("_DIS"), 0, false, vec![&turn_off]);
@@ -277,18 +279,6 @@ fn link_device(uid: u8, name: &str, register: &str) -> Raw {
     )
 }
 
-/// A `Return` of a link's status.
-struct ReturnStatus(u8);
-
-const RETURN_LINK_ON: ReturnStatus = ReturnStatus(STA_LINK_ON);
-const RETURN_LINK_OFF: ReturnStatus = ReturnStatus(STA_LINK_OFF);
-
-impl Aml for ReturnStatus {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        Return::new(&self.0).to_aml_bytes(sink);
-    }
-}
-
 /// The processors that the MADT lists (section 8.4), with what hot-plug needs where some of them may come later.
 fn cpus(platform: &Platform<'_>) -> Raw {
     let hot_plug = platform.apic_ids.len() > platform.cpus.into();
@@ -299,7 +289,7 @@ fn cpus(platform: &Platform<'_>) -> Raw {
         }
         device(&hotplug::cpu_name(index), &children)
     };
-    let mut children = if hot_plug { hotplug::cpu_registers(platform.apic_ids) } else { Vec::new() };
+    let mut children = if hot_plug { hotplug::cpu_registers(platform.apic_ids.len()) } else { Vec::new() };
     children.extend((0..).zip(platform.apic_ids).map(cpu));
     scope_sb(&children)
 }
@@ -314,10 +304,8 @@ fn generation() -> Raw {
     // The loader fills in 32 bits: no shorter form of the number.
     address.add_element(&Raw([&[0x0C], GENERATION_PLACE.as_slice()].concat()));
     address.add_element(&Zero {});
-    let names =
-        [named("_HID", &"BULK0001"), named("_CID", &"VM_Gen_Counter"), named("_DDN", &"VM_Gen_Counter")];
-    let [hid, cid, ddn] = names;
-    scope_sb(&[device("VGEN", &[hid, cid, ddn, named("ADDR", &address)])])
+    let [cid, ddn] = ["_CID", "_DDN"].map(|name| named(name, &"VM_Gen_Counter"));
+    scope_sb(&[device("VGEN", &[named("_HID", &"BULK0001"), cid, ddn, named("ADDR", &address)])])
 }
 
 /// `\_S5`: the sleep type of soft off (section 7.4.2).

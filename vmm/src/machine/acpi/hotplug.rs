@@ -1,16 +1,18 @@
 //! AML of hot-plug: what the handlers of GPE.1 (PCI), GPE.2 (CPUs) and GPE.5 (generation id) do with QEMU's registers (ACPI 6.5, sections 5.6.4 and 6.3).
 
+use std::ops::Range;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Acquire, And, Arg, BufferData, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, If, Local, Method, MethodCall, Mutex, Notify, ONE, OpRegion, OpRegionSpace, Path,
-    Release, ResourceTemplate, Return, Store, While, ZERO,
+    Acquire, And, Arg, BufferData, EISAName, Else, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, If, LessThan, Local, Method, MethodCall, Mutex, Notify, ONE, OpRegion, OpRegionSpace,
+    Path, Release, ResourceTemplate, Return, Store, While, ZERO,
 };
 
 use super::super::piix4_pm::{CPU_HOTPLUG, PCI_HOTPLUG};
 use super::super::{CHIPSET_SLOTS, SLOTS};
 use super::bytes;
-use super::dsdt::{Raw, STA_PRESENT, device, named, ports};
+use super::dsdt::{Raw, STA_PRESENT, device, named, ports, refs};
 use super::madt;
 
 /// What a handler tells a driver: look at the device again, or let go of it.
@@ -21,13 +23,11 @@ const CHANGED: u8 = 0x80;
 /// The mutex of the CPU registers, and an `Acquire` that waits for ever.
 const CPU_LOCK: &str = "\\_SB_.CPLK";
 const FOR_EVER: u16 = 0xFFFF;
+/// How many CPUs are tried one by one.
+const FEW: usize = 8;
 
 fn raw(object: &dyn Aml) -> Raw {
     Raw(bytes(object))
-}
-
-fn refs(children: &[Raw]) -> Vec<&dyn Aml> {
-    children.iter().map(|child| child as &dyn Aml).collect()
 }
 
 pub(super) fn method(name: &str, arguments: u8, body: &[Raw]) -> Raw {
@@ -86,7 +86,7 @@ pub(super) fn events(cpus: bool) -> Vec<Raw> {
 }
 
 /// For the scope of `\_SB`: the CPU registers, and what the CPUs' own methods call.
-pub(super) fn cpu_registers(apic_ids: &[u32]) -> Vec<Raw> {
+pub(super) fn cpu_registers(count: usize) -> Vec<Raw> {
     use FieldEntry::{Named, Reserved};
     let bits = ["CPEN", "CINS", "CRMV", "CEJ0"].map(|name| Named(name_of(name), 1));
     let mut bytes = vec![Reserved(32)];
@@ -116,7 +116,7 @@ pub(super) fn cpu_registers(apic_ids: &[u32]) -> Vec<Raw> {
             ],
         ),
         locked("CEJ_", 1, None, &[set("CSEL", &Arg(0)), set("CEJ0", &ONE)]),
-        method("CTFY", 2, &notifications(apic_ids)),
+        method("CTFY", 2, &notifications(0..u16::try_from(count).unwrap_or(u16::MAX))),
         cpu_scan(),
     ]
 }
@@ -130,13 +130,19 @@ fn locked(name: &str, arguments: u8, result: Option<&dyn Aml>, body: &[Raw]) -> 
     method(name, arguments, &all)
 }
 
-/// Notifies the CPU whose index is the first argument of the second argument.
-fn notifications(apic_ids: &[u32]) -> Vec<Raw> {
+/// Notifies the CPU whose index is the first argument of the second argument. The CPUs are halved until few are left to try:
+/// each comparison is interpreted.
+fn notifications(cpus: Range<u16>) -> Vec<Raw> {
+    if cpus.len() > FEW {
+        let middle = cpus.start.midpoint(cpus.end);
+        let below = when(&LessThan::new(&Arg(0), &middle), &notifications(cpus.start..middle));
+        return vec![below, raw(&Else::new(refs(&notifications(middle..cpus.end))))];
+    }
     let notify = |index: u16| {
         let told = raw(&Notify::new(&Path::new(&cpu_name(index)), &Arg(1)));
         when(&Equal::new(&Arg(0), &index), &[told])
     };
-    (0..).zip(apic_ids).map(|(index, _)| notify(index)).collect()
+    cpus.map(notify).collect()
 }
 
 /// Tells every event that waits, and clears it.
