@@ -383,6 +383,45 @@ mod tests {
     }
 
     #[test]
+    fn requests_that_leave_ram_or_ask_for_4_gib_end_at_once() {
+        let (ram, device) = device();
+        let untouched = |ram: &GuestRam| ram.dirty_pages().pages().count();
+        // The request itself: across the end of RAM, at its end, far behind, at the end of all addresses.
+        let clean = untouched(&ram);
+        for request in [0xF_FFF1_u64, 0x10_0000, 0xFEE0_0000, 1 << 40, u64::MAX - 15, u64::MAX] {
+            let [high, low] = [request >> 32, request & 0xFFFF_FFFF].map(|half| u32::try_from(half).unwrap());
+            device.write(DMA_HIGH, &high.to_be_bytes());
+            device.write(DMA_LOW, &low.to_be_bytes());
+            assert_eq!(untouched(&ram), clean, "{request:#x}");
+        }
+        // The last that is whole.
+        let view = ram.view(0xF_FFF0, REQUEST as u64, Direction::ReadWrite).unwrap();
+        view.write(0, CONTROL_WRITE.to_be()).unwrap();
+        device.write(DMA_LOW, &0xF_FFF0_u32.to_be_bytes());
+        assert_eq!(u32::from_be(view.read(0).unwrap()), CONTROL_ERROR);
+        // Its data: nothing is copied or cleared before the end of RAM is found out.
+        let target = ram.view(0x2000, 8, Direction::ReadWrite).unwrap();
+        target.write(0, u64::MAX).unwrap();
+        let select = u32::from(key::SIGNATURE) << 16 | CONTROL_SELECT;
+        for (length, address) in [(u32::MAX, 0x2000), (u32::MAX, 0), (0xF_E001, 0x2000), (8, u64::MAX - 3)] {
+            for control in [CONTROL_READ, CONTROL_WRITE, CONTROL_READ | CONTROL_WRITE] {
+                assert_eq!(
+                    dma(&device, &ram, select | control, length, address),
+                    CONTROL_ERROR,
+                    "{length:#x}"
+                );
+                assert_eq!(target.read::<u64>(0).unwrap(), u64::MAX);
+            }
+        }
+        // What is skipped is not touched, however much: the item has ended.
+        for _ in 0..3 {
+            assert_eq!(dma(&device, &ram, CONTROL_SKIP, u32::MAX, u64::MAX), 0);
+        }
+        assert_eq!(dma(&device, &ram, CONTROL_READ, 8, 0x2000), 0);
+        assert_eq!(target.read::<u64>(0).unwrap(), 0);
+    }
+
+    #[test]
     fn dma_onto_its_own_request_is_carried_out_once() {
         let (ram, device) = device();
         let select = u32::from(key::SIGNATURE) << 16 | CONTROL_SELECT;

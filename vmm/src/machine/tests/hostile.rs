@@ -77,6 +77,92 @@ proptest! {
     }
 }
 
+/// A machine with some functions and all that a guest can see of what it did to it.
+struct Seen {
+    host: Arc<Recorder>,
+    machine: Arc<Machine>,
+    functions: Vec<Arc<TestFunction>>,
+}
+
+impl Seen {
+    fn new() -> Self {
+        let (host, machine) = machine_with(2, vec![Rom::chip(0xFFFC_0000, &[0xA5; 0x4_0000])]);
+        let functions: Vec<_> = (2..5).map(TestFunction::new).collect();
+        for (slot, function) in (2..).zip(&functions) {
+            machine.attach_pci(slot, function.clone()).unwrap();
+        }
+        machine.assign_resources();
+        Self { host, machine, functions }
+    }
+
+    /// The cycles of a 32-bit bus, found byte by byte: the longest power of two up to a dword that is left and aligned.
+    fn cycles(address: u64, length: usize) -> Vec<std::ops::Range<usize>> {
+        let (mut at, mut cycles) = (0, Vec::new());
+        while at < length {
+            let fits = |width: &usize| {
+                at + width <= length && (address % 4 + at as u64).is_multiple_of(*width as u64)
+            };
+            let width = [4, 2, 1].into_iter().find(fits).unwrap();
+            cycles.push(at..at + width);
+            at += width;
+        }
+        cycles
+    }
+
+    fn config_space(&self) -> Vec<u64> {
+        let places = [(0, 0), (1, 0), (1, 3), (2, 0), (3, 0), (4, 0)];
+        let dwords =
+            places.into_iter().flat_map(|at| (0..256).step_by(4).map(move |register| (at, register)));
+        dwords.map(|(at, register)| config_read(&self.machine, at, register, 4)).collect()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Unaligned, straddling, longer than the bus is wide, longer than what is left of the space, of no length: each access is
+    /// the cycles that a bus of 32 bits makes of it, and beyond the end of a space there is nothing.
+    #[test]
+    fn any_access_is_the_cycles_that_it_is_cut_into(accesses in proptest::collection::vec(access(), 1..60)) {
+        let (whole, cut) = (Seen::new(), Seen::new());
+        for access in &accesses {
+            match access {
+                Access::Read(space, address, length) => {
+                    let (mut at_once, mut parts) = (vec![0; *length], vec![0; *length]);
+                    whole.machine.read(*space, *address, &mut at_once);
+                    for cycle in Seen::cycles(*address, *length) {
+                        match address.checked_add(cycle.start as u64).filter(|at| *at <= space.last()) {
+                            Some(at) => cut.machine.read(*space, at, &mut parts[cycle]),
+                            None => parts[cycle].fill(0xFF),
+                        }
+                    }
+                    prop_assert_eq!(at_once, parts, "{:?}", access);
+                }
+                Access::Write(space, address, data) => {
+                    whole.machine.write(*space, *address, data);
+                    for cycle in Seen::cycles(*address, data.len()) {
+                        let at = address.checked_add(cycle.start as u64).filter(|at| *at <= space.last());
+                        at.into_iter().for_each(|at| cut.machine.write(*space, at, &data[cycle.clone()]));
+                    }
+                }
+                Access::Config(at, register, data) => for seen in [&whole, &cut] {
+                    select(&seen.machine, at.0, at.1, *register);
+                    seen.machine.write(Space::Port, 0xCFC + (register & 3), data);
+                }
+                Access::Reset => [&whole, &cut].into_iter().for_each(|seen| seen.machine.reset()),
+            }
+            for (whole, cut) in whole.functions.iter().zip(&cut.functions) {
+                prop_assert_eq!(whole.writes(), cut.writes(), "{:?}", access);
+            }
+        }
+        let (told, expected) = (whole.host.recorded(), cut.host.recorded());
+        prop_assert_eq!(told.doorbells, expected.doorbells);
+        prop_assert_eq!((told.edges, told.power, told.ejected), (expected.edges, expected.power, expected.ejected));
+        prop_assert_eq!(told.slots.len(), expected.slots.len());
+        prop_assert_eq!(whole.config_space(), cut.config_space());
+    }
+}
+
 #[test]
 fn several_vcpus_move_bars_and_flip_pam_at_once() {
     let (host, machine) = machine(4);
