@@ -30,6 +30,28 @@ static void ports(void)
     }
 }
 
+/* String accesses, of no element, of one or of many, to the ports that take them; and what comes in is as wide as was asked for. */
+static void strings(void)
+{
+    static const u16 targets[] = {0x70, 0x80, 0x3f8, 0x402, 0x510, 0x514, 0x518, 0xae00, 0xae08, 0xaf00, 0xaf08, 0xcfc};
+    static u8 buffer[4100];
+    for (u32 i = 0; i < sizeof(targets) / sizeof(*targets); i++) {
+        for (u64 count = 0; count <= 1024; count = count ? count * 4 : 1) {
+            u16 port = targets[i];
+            void *at = buffer;
+            u64 n = count;
+            u8 after = buffer[count * 4] = (u8)random_next();
+            __asm__ volatile("rep insl" : "+D"(at), "+c"(n) : "d"(port) : "memory");
+            at = buffer + 1, n = count;
+            __asm__ volatile("rep insb" : "+D"(at), "+c"(n) : "d"(port) : "memory");
+            if (port == 0xcfc) continue; /* what is written there has its own part */
+            at = buffer + 1, n = count;
+            __asm__ volatile("rep outsw" : "+S"(at), "+c"(n) : "d"(port) : "memory");
+            if (buffer[count * 4] != after && count) print("strings WRONG\n");
+        }
+    }
+}
+
 static void registers(u32 base, u32 size)
 {
     for (u32 offset = 0; offset < size; offset += 4) {
@@ -37,13 +59,13 @@ static void registers(u32 base, u32 size)
         volatile u8 *address = (volatile u8 *)(u64)(base + offset);
         switch (r & 7) {
         case 0: *(volatile u8 *)(address + (r >> 8 & 3)) = (u8)(r >> 16); break;
-        case 1: *(volatile u16 *)(address + (r >> 8 & 2)) = (u16)(r >> 16); break;
-        case 2: *(volatile u32 *)address = (u32)(r >> 16); break;
-        case 3: *(volatile u64 *)address = r; break;
+        case 1: *(volatile u16 *)(address + (r >> 8 & 3)) = (u16)(r >> 16); break;
+        case 2: *(volatile u32 *)(address + (r >> 8 & 3)) = (u32)(r >> 16); break;
+        case 3: *(volatile u64 *)(address + (r >> 8 & 3)) = r; break;
         case 4: (void)*(volatile u8 *)(address + (r >> 8 & 3)); break;
-        case 5: (void)*(volatile u16 *)(address + (r >> 8 & 2)); break;
-        case 6: (void)*(volatile u32 *)address; break;
-        default: (void)*(volatile u64 *)address; break;
+        case 5: (void)*(volatile u16 *)(address + (r >> 8 & 3)); break;
+        case 6: (void)*(volatile u32 *)(address + (r >> 8 & 3)); break;
+        default: (void)*(volatile u64 *)(address + (r >> 8 & 3)); break;
         }
     }
 }
@@ -90,6 +112,9 @@ void payload(void)
     ports();
     uart_reset();
     print("ports done\n");
+    strings();
+    uart_reset();
+    print("strings done\n");
     for (int round = 0; round < 2; round++) configuration();
     uart_reset();
     print("configuration done\n");

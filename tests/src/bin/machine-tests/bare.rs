@@ -124,6 +124,7 @@ fn garbage(context: &Context) -> Outcome {
     let mut running = machine.arguments(&["--memory", "64M", "--rng", "--console"]).start()?;
     running.wait_for("garbage ends", 1)?;
     running.expect_exit(exit::SUCCESS)?;
+    ensure!(running.serial().iter().all(|line| !line.contains("WRONG")), "a string access is too wide");
     let bridge = running.serial().into_iter().find(|line| line.contains("host bridge")).unwrap_or_default();
     ensure!(bridge.contains("12378086"), "the host bridge answers no more: '{bridge}'");
     Ok(())
