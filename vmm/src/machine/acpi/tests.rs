@@ -192,6 +192,36 @@ fn iasl_accepts_every_table() {
     }
 }
 
+/// What ACPI's reference interpreter says to commands, one line each that holds `word`.
+fn interpreted(table: &[u8], commands: &[String], word: &str) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, input] = ["dsdt.aml", "commands"].map(|name| folder.path().join(name));
+    std::fs::write(&path, table).unwrap();
+    std::fs::write(&input, commands.join("\n") + "\nquit\n").unwrap();
+    let mut command = std::process::Command::new("acpiexec");
+    command.arg(&path).current_dir(folder.path()).stdin(std::fs::File::open(input).unwrap());
+    let output = command.output().expect("acpiexec of the Debian package acpica-tools is needed");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    said.lines().filter(|line| line.contains(word)).map(str::to_owned).collect()
+}
+
+/// The scan halves the CPUs, so that those beside each middle matter.
+#[test]
+fn each_cpu_is_notified_by_its_index_and_none_beyond() {
+    let apic_ids: Vec<u32> = (0..40).collect();
+    for count in [8, 9, 40] {
+        let table = dsdt::table(&platform(1, &apic_ids[..count], None));
+        let commands: Vec<_> =
+            (0..count + 2).map(|index| format!("execute \\_SB.CTFY {index:#x} 3")).collect();
+        let told = interpreted(&table, &commands, "Notify on");
+        let expected: Vec<_> = (0..count).map(|index| format!("[C{index:03X}]")).collect();
+        assert_eq!(told.len(), count, "{told:?}");
+        for (told, expected) in told.iter().zip(expected) {
+            assert!(told.contains(&expected) && told.contains("0x03"), "{told}, not {expected}");
+        }
+    }
+}
+
 /// fw_cfg as firmware reads it: the files by name, and what the loader's script makes of them at these addresses.
 mod firmware {
     use std::collections::BTreeMap;
