@@ -42,7 +42,7 @@ fn address() -> impl Strategy<Value = u32> {
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
         6 => (slot(), 0_u64..6, address()).prop_map(|(slot, bar, value)| Change::Bar {
-            slot: slot.into(), register: 0x10 + 4 * bar, value: if bar == 1 { value & 3 } else { value } }),
+            slot: slot.into(), register: 0x10 + 4 * bar, value: if bar == 1 && value != u32::MAX { value & 3 } else { value } }),
         4 => (slot(), any::<u16>()).prop_map(|(slot, value)| Change::Command { slot: slot.into(), value }),
         2 => address().prop_map(|value| Change::PmBase { value }),
         1 => any::<u8>().prop_map(|value| Change::PmEnable { value }),

@@ -342,7 +342,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u8>().prop_map(move |value| config((1, 3), 0x80, vec![value])),
         6 => (FIRST_SLOT..=LAST_SLOT, prop_oneof![Just(0x10_u64), Just(0x18), Just(0x20)], base())
             .prop_map(move |(slot, register, value)| dword((slot, 0), register, value)),
-        1 => (FIRST_SLOT..=LAST_SLOT, 0_u32..2).prop_map(move |(slot, value)| dword((slot, 0), 0x14, value)),
+        1 => (FIRST_SLOT..=LAST_SLOT, prop_oneof![0_u32..2, Just(u32::MAX)]).prop_map(move |(slot, value)| dword((slot, 0), 0x14, value)),
         4 => (FIRST_SLOT..=LAST_SLOT, 0_u8..8).prop_map(move |(slot, value)| config((slot, 0), 4, vec![value])),
         8 => (memory_address(), 0_usize..12).prop_map(|(address, length)| Step::Read { address, length }),
         8 => (memory_address(), proptest::collection::vec(any::<u8>(), 0..12))
