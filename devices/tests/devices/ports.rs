@@ -275,22 +275,25 @@ impl Talk {
 fn a_storm_of_kills_loses_no_byte_of_a_port_and_its_guest_gets_none_twice() {
     let (state, kept) = (state(), memory());
     let (mut peer, theirs) = UnixStream::pair().unwrap();
-    let resources = [&state, &kept];
+    let theirs: OwnedFd = theirs.into();
+    let resources = [&state, &kept, &theirs, &theirs];
+    let end = |name: &str, index| (name == "a").then_some(FdIndex(index));
     let ports = ["a", "b"].map(|name| PortConfig {
         name: name.into(),
         console: name == "b",
-        input: None,
-        output: None,
+        input: end(name, 3),
+        output: end(name, 4),
     });
     let config = PortsConfig { ports: ports.into(), state: Some(FdIndex(1)), typed: Some(FdIndex(2)) };
     let mut victim = Victim::new("console", DeviceConfig::Ports(config), &resources, 8);
-    begin(&mut victim.driver);
-    let attach = |victim: &Victim<'_>| {
-        victim.process.channel.send(&ToDevice::AttachPort(0), &[theirs.as_fd()]).unwrap();
-    };
-    attach(&victim);
-    hear(&mut victim.driver, 1, PORT_OPEN, 1);
-    say(&mut victim.driver, 1, PORT_OPEN, 1);
+    let driver = &mut victim.driver;
+    say(driver, u32::MAX, DEVICE_READY, 1);
+    hear(driver, 1, PORT_ADD, 1);
+    hear(driver, 2, PORT_ADD, 1);
+    say(driver, 1, PORT_READY, 1);
+    assert_eq!(hear(driver, 1, PORT_NAME, 1), b"a");
+    hear(driver, 1, PORT_OPEN, 1);
+    say(driver, 1, PORT_OPEN, 1);
     peer.set_nonblocking(true).unwrap();
     let mut talk = Talk::default();
     let mut random = Random(0x2468_ace0_1357_9bdf);
@@ -304,7 +307,6 @@ fn a_storm_of_kills_loses_no_byte_of_a_port_and_its_guest_gets_none_twice() {
             }
         }
         longest = longest.max(victim.kill(|driver, queue, done| talk.done(driver, queue, done)));
-        attach(&victim);
     }
     let end = Instant::now() + LIMIT;
     let last = |talk: &Talk| format!("{:0width$}\n", talk.said - 1, width = Talk::LINE - 1).into_bytes();
