@@ -325,6 +325,7 @@ impl RemoteDevice for RegisterDevice {
     fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
         let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
         let mut state = self.lock();
+        self.forget(&mut state);
         let [line, settings] = state.journal.replay();
         line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, None))?;
         // A process that takes them one by one, each just in time, does not get them all; and others wait meanwhile.
@@ -373,10 +374,8 @@ impl IsaDevice for RegisterDevice {
 
     fn read(&self, port: u16, data: &mut [u8]) {
         for (byte, port) in data.iter_mut().zip(port..) {
-            let Some(offset) = self.offset(port) else {
-                *byte = 0xff;
-                continue;
-            };
+            *byte = 0xff;
+            let Some(offset) = self.offset(port) else { continue };
             let mut state = self.lock();
             state.reads = state.reads.wrapping_add(u64::from(offset == 0));
             let number = if offset == 0 { state.reads } else { 0 };
