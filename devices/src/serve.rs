@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_ipc::channel::message::{
     BalloonConfig, BalloonReport, BlkConfig, Descriptors, DeviceConfig, DeviceStart, FdIndex, FromDevice,
-    GroupConfig, Left, NetBackend, NetConfig, NetLimits, PortsConfig, ToDevice,
+    GroupConfig, Left, NetBackend, NetConfig, NetLimits, PortsConfig, TYPED, ToDevice, UartConfig,
 };
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::{self, JailError, PolicyName};
@@ -35,7 +35,7 @@ use crate::rate_limit::{Group, Rate, RateLimits};
 use crate::registers::{DeviceProcess, Registers, RegistersError};
 use crate::relay::{self, Relay, RelayError};
 use crate::rng::Rng;
-use crate::stream::{Ends, KEPT, Typed};
+use crate::stream::{Ends, KEPT, Said, Typed};
 use crate::uart::{self, UartError};
 use crate::vsock::Vsock;
 use crate::watchdog::WatchdogDevice;
@@ -162,11 +162,23 @@ impl Resources {
         Ok(ends.keeping(Typed::new(Some(&file), 0)?))
     }
 
+    /// These ends, with what a successor of a serial port needs.
+    fn serial(&mut self, ends: Ends, config: &UartConfig) -> Result<Ends, ServeError> {
+        let Some(index) = config.typed else { return Ok(ends) };
+        let file = File::from(self.descriptors.take(index)?);
+        let said = Said::new(&file, TYPED, config.own_file)?;
+        Ok(ends.keeping(Typed::new(Some(&file), 0)?).passing(said))
+    }
+
     /// A network card with its descriptors.
     fn net(&mut self, config: &NetConfig) -> Result<Net, ServeError> {
         let peer = |this: &mut Self, index: &Option<FdIndex>| index.map(|index| this.take(index)).transpose();
+        let mut positions = Vec::new();
         let (backend, pairs) = match &config.backend {
-            NetBackend::Tap { queues, offloads } => {
+            NetBackend::Tap { queues, positions: indices, offloads } => {
+                let taken: Result<_, _> =
+                    indices.iter().map(|index| self.take(*index).map(|fd| Arc::new(fd.into()))).collect();
+                positions = taken?;
                 let files: Result<Vec<File>, _> =
                     queues.iter().map(|index| self.take(*index).map(File::from)).collect();
                 let tap = Tap { name: String::new(), queues: files?, offloads: *offloads };
@@ -187,6 +199,7 @@ impl Resources {
             announce: config.successor,
             way: config.way,
             group: self.group(config.group.as_deref())?,
+            positions,
         };
         let kept = config.kept.map(|index| self.descriptors.take(index)).transpose()?.map(File::from);
         Ok(Net::new(settings, backend, kept.as_ref())?)
@@ -409,7 +422,7 @@ fn without_queues<'a>(
     match config {
         DeviceConfig::Uart(config) => {
             let ends = resources.ends(config.input, config.output)?;
-            let ends = resources.keeping(ends, config.typed)?;
+            let ends = resources.serial(ends, config)?;
             resources.finish(channel)?;
             let events = uart::open(socket, ends, channel)?;
             seal(PolicyName::UartMain, &events.descriptors(), channel)?;

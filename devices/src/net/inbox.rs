@@ -1,13 +1,17 @@
 //! Packets from outside that the guest has not got yet. They survive the process: a successor goes on with them.
 //!
 //! Of a stream many are read at once, of the other ways out one at a time. `recvmmsg` notes for a successor what came. A tap is no
-//! socket, and what `read` returns is lost with the process: the room for a packet is filled with a mark before, which tells whether a
-//! packet came, and together with the lengths in its IP header where it ends. A packet that is not IP and ends with bytes that look
-//! like the mark loses these when a process dies in the very moment between `read` and its next instruction.
+//! socket, and what `read` returns is lost with the process. But the kernel's driver makes the length of a packet the position of the open
+//! file that it was read from, which the process cannot ask for, but its supervisor: it hands over a file that says so. Whether a packet
+//! came at all is told by a mark in the room for it, in a place where no packet's header has it. On a host without such a file the mark
+//! and the lengths in an IP header tell where a packet ends, and one that is not IP and ends like the mark may lose its end.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use bulkhead_ipc::tap::VNET_HEADER;
 use nix::errno::Errno;
@@ -87,6 +91,8 @@ pub struct Inbox {
     body: Range<usize>,
     /// What a predecessor left is known.
     begun: bool,
+    /// It says how long the packet is that was read last.
+    position: Option<Arc<File>>,
 }
 
 /// Where an IP packet in this Ethernet frame ends, as its header says it.
@@ -102,10 +108,21 @@ fn ip_end(frame: &[u8]) -> Option<usize> {
     }
 }
 
-/// Length of a packet with its header that lies in marked room; `None`: none came.
-fn marked_length(room: &[u8]) -> Option<usize> {
+/// The position of an open file as its `fdinfo` says it (proc(5)).
+fn position(info: &File) -> Option<usize> {
+    let mut text = [0; 256];
+    let count = info.read_at(&mut text, 0).ok()?;
+    let text = std::str::from_utf8(text.get(..count)?).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("pos:")?.trim().parse().ok())
+}
+
+/// Length of a packet with its header that lies in marked room; `None`: none came. `position`: what the kernel says of it.
+fn marked_length(room: &[u8], position: Option<usize>) -> Option<usize> {
     if room.first() == Some(&MARK) {
         return None;
+    }
+    if let Some(length) = position.filter(|length| (1..=room.len()).contains(length)) {
+        return Some(length);
     }
     let written = room.iter().rposition(|byte| *byte != MARK)?.saturating_add(1);
     let said = room.get(VNET_HEADER..).and_then(ip_end).map_or(0, |end| end.saturating_add(VNET_HEADER));
@@ -113,8 +130,9 @@ fn marked_length(room: &[u8]) -> Option<usize> {
 }
 
 impl Inbox {
-    /// Packets of `port`, in memory that may outlive the process. To be called before the process is sealed.
-    pub fn new(port: &Port, kept: Kept) -> Self {
+    /// Packets of `port`, in memory that may outlive the process; for a tap with the `fdinfo` of its queue, if the host has it. To be
+    /// called before the process is sealed.
+    pub fn new(port: &Port, kept: Kept, position: Option<Arc<File>>) -> Self {
         let kind = match port {
             Port::Tap(_) => Kind::Tap,
             Port::Datagrams(Some(peer)) if getsockopt(peer, sockopt::SockType) == Ok(SockType::SeqPacket) => {
@@ -123,7 +141,8 @@ impl Inbox {
             Port::Datagrams(_) => Kind::Datagrams,
             Port::Stream(_) => Kind::Stream,
         };
-        Self { kept, kind, state: State::default(), header: [0; VNET_HEADER], body: 0..0, begun: false }
+        let (state, header) = Default::default();
+        Self { kept, kind, state, header, body: 0..0, begun: false, position }
     }
 
     /// Where packets go is this way; a predecessor's packets are another's unless it was the same. `used`: index of the guest's used
@@ -132,6 +151,7 @@ impl Inbox {
         if std::mem::replace(&mut self.begun, true) {
             return;
         }
+        let info = self.position.take();
         if self.kept.way() != way {
             self.restart(way);
             return;
@@ -147,7 +167,7 @@ impl Inbox {
         self.state.filled = start.min(end)..end;
         if self.kind == Kind::Tap && !self.state.spent && self.state.filled.is_empty() {
             let room = self.kept.bytes().get(..PACKET).unwrap_or_default();
-            self.state.filled = 0..marked_length(room).unwrap_or(0);
+            self.state.filled = 0..marked_length(room, info.and_then(|info| position(&info))).unwrap_or(0);
         }
         let given = self.state.giving.take().is_some_and(|before| before != used);
         self.save();
@@ -329,16 +349,13 @@ impl Inbox {
 ///
 /// # Errors
 /// As [`Kept::new`].
-pub fn memory(port: &Port, file: Option<&std::fs::File>, offset: u64) -> io::Result<Kept> {
+pub fn memory(port: &Port, file: Option<&File>, offset: u64) -> io::Result<Kept> {
     let bytes = if matches!(port, Port::Stream(_)) { 2 * AREA } else { PACKET.next_multiple_of(HEAD) };
     Kept::new(file, offset, bytes)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::FileExt;
-    use std::sync::Arc;
 
     use super::*;
 
@@ -346,7 +363,7 @@ mod tests {
 
     fn tap_with(file: &File) -> Inbox {
         let port = Port::Tap(Arc::new(tempfile::tempfile().unwrap()));
-        Inbox::new(&port, memory(&port, Some(file), 0).unwrap())
+        Inbox::new(&port, memory(&port, Some(file), 0).unwrap(), None)
     }
 
     fn byte(file: &File, at: usize) -> u8 {
@@ -370,6 +387,30 @@ mod tests {
                 inbox.begin(WAY, 0);
             });
         }
+    }
+
+    #[test]
+    fn a_packet_that_ends_like_the_mark_is_whole() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(KEPT as u64).unwrap();
+        tap_with(&file).begin(WAY, 0);
+        // Read by a process that could note nothing any more. No IP, and a tail like the mark.
+        let packet = [&[0; VNET_HEADER][..], &[2; 12], &[0x88, 0xB5], &[MARK; 50]].concat();
+        file.write_all_at(&packet, HEAD as u64).unwrap();
+        let info = tempfile::tempfile().unwrap();
+        let text = format!("pos:\t{}\nflags:\t0104002\n", packet.len());
+        info.write_all_at(text.as_bytes(), 0).unwrap();
+        let mut inbox = tap_with(&file);
+        inbox.position = Some(Arc::new(info.try_clone().unwrap()));
+        inbox.begin(WAY, 0);
+        assert_eq!(inbox.next_packet(), Some(Ok(())));
+        assert_eq!(inbox.packet().1, &packet[VNET_HEADER..]);
+        // None came: the position is that of one before.
+        inbox.consume();
+        let mut inbox = tap_with(&file);
+        inbox.position = Some(Arc::new(info));
+        inbox.begin(WAY, 0);
+        assert_eq!(inbox.next_packet(), None);
     }
 
     #[test]

@@ -99,6 +99,8 @@ pub struct Settings {
     pub way: u64,
     /// What may pass both ways together with other devices.
     pub group: Option<Arc<Group>>,
+    /// Of each queue of a tap a file that says how long the packet is that was read last, or none at all.
+    pub positions: Vec<Arc<File>>,
 }
 
 impl Default for Settings {
@@ -115,6 +117,7 @@ impl Default for Settings {
             announce: false,
             way: 1,
             group: None,
+            positions: Vec::new(),
         }
     }
 }
@@ -242,9 +245,10 @@ impl Net {
             Backend::Stream(peer) => (Vec::new(), 0, vec![Port::Stream(peer)]),
             Backend::Datagrams(peer) => (Vec::new(), 0, vec![Port::Datagrams(peer)]),
         };
+        let mut positions = std::mem::take(&mut settings.positions).into_iter();
         let with_memory = |(number, port): (u64, Port)| {
             let at = number.saturating_mul(NET_KEPT);
-            let inbox = Inbox::new(&port, inbox::memory(&port, kept, at)?);
+            let inbox = Inbox::new(&port, inbox::memory(&port, kept, at)?, positions.next());
             let at = at.saturating_add(inbox::KEPT as u64);
             let outbox = Outbox::new(outbox::memory(&port, kept, at)?);
             Ok((port, inbox, outbox))

@@ -141,7 +141,7 @@ mod tests {
     const WAY: u64 = 3;
 
     fn inbox_of(port: &Port, file: Option<&File>) -> Inbox {
-        let mut inbox = Inbox::new(port, inbox::memory(port, file, 0).unwrap());
+        let mut inbox = Inbox::new(port, inbox::memory(port, file, 0).unwrap(), None);
         inbox.begin(WAY, 0);
         inbox
     }
@@ -258,7 +258,7 @@ mod tests {
         assert_eq!(successor.receive(&port), Input::Packet);
         assert_eq!(successor.packet().1, b"first", "the used ring does not have it");
         successor.give(0);
-        let mut successor = Inbox::new(&port, inbox::memory(&port, Some(&file), 0).unwrap());
+        let mut successor = Inbox::new(&port, inbox::memory(&port, Some(&file), 0).unwrap(), None);
         successor.begin(WAY, 1);
         assert_eq!(successor.receive(&port), Input::Nothing, "the guest has it");
         peer.write_all(&[frame(b"first"), frame(b"whole")].concat()[15..]).unwrap();
@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(successor.receive(&port), Input::Packet);
         assert_eq!(successor.packet().1, b"whole");
         // Another way out has nothing to do with it.
-        let mut other = Inbox::new(&port, inbox::memory(&port, Some(&file), 0).unwrap());
+        let mut other = Inbox::new(&port, inbox::memory(&port, Some(&file), 0).unwrap(), None);
         other.begin(WAY + 1, 1);
         assert_eq!(other.receive(&port), Input::Nothing);
 

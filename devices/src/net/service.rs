@@ -73,7 +73,7 @@ fn prepare(given: &Given, outfit: &mut Outfit) -> Result<DeviceConfig, Standalon
             }
             outfit.limits.descriptors = outfit.limits.descriptors.saturating_add(u64::from(pairs) << 3);
             let queues = tap.queues.into_iter().map(|queue| outfit.add(queue)).collect();
-            NetBackend::Tap { queues, offloads: tap.offloads }
+            NetBackend::Tap { queues, positions: Vec::new(), offloads: tap.offloads }
         }
         (None, Some(path)) => {
             let failed = |error| OutfitError::Open { what: "stream", path: path.into(), error };

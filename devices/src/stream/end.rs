@@ -73,6 +73,11 @@ impl End {
         }
     }
 
+    /// Size of a file, bytes.
+    pub(super) fn size(&self) -> Option<u64> {
+        fstat(&self.fd).ok().and_then(|status| u64::try_from(status.st_size).ok())
+    }
+
     /// Whether it is a socket.
     pub fn is_socket(&self) -> bool {
         self.manner == Manner::Socket

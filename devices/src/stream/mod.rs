@@ -15,16 +15,19 @@
 //! | `backlog` | what the guest said and nobody took yet |
 //! | `end` | one descriptor, and writing it without blocking |
 //! | `peer` | who is at the other end now, both directions |
+//! | `said` | what the guest said, passed on once |
 //! | `typed` | what it sent and the guest has not got |
 //! | `watch` | what epoll is asked to report |
 
 mod backlog;
 mod end;
 mod peer;
+mod said;
 mod typed;
 mod watch;
 
 pub use backlog::{BURST, CAPACITY, HISTORY, PATIENCE};
 pub use end::End;
 pub use peer::{Ends, Peer};
+pub use said::Said;
 pub use typed::{KEPT, Typed};

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::backlog::Backlog;
 use super::end::End;
+use super::said::Said;
 use super::typed::Typed;
 use super::watch::{Tag, Watches};
 
@@ -26,18 +27,26 @@ pub struct Ends {
     pub output: Option<End>,
     /// Where bytes for the guest wait for it.
     pub typed: Option<Typed>,
+    /// What passes on bytes of the guest that have numbers.
+    pub said: Option<Said>,
 }
 
 impl Ends {
     /// Two descriptors, or one, or none.
     pub fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
-        Self { input: input.map(End::new), output: output.map(End::new), typed: None }
+        Self { input: input.map(End::new), output: output.map(End::new), ..Self::default() }
     }
 
     /// The same, with bytes for the guest in memory that outlives the process.
     #[must_use]
     pub fn keeping(self, typed: Typed) -> Self {
         Self { typed: Some(typed), ..self }
+    }
+
+    /// The same, with bytes of the guest that have numbers passed on once.
+    #[must_use]
+    pub fn passing(self, said: Said) -> Self {
+        Self { said: Some(said), ..self }
     }
 }
 
@@ -106,13 +115,17 @@ pub struct Peer {
     patient: bool,
     /// What the peer has sent; none where memory for it could not be had.
     typed: Option<Typed>,
+    /// What passes on bytes of the guest that have numbers, and the number of the newest.
+    said: Option<Said>,
+    newest: u64,
 }
 
 impl Peer {
     /// A stream with its first ends.
     pub fn new(mut first: Ends) -> Self {
         let typed = first.typed.take().or_else(|| Typed::new(None, 0).ok());
-        let mut this = Self { places: Places { first, attached: None }, typed, ..Self::default() };
+        let said = first.said.take();
+        let mut this = Self { places: Places { first, attached: None }, typed, said, ..Self::default() };
         this.places_changed();
         this
     }
@@ -204,6 +217,20 @@ impl Peer {
         }
     }
 
+    /// What a predecessor, or this process, has answered to the read with this number.
+    pub fn answered(&mut self, number: u64) -> Option<u8> {
+        let typed = self.typed.as_mut()?;
+        typed.begin(None);
+        typed.answered(number)
+    }
+
+    /// The read with this number is answered so, with so many of these bytes.
+    pub fn answer(&mut self, number: u64, value: u8, count: usize) {
+        if let Some(typed) = &mut self.typed {
+            typed.answer(number, value, count);
+        }
+    }
+
     /// So many of these bytes are given to the guest by `publish`, before which its used ring has this index.
     pub fn give(&mut self, count: usize, used: u16, publish: impl FnOnce()) {
         match &mut self.typed {
@@ -249,6 +276,18 @@ impl Peer {
         self.backlog.room()
     }
 
+    /// Goes on with the numbers of the guest's bytes where a predecessor was that works no more: returns that of the byte which needs
+    /// nobody's care any more.
+    pub fn begin_said(&mut self) -> u64 {
+        self.newest = self.said.as_mut().map_or(0, |said| said.begin(self.places.first.output.as_ref()));
+        self.newest
+    }
+
+    /// The newest byte that was said has this number, and those that wait have those before.
+    pub const fn set_newest(&mut self, number: u64) {
+        self.newest = number;
+    }
+
     /// The guest says something; [`Self::flush`] sends it.
     pub fn say(&mut self, bytes: &[u8]) {
         self.backlog.push(bytes);
@@ -280,9 +319,15 @@ impl Peer {
                 self.blocked = false;
                 return;
             };
-            match output.write(front) {
-                Ok(count) => self.backlog.take(count),
-                Err(Errno::EINTR) => {}
+            let result = match &mut self.said {
+                Some(said) => {
+                    let is_first = self.places.first.output.as_ref().is_some_and(|first| first.is(output));
+                    said.write((output, is_first), &mut self.backlog, self.newest)
+                }
+                None => output.write(front).map(|count| self.backlog.take(count)),
+            };
+            match result {
+                Ok(()) | Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
                     self.blocked = true;
                     self.backlog.refused(Instant::now());

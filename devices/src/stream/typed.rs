@@ -36,11 +36,40 @@ struct Giving {
     start: usize,
 }
 
+/// What was answered to a read that has a number, 48 bits, in one word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Answer {
+    number: u64,
+    value: u8,
+    /// It took a byte of those that wait.
+    takes: bool,
+}
+
+impl Answer {
+    const NUMBER: u64 = (1 << 48) - 1;
+
+    fn pack(self) -> u64 {
+        self.number & Self::NUMBER | u64::from(self.value) << 48 | u64::from(self.takes) << 56
+    }
+
+    fn unpack(word: u64) -> Self {
+        let [.., value, takes] = word.to_le_bytes();
+        Self { number: word & Self::NUMBER, value, takes: takes != 0 }
+    }
+
+    /// What tells this answer from the one before.
+    const fn mark(self) -> u64 {
+        self.number & 0xFFFF
+    }
+}
+
 /// Bytes for the guest.
 #[derive(Debug)]
 pub struct Typed {
     kept: Kept,
     unread: Range<usize>,
+    /// The answer of which these know that they are fewer.
+    mark: u64,
     /// Bytes that the `read` under way may bring.
     expected: usize,
     begun: bool,
@@ -62,10 +91,11 @@ impl Typed {
     /// # Errors
     /// The file is too small, or the kernel refuses.
     pub fn new(file: Option<&File>, offset: u64) -> io::Result<Self> {
-        Ok(Self { kept: Kept::new(file, offset, ROOM)?, unread: 0..0, expected: 0, begun: false })
+        Ok(Self { kept: Kept::new(file, offset, ROOM)?, unread: 0..0, mark: 0, expected: 0, begun: false })
     }
 
-    /// Goes on where a predecessor was that works no more. `used`: index of the guest's used ring, if it has one.
+    /// Goes on where a predecessor was that works no more. `used`: index of the guest's used ring, if it has one; without one the guest
+    /// reads byte by byte.
     pub fn begin(&mut self, used: Option<u16>) {
         if std::mem::replace(&mut self.begun, true) {
             return;
@@ -81,7 +111,16 @@ impl Typed {
         end = end.saturating_add(came);
         // The predecessor may have been broken into.
         self.unread = start.min(end)..end;
+        self.expected = 0;
         let giving = self.kept.way();
+        if used.is_none() {
+            let answer = Answer::unpack(giving);
+            let known = answer.mark() == word >> 48;
+            self.mark = answer.mark();
+            self.taken(usize::from(answer.takes && !known));
+            self.kept.settle();
+            return;
+        }
         let giving = (giving >> 32 & 1 == 1).then(|| Giving {
             used: u16::try_from(giving & 0xFFFF).unwrap_or(0),
             start: usize::try_from(giving >> 16 & 0xFFFF).unwrap_or(0),
@@ -97,7 +136,7 @@ impl Typed {
     fn save(&self) {
         let place = |value: usize, at: u32| (value as u64 & 0xFFFF) << at;
         let Range { start, end } = self.unread;
-        self.kept.set_word(place(start, 0) | place(end, 16) | place(self.expected, 32));
+        self.kept.set_word(place(start, 0) | place(end, 16) | place(self.expected, 32) | self.mark << 48);
     }
 
     /// What the guest has not got.
@@ -109,6 +148,22 @@ impl Typed {
     pub fn taken(&mut self, count: usize) {
         self.unread.start = self.unread.start.saturating_add(count).min(self.unread.end);
         self.save();
+    }
+
+    /// What was answered to the read with this number, if it is the last that was. No number: it is a new one.
+    pub fn answered(&self, number: u64) -> Option<u8> {
+        let answer = Answer::unpack(self.kept.way());
+        (number != 0 && number == answer.number).then_some(answer.value)
+    }
+
+    /// The read with this number is answered so, with so many of the bytes.
+    pub fn answer(&mut self, number: u64, value: u8, count: usize) {
+        if number != 0 {
+            let answer = Answer { number, value, takes: count > 0 };
+            self.kept.set_way(answer.pack());
+            self.mark = answer.mark();
+        }
+        self.taken(count);
     }
 
     /// So many bytes are given to the guest by `publish`, before which its used ring has this index.

@@ -1,5 +1,9 @@
 //! The chip behind its register protocol: region 0 is its eight ports, region 1 the shadow page, interrupt 0 its
 //! interrupt output.
+//!
+//! The client numbers the characters that it writes to THR, and the times that it reads RBR, each from 1 on; the number stands in the
+//! offset above the port. A successor is told again what was not answered and what may not have been passed on, under the same numbers,
+//! and carries out what its predecessor has not. An access without a number, 0, is always a new one.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -15,6 +19,14 @@ use crate::stream::{BURST, Ends, Peer};
 /// Index of the region that holds the ports.
 pub const REGION_PORTS: u32 = 0;
 
+/// Size of that region, in bytes: eight ports for each number of 48 bits.
+pub const REGION_SIZE: u64 = PORTS << 48;
+const NUMBER_SHIFT: u32 = PORTS.trailing_zeros();
+
+/// A number that is so much lower than that of the last character is no repetition: the file that says so was a predecessor's, which
+/// may have been broken into. The client repeats 64 KiB at the most.
+const OLDEST: u64 = 1 << 17;
+
 /// Index of the region that is the shadow page: its registers are LSR, IER and MSR, its stream register is THR.
 pub const REGION_SHADOW: u32 = 1;
 
@@ -29,9 +41,13 @@ pub struct UartDevice {
     /// The client has read a register or connected the interrupt.
     listening: bool,
     writes: u16,
-    /// Characters written to THR, of which so many were said to be delivered.
-    sent: u64,
+    /// What a predecessor left is known.
+    begun: bool,
+    /// Number of the character that was taken last, and of that which was said to be delivered.
+    taken: u64,
     delivered: u64,
+    /// How many of those taken were lost in the transmitter, behind others that still wait.
+    lost: u64,
     published: u64,
     /// Characters of the line in the receiver.
     received: usize,
@@ -109,8 +125,51 @@ impl UartDevice {
 
     /// The line may have room again.
     pub fn pump(&mut self) {
-        self.uart.pump(&mut self.line);
+        self.transmit(false, Uart16550::pump);
         self.update();
+    }
+
+    /// The predecessor works no more: takes over what it left.
+    fn begin(&mut self) {
+        if !std::mem::replace(&mut self.begun, true) {
+            self.taken = self.line.begin_said();
+        }
+    }
+
+    /// The client hears of the chip: characters may come to it.
+    fn listen(&mut self) {
+        if !std::mem::replace(&mut self.listening, true) {
+            self.begin();
+            while self.receive_low() && self.fetch() {}
+        }
+    }
+
+    /// Whether a character was not taken before; then it is.
+    fn take(&mut self, number: u64) -> bool {
+        self.begin();
+        let number = if number == 0 { self.taken.saturating_add(1) } else { number };
+        let new = number > self.taken || self.taken.saturating_sub(number) >= OLDEST;
+        if new {
+            self.taken = number;
+        }
+        new
+    }
+
+    /// Does what may send characters, a `new` one among them, and notes which of them wait.
+    fn transmit(&mut self, new: bool, act: impl FnOnce(&mut Uart16550, &mut Peer)) {
+        let (held, waiting) = (self.uart.transmitting(), self.line.waiting());
+        act(&mut self.uart, &mut self.line);
+        let (holds, waits) = (self.uart.transmitting(), self.line.waiting());
+        if held > 0 {
+            // The newest have gone round in loopback, or were cleared, or overwritten.
+            let there = holds.saturating_add(waits.saturating_sub(waiting));
+            self.lost =
+                self.lost.saturating_add(held.saturating_add(new.into()).saturating_sub(there) as u64);
+        }
+        if holds == 0 && waits == 0 {
+            self.lost = 0;
+        }
+        self.line.set_newest(self.taken.saturating_sub(holds as u64).saturating_sub(self.lost));
     }
 
     /// Publishes what reads would bring, then signals an edge: whoever the interrupt wakes reads the new state.
@@ -124,8 +183,8 @@ impl UartDevice {
 
     /// Publishes how much of what the guest sent needs nobody's care any more.
     pub fn publish_delivered(&mut self) {
-        let waiting = self.line.waiting().saturating_add(self.uart.transmitting());
-        let delivered = self.sent.wrapping_sub(waiting as u64);
+        let waiting = self.line.waiting().saturating_add(self.uart.transmitting()) as u64;
+        let delivered = self.taken.saturating_sub(waiting).saturating_sub(self.lost);
         if let Some(shadow) = &self.shadow
             && delivered != self.delivered
         {
@@ -174,7 +233,7 @@ impl RegisterDevice for UartDevice {
     fn region(&self, index: u32) -> Option<Region<'_>> {
         match index {
             REGION_PORTS => {
-                Some(Region { size: PORTS, flags: RegionInfo::READ | RegionInfo::WRITE, file: None })
+                Some(Region { size: REGION_SIZE, flags: RegionInfo::READ | RegionInfo::WRITE, file: None })
             }
             REGION_SHADOW => {
                 let file = self.shadow.as_ref()?.as_fd();
@@ -189,31 +248,49 @@ impl RegisterDevice for UartDevice {
     }
 
     fn read(&mut self, _region: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        self.listening = true;
+        self.listen();
+        let number = offset >> NUMBER_SHIFT;
         // An 8-bit card: a wider access is as many cycles.
-        for (byte, port) in data.iter_mut().zip(offset..) {
+        for (byte, port) in data.iter_mut().zip(offset % PORTS..) {
             let register = Register::read_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
-            *byte = self.uart.read(register);
+            if register != Register::Rbr {
+                *byte = self.uart.read(register);
+            } else if let Some(answer) = self.line.answered(number) {
+                *byte = answer;
+            } else {
+                let before = self.uart.received();
+                *byte = self.uart.read(register);
+                let count = before.saturating_sub(self.uart.received());
+                self.received = self.received.saturating_sub(count);
+                self.line.answer(number, *byte, count);
+            }
         }
         Ok(())
     }
 
     fn write(&mut self, _region: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        for (byte, port) in data.iter().zip(offset..) {
+        let number = offset >> NUMBER_SHIFT;
+        for (byte, port) in data.iter().zip(offset % PORTS..) {
             let register = Register::written_at(port, self.uart.dlab()).ok_or(AccessError::OutOfRange)?;
-            self.sent = self.sent.wrapping_add(u64::from(register == Register::Thr));
-            self.uart.write(register, *byte, &mut self.line);
+            // What goes round in loopback has no number.
+            let new = register == Register::Thr && !(self.uart.loopback() && number == 0);
+            if !new || self.take(number) {
+                self.transmit(new, |uart, line| uart.write(register, *byte, line));
+            }
         }
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.uart.reset();
+        self.transmit(false, |uart, _| uart.reset());
     }
 
     fn set_irq(&mut self, _index: u32, _start: u32, event: Option<OwnedFd>) -> Result<(), AccessError> {
-        self.listening |= event.is_some();
+        let connected = event.is_some();
         self.interrupt.connect(event)?;
+        if connected {
+            self.listen();
+        }
         self.update();
         Ok(())
     }

@@ -11,6 +11,8 @@ struct Character {
     byte: u8,
     /// PE, FE and BI, until they have shown up in the LSR.
     errors: u8,
+    /// It came from outside, not by the loopback.
+    outside: bool,
 }
 
 /// Receiver FIFO, or, one deep, the receiver buffer of the character mode.
@@ -26,18 +28,23 @@ impl ReceiveFifo {
         self.length
     }
 
+    /// Characters in it that came from outside.
+    pub fn came_from_outside(&self) -> usize {
+        self.characters.iter().take(self.length).filter(|character| character.outside).count()
+    }
+
     /// Whether it has none.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// Appends; false when all `depth` places are taken.
-    pub fn push(&mut self, byte: u8, errors: u8, depth: usize) -> bool {
+    /// Appends a character with its errors, or `None`: it comes from outside. False when all `depth` places are taken.
+    pub fn push(&mut self, byte: u8, errors: Option<u8>, depth: usize) -> bool {
         if self.length >= depth {
             return false;
         }
         let Some(place) = self.characters.get_mut(self.length) else { return false };
-        *place = Character { byte, errors };
+        *place = Character { byte, errors: errors.unwrap_or(0), outside: errors.is_none() };
         self.length = self.length.saturating_add(1);
         true
     }

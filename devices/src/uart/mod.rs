@@ -25,7 +25,7 @@ use nix::errno::Errno;
 
 use crate::stream::Ends;
 
-pub use device::{REGION_PORTS, REGION_SHADOW, UartDevice};
+pub use device::{REGION_PORTS, REGION_SHADOW, REGION_SIZE, UartDevice};
 pub use event_loop::EventLoop;
 
 /// How long the core may take to read a reply.

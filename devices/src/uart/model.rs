@@ -169,15 +169,15 @@ impl Uart16550 {
         !self.loopback() && self.receive.len().saturating_mul(2) <= self.depth()
     }
 
-    /// Characters that the guest has not read.
+    /// Characters from outside that the guest has not read.
     pub fn received(&self) -> usize {
-        self.receive.len()
+        self.receive.came_from_outside()
     }
 
     /// A character arrives from outside.
     pub fn receive(&mut self, byte: u8) {
         if !self.loopback() {
-            self.arrive(byte, 0);
+            self.arrive(byte, None);
         }
     }
 
@@ -212,7 +212,8 @@ impl Uart16550 {
         if self.fifos { DEPTH } else { 1 }
     }
 
-    fn arrive(&mut self, byte: u8, errors: u8) {
+    /// A character arrives: by the loopback with these errors, or from outside.
+    fn arrive(&mut self, byte: u8, errors: Option<u8>) {
         if self.receive.push(byte, errors, self.depth()) {
             // A new character restarts the timeout (section 8.10).
             self.timeout = false;
@@ -270,7 +271,7 @@ impl Uart16550 {
         while self.loopback() || line.has_room() {
             let Some(byte) = self.transmit.pop() else { break };
             if self.loopback() {
-                self.arrive(byte, 0);
+                self.arrive(byte, Some(0));
             } else {
                 line.transmit(byte);
             }
@@ -318,7 +319,7 @@ impl Uart16550 {
         self.lcr = value;
         // The serial output goes to the spacing state; in loopback the receiver sees a break (sections 8.1, 8.7).
         if breaking && self.loopback() {
-            self.arrive(0, lsr::BI | lsr::FE);
+            self.arrive(0, Some(lsr::BI | lsr::FE));
         }
     }
 

@@ -89,7 +89,9 @@ impl Rig {
             "console" => {
                 DeviceConfig::Console(ConsoleConfig { input: first, output: second, size: None, typed: None })
             }
-            _ => DeviceConfig::Uart(UartConfig { input: first, output: second, typed: None }),
+            _ => {
+                DeviceConfig::Uart(UartConfig { input: first, output: second, typed: None, own_file: false })
+            }
         };
         let mut device = Supervised::start(kind, config, &resources, Enforcement::Standalone);
         let guest = if kind == "console" {

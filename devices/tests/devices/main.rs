@@ -35,6 +35,7 @@ mod storm_net;
 mod storm_passt;
 mod storm_queues;
 mod storm_registers;
+mod storm_serial;
 mod storm_typed;
 mod supervised;
 mod vsock;

@@ -680,7 +680,7 @@ fn a_console_reads_and_writes_what_was_posted_and_nothing_else() {
 
 #[test]
 fn a_uart_survives_garbage_in_every_register() {
-    let config = DeviceConfig::Uart(UartConfig { input: None, output: None, typed: None });
+    let config = DeviceConfig::Uart(UartConfig { input: None, output: None, typed: None, own_file: false });
     let mut process = Supervised::start("uart", config, &[], Enforcement::Standalone);
     process.forget_log();
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -1,5 +1,6 @@
 //! Named ports of a console.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,7 +10,9 @@ use std::time::{Duration, Instant};
 use bulkhead_ipc::channel::message::{DeviceConfig, FdIndex, PortConfig, PortsConfig, Progress, ToDevice};
 use bulkhead_ipc::jail::Enforcement;
 
-use crate::driver::{BUFFERS, Driver};
+use crate::driver::{BUFFERS, Driver, Random};
+use crate::storm::{OTHER_KILLS, Victim, check_pause};
+use crate::storm_typed::{byte, memory};
 use crate::supervised::{LIMIT, Supervised, progress};
 
 const DEVICE_READY: u16 = 0;
@@ -203,6 +206,132 @@ fn a_successor_goes_on_in_the_middle_of_a_request_and_no_byte_is_lost_or_doubled
     drop(peer);
     hear(&mut driver, 1, PORT_OPEN, 0);
     successor.stop();
+}
+
+/// What a guest at a port has said and got.
+#[derive(Default)]
+struct Talk {
+    posted: HashMap<u16, u64>,
+    said: u64,
+    back: u64,
+    typed: u64,
+    seen: u64,
+    printed: Vec<u8>,
+}
+
+impl Talk {
+    const RECEIVE: usize = 4;
+    const TRANSMIT: usize = 5;
+    const DEPTH: u64 = 8;
+    const LINE: usize = 16;
+    const ROOM: u64 = 24;
+    const TYPED: u64 = BUFFERS + 0x1000;
+
+    fn done(&mut self, driver: &Driver, queue: usize, (head, len): (u16, u32)) {
+        if queue == Self::TRANSMIT {
+            self.back += 1;
+        } else if queue == Self::RECEIVE {
+            let address = self.posted.remove(&head).expect("a buffer comes back twice");
+            for found in driver.get(address, len as usize) {
+                assert_eq!(found, byte(self.seen), "byte {} to the guest", self.seen);
+                self.seen += 1;
+            }
+        }
+    }
+
+    /// Keeps both directions busy; with nothing `more` until what was said is there.
+    fn turn(&mut self, driver: &mut Driver, peer: &mut UnixStream, more: bool) {
+        while more && self.said - self.back < Self::DEPTH {
+            let at = BUFFERS + self.said % Self::DEPTH * Self::LINE as u64;
+            driver.put(at, format!("{:0width$}\n", self.said, width = Self::LINE - 1).as_bytes());
+            driver.queues[Self::TRANSMIT].submit(&driver.ram, &[(at, Self::LINE as u32, false)]);
+            self.said += 1;
+        }
+        let free = (0..Self::DEPTH).map(|slot| Self::TYPED + slot * Self::ROOM);
+        let free: Vec<u64> = free.filter(|at| !self.posted.values().any(|used| used == at)).collect();
+        for address in free {
+            let buffers = [(address, Self::ROOM as u32, true)];
+            let head = driver.queues[Self::RECEIVE].submit(&driver.ram, &buffers);
+            self.posted.insert(head, address);
+        }
+        while more && self.typed < self.seen + 200 && peer.write(&[byte(self.typed)]).is_ok() {
+            self.typed += 1;
+        }
+        let mut piece = [0; 4096];
+        while let Ok(count @ 1..) = peer.read(&mut piece) {
+            self.printed.extend_from_slice(&piece[..count]);
+        }
+        let ram = driver.ram.clone();
+        for queue in [Self::RECEIVE, Self::TRANSMIT] {
+            driver.queues[queue].kick();
+            while let Some(finished) = driver.queues[queue].finished(&ram) {
+                self.done(driver, queue, finished);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_storm_of_kills_loses_no_byte_of_a_port_and_its_guest_gets_none_twice() {
+    let (state, kept) = (state(), memory());
+    let (mut peer, theirs) = UnixStream::pair().unwrap();
+    let theirs: OwnedFd = theirs.into();
+    let resources = [&state, &kept, &theirs, &theirs];
+    let end = |name: &str, index| (name == "a").then_some(FdIndex(index));
+    let ports = ["a", "b"].map(|name| PortConfig {
+        name: name.into(),
+        console: name == "b",
+        input: end(name, 3),
+        output: end(name, 4),
+    });
+    let config = PortsConfig { ports: ports.into(), state: Some(FdIndex(1)), typed: Some(FdIndex(2)) };
+    let mut victim = Victim::new("console", DeviceConfig::Ports(config), &resources, 8);
+    let driver = &mut victim.driver;
+    say(driver, u32::MAX, DEVICE_READY, 1);
+    hear(driver, 1, PORT_ADD, 1);
+    hear(driver, 2, PORT_ADD, 1);
+    say(driver, 1, PORT_READY, 1);
+    assert_eq!(hear(driver, 1, PORT_NAME, 1), b"a");
+    hear(driver, 1, PORT_OPEN, 1);
+    say(driver, 1, PORT_OPEN, 1);
+    peer.set_nonblocking(true).unwrap();
+    let mut talk = Talk::default();
+    let mut random = Random(0x2468_ace0_1357_9bdf);
+    let mut longest = Duration::ZERO;
+    for _ in 0..OTHER_KILLS {
+        let end = Instant::now() + Duration::from_micros(random.below(4000));
+        loop {
+            talk.turn(&mut victim.driver, &mut peer, true);
+            if Instant::now() >= end {
+                break;
+            }
+        }
+        longest = longest.max(victim.kill(|driver, queue, done| talk.done(driver, queue, done)));
+    }
+    let end = Instant::now() + LIMIT;
+    let last = |talk: &Talk| format!("{:0width$}\n", talk.said - 1, width = Talk::LINE - 1).into_bytes();
+    while talk.back < talk.said || talk.seen < talk.typed || !talk.printed.ends_with(&last(&talk)) {
+        talk.turn(&mut victim.driver, &mut peer, false);
+        let Talk { back, said, seen, typed, .. } = talk;
+        assert!(Instant::now() < end, "{back} of {said} lines, {seen} of {typed} bytes to the guest");
+    }
+    // What was being written in the instant of a death comes again, whole lines after a part of one.
+    let (mut next, mut twice) = (0_u64, 0_u64);
+    for line in String::from_utf8(std::mem::take(&mut talk.printed)).unwrap().lines() {
+        let end = line.get(line.len().saturating_sub(Talk::LINE - 1)..).unwrap_or_default();
+        match end.parse::<u64>() {
+            Ok(number) if number == next => next += 1,
+            Ok(number) if number < next => twice += 1,
+            other => panic!("after {next} lines came '{line}' ({other:?})"),
+        }
+    }
+    assert_eq!(next, talk.said, "lines are missing");
+    let typed = talk.typed;
+    println!(
+        "ports: {OTHER_KILLS} kills under {next} lines, {twice} of which came twice, and {typed} bytes to the guest, none lost: pause at most {longest:.1?}"
+    );
+    check_pause(longest);
+    victim.process.stop();
 }
 
 #[test]

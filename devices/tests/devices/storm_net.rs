@@ -3,6 +3,7 @@
 //! Contains unsafe code: a raw socket of the kernel's side of a tap.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -43,8 +44,8 @@ fn frame(number: u64) -> Vec<u8> {
     bytes[..12].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1]);
     bytes[12..14].copy_from_slice(&TYPE);
     bytes[14..22].copy_from_slice(&number.to_le_bytes());
-    // A frame that is not IP must not end like a tap's mark.
-    bytes[FRAME - 1] = 0x5a;
+    // A tap's frame that ends like the mark of the room for it.
+    bytes[FRAME - 3..].fill(0xA5);
     bytes
 }
 
@@ -210,8 +211,10 @@ fn card(backend: NetBackend) -> DeviceConfig {
 
 fn storm(name: &str, wire: Wire, backend: NetBackend, end: &OwnedFd) {
     let kept = memory();
-    let resources = [end, &kept];
-    let mut victim = Victim::new("net", card(backend), &resources, 3);
+    let position = File::open(format!("/proc/self/fdinfo/{}", end.as_raw_fd())).unwrap().into();
+    let resources = [end, &kept, &position];
+    let resources = if matches!(wire, Wire::Tap(_)) { &resources[..] } else { &resources[..2] };
+    let mut victim = Victim::new("net", card(backend), resources, 3);
     let mut frames = Frames::new(wire);
     let mut random = Random(0x0bad_cafe_1234_5678);
     let mut longest = Duration::ZERO;
@@ -277,6 +280,6 @@ fn a_storm_of_kills_loses_no_packet_of_a_tap() {
     let tap = Tap::open("storm", 1).unwrap();
     tap.configure(None).unwrap();
     let queue: OwnedFd = tap.queues.into_iter().next().unwrap().into();
-    let backend = NetBackend::Tap { queues: vec![FdIndex(1)], offloads: 0 };
+    let backend = NetBackend::Tap { queues: vec![FdIndex(1)], positions: vec![FdIndex(3)], offloads: 0 };
     storm("net, a tap", Wire::Tap(raw("storm")), backend, &queue);
 }

@@ -8,7 +8,7 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::message::{
-    DeviceConfig, FdIndex, FlashConfig, FromDevice, Key, KeyboardConfig, ToDevice,
+    DeviceConfig, FdIndex, FlashConfig, FromDevice, Key, KeyboardConfig, ToDevice, WatchdogConfig,
 };
 use bulkhead_ipc::jail::Enforcement;
 use bulkhead_ipc::memory::GuestRam;
@@ -29,12 +29,18 @@ pub struct Victim<'a> {
     client: Client,
     killer: Option<JoinHandle<Instant>>,
     pub kills: u32,
+    /// How often it is to be killed.
+    most: u32,
     longest: Duration,
     random: Random,
 }
 
 impl<'a> Victim<'a> {
     pub fn new(kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd]) -> Self {
+        Self::killed(OTHER_KILLS, kind, config, resources)
+    }
+
+    pub fn killed(most: u32, kind: &'static str, config: DeviceConfig, resources: &'a [&'a OwnedFd]) -> Self {
         let (process, client) = Self::start(kind, &config, resources);
         let random = Random(0x7777_1234_8888_4321);
         let mut victim = Self {
@@ -45,6 +51,7 @@ impl<'a> Victim<'a> {
             client,
             killer: None,
             kills: 0,
+            most,
             longest: Duration::ZERO,
             random,
         };
@@ -60,7 +67,7 @@ impl<'a> Victim<'a> {
 
     /// Somebody kills the process in a while, unless it was killed often enough.
     fn threaten(&mut self) {
-        if self.kills < OTHER_KILLS {
+        if self.kills < self.most {
             let (pid, micros) = (self.process.pid(), self.random.below(4000));
             self.killer = Some(spawn(move || {
                 sleep(Duration::from_micros(micros));
@@ -85,7 +92,7 @@ impl<'a> Victim<'a> {
     }
 
     pub fn end(self, what: &str) {
-        println!("{}: {OTHER_KILLS} kills under {what}: pause at most {:.1?}", self.kind, self.longest);
+        println!("{}: {} kills under {what}: pause at most {:.1?}", self.kind, self.kills, self.longest);
         check_pause(self.longest);
         self.process.stop();
     }
@@ -232,4 +239,38 @@ fn a_storm_of_kills_loses_no_key_and_strikes_none_twice() {
     assert_eq!(typist.access(COMMAND, None) & 1, 0, "more than was typed");
     assert!(again > 0, "no key was ever unread when a process died");
     typist.victim.end(&format!("{keys} keys, {again} of which a successor was told again, none lost"));
+}
+
+#[test]
+fn a_storm_of_kills_carries_out_each_access_to_the_watchdog_once() {
+    const RELOAD: u64 = 0x0C;
+    const UNLOCK: [u32; 2] = [0x80, 0x86];
+    let state: OwnedFd = tempfile::tempfile().unwrap().into();
+    let resources = [&state];
+    let config = WatchdogConfig { state: FdIndex(1), expired: false, interrupt: false };
+    let mut victim = Victim::new("watchdog", DeviceConfig::Watchdog(config), &resources);
+    let mut number = 0_u8;
+    let mut access = |victim: &mut Victim<'_>, register: u64, write: Option<u32>| {
+        number = number.wrapping_add(1);
+        let (offset, mut word) = (u64::from(number) << 8 | register, [0; 4]);
+        while !victim.access(|client| match write {
+            Some(value) => client.write(0, offset, &value.to_le_bytes()).is_ok(),
+            None => client.read(0, offset, &mut word).is_ok(),
+        }) {}
+        u32::from_le_bytes(word)
+    };
+    let mut writes = 0_u32;
+    while victim.kills < OTHER_KILLS {
+        let (register, value) = (u64::from(writes % 2) * 4, writes.wrapping_mul(7919) & 0xF_FFFF);
+        for word in UNLOCK {
+            access(&mut victim, RELOAD, Some(word));
+        }
+        access(&mut victim, register, Some(value));
+        assert_eq!(access(&mut victim, register, None), value, "write {writes} is lost");
+        // An unlocking that is carried out twice would let this one pass.
+        access(&mut victim, register, Some(!value & 0xF_FFFF));
+        assert_eq!(access(&mut victim, register, None), value, "write {writes}: unlocked twice");
+        writes += 1;
+    }
+    victim.end(&format!("{writes} writes, each after two that unlock it"));
 }

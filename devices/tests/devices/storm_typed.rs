@@ -1,4 +1,4 @@
-//! Kills of the devices at which somebody types: what is on its way to the guest arrives, each byte once at a console.
+//! Kills of a console at which somebody types: what is on its way to the guest arrives, each byte once.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -7,12 +7,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{ConsoleConfig, DeviceConfig, FdIndex, TYPED, UartConfig};
+use bulkhead_ipc::channel::message::{ConsoleConfig, DeviceConfig, FdIndex, TYPED};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::driver::{BUFFERS, Random};
 use crate::storm::{OTHER_KILLS, Victim, check_pause};
-use crate::storm_registers::Victim as RegisterVictim;
 
 /// Bytes typed ahead.
 const AHEAD: u64 = 200;
@@ -20,18 +19,18 @@ const AHEAD: u64 = 200;
 const DEPTH: u64 = 8;
 const ROOM: u64 = 24;
 
-fn byte(number: u64) -> u8 {
+pub fn byte(number: u64) -> u8 {
     (number * 7 % 251) as u8
 }
 
-fn memory() -> OwnedFd {
+pub fn memory() -> OwnedFd {
     let file = tempfile::tempfile().unwrap();
-    file.set_len(TYPED).unwrap();
+    file.set_len(2 * TYPED).unwrap();
     file.into()
 }
 
 /// A pipe or a socket pair: the end that is typed at, which does not wait, and that of the device.
-fn way(pipe: bool) -> (File, OwnedFd) {
+pub fn way(pipe: bool) -> (File, OwnedFd) {
     let (typing, device) = if pipe {
         let (device, typing) = nix::unistd::pipe().unwrap();
         (typing, device)
@@ -44,7 +43,7 @@ fn way(pipe: bool) -> (File, OwnedFd) {
 }
 
 /// Types some bytes more.
-fn type_on(typing: &mut File, typed: &mut u64, seen: u64) {
+pub fn type_on(typing: &mut File, typed: &mut u64, seen: u64) {
     while *typed < seen + AHEAD && typing.write(&[byte(*typed), byte(*typed + 1)]).is_ok() {
         *typed += 2;
     }
@@ -116,59 +115,4 @@ fn take(
 fn a_storm_of_kills_takes_nothing_from_what_is_typed_at_a_console() {
     console(false);
     console(true);
-}
-
-/// Line status: a character is there.
-const DATA_READY: u8 = 1;
-
-fn serial(pipe: bool) {
-    let (mut typing, end) = way(pipe);
-    let kept = memory();
-    let resources = [&end, &kept];
-    let (input, typed) = (Some(FdIndex(1)), Some(FdIndex(2)));
-    let config = DeviceConfig::Uart(UartConfig { input, output: None, typed });
-    let mut victim = RegisterVictim::new("uart", config, &resources);
-    let (mut typed, mut seen, mut twice) = (0, 0, 0);
-    // FIFOs on; the core writes that to a successor before it reads.
-    let set_up =
-        |victim: &mut RegisterVictim<'_>| while !victim.access(|chip| chip.write(0, 2, &[0xc1]).is_ok()) {};
-    set_up(&mut victim);
-    let (mut replaced, mut end) = (false, None);
-    loop {
-        if victim.kills < OTHER_KILLS {
-            type_on(&mut typing, &mut typed, seen);
-        } else if seen == typed {
-            break;
-        } else {
-            assert!(
-                Instant::now() < *end.get_or_insert(Instant::now() + crate::supervised::LIMIT),
-                "{seen} of {typed}"
-            );
-        }
-        let (mut status, mut found) = ([0], [0]);
-        let there = victim.access(|chip| chip.read(0, 5, &mut status).is_ok());
-        if there && status[0] & DATA_READY == 0 {
-            continue;
-        }
-        if !there || !victim.access(|chip| chip.read(0, 0, &mut found).is_ok()) {
-            replaced = true;
-            set_up(&mut victim);
-            continue;
-        }
-        // Read in the instant of the death, a character may come again.
-        if std::mem::take(&mut replaced) && found[0] != byte(seen) && seen > 0 && found[0] == byte(seen - 1) {
-            twice += 1;
-            continue;
-        }
-        assert_eq!(found[0], byte(seen), "character {seen}");
-        seen += 1;
-    }
-    let what = if pipe { "a pipe" } else { "a socket" };
-    victim.end(&format!("{typed} characters from {what}, none lost, {twice} twice"));
-}
-
-#[test]
-fn a_storm_of_kills_takes_nothing_from_what_is_typed_at_a_serial_port() {
-    serial(false);
-    serial(true);
 }

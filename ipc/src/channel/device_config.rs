@@ -45,6 +45,8 @@ pub enum NetBackend {
     Tap {
         /// The queues.
         queues: Vec<FdIndex>,
+        /// Of each a file with a line `pos:` that says how long the packet is that was read last (proc(5), fdinfo).
+        positions: Vec<FdIndex>,
         /// `TUN_F_…` that the kernel knows.
         offloads: u32,
     },
@@ -260,8 +262,10 @@ pub struct UartConfig {
     pub input: Option<FdIndex>,
     /// Bytes from the guest; `None`: the newest are kept until `Attach`.
     pub output: Option<FdIndex>,
-    /// As a console's.
+    /// Memory that outlives the process, twice [`TYPED`] bytes: as a console's, and how far what the guest says was passed on.
     pub typed: Option<FdIndex>,
+    /// The output is a file to whose end nobody else writes.
+    pub own_file: bool,
 }
 
 /// A flash chip.

@@ -110,8 +110,8 @@ impl ShadowPage {
         self.memory.word().store(state.pack(), Ordering::Release);
     }
 
-    /// Publishes how many of the characters that were written to this connection's device will not be lost with it: they
-    /// have been passed on, or dropped for want of a reader.
+    /// Publishes the number of the last character that will not be lost with the device, nor any before it: they have been passed
+    /// on, or dropped for want of a reader.
     pub fn publish_delivered(&self, characters: u64) {
         self.memory.second_word().store(characters, Ordering::Release);
     }
@@ -151,7 +151,7 @@ impl ShadowView {
         ShadowState::unpack(self.memory.word().load(Ordering::Acquire))
     }
 
-    /// How many characters the device says it has delivered.
+    /// Number of the last character that the device says it has delivered.
     pub fn delivered(&self) -> u64 {
         self.memory.second_word().load(Ordering::Acquire)
     }

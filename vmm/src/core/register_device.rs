@@ -4,7 +4,8 @@
 //! [`bulkhead_ipc::vfio_user::shadow`]), else by a round trip with a deadline. After a failure accesses wait for
 //! [`RegisterDevice::replace`] to bring a new process, and are repeated there; the guest's settings are written to it before
 //! that, from a journal of the registers that only change by writing, and so are the characters that the old process had not passed
-//! on. When none has come within the deadline of an access,
+//! on. What is read from RBR and written to THR is numbered: a successor finds in the memory that it was left what its predecessor has
+//! carried out, and does it no second time. When none has come within the deadline of an access,
 //! the port reads all ones and drops writes, as an empty slot does, and no access waits until there is a successor.
 
 use std::collections::VecDeque;
@@ -19,6 +20,9 @@ use crate::machine::{IsaDevice, PortRange};
 
 /// Ports of a 16550.
 const PORTS: u16 = 8;
+/// In an offset the number of a character, 48 bits, stands above the port.
+const NUMBER_SHIFT: u32 = 3;
+const REGION_SIZE: u64 = 1 << 51;
 
 /// The region that holds the ports, and the one that is the shadow page.
 const REGION_PORTS: u32 = 0;
@@ -30,6 +34,7 @@ const KEPT: usize = 64 << 10;
 const THR: u16 = 0;
 const LCR: u16 = 3;
 const DLAB: u8 = 1 << 7;
+const LOOP: u8 = 1 << 4;
 /// FCR's self-clearing bits.
 const FCR_RESETS: u8 = 0x06;
 
@@ -69,13 +74,17 @@ pub struct RegisterDevice {
     settled: Condvar,
 }
 
+#[derive(Default)]
 struct State {
     link: Option<Link>,
     /// Without a link: until then accesses wait for a successor.
     patience: Option<Instant>,
     journal: Journal,
-    /// Characters that a process took and did not deliver.
-    undelivered: VecDeque<u8>,
+    /// How often RBR was read.
+    reads: u64,
+    /// How many characters were sent, and the last of them.
+    characters: u64,
+    last: VecDeque<u8>,
 }
 
 /// A connection that has not failed.
@@ -86,9 +95,6 @@ struct Link {
     posted: u16,
     /// How many of the last of them were to THR.
     streamed: u32,
-    /// How many characters were sent, and the last of them.
-    characters: u64,
-    last: VecDeque<u8>,
 }
 
 /// The registers that hold what was written to them, as the guest sees them.
@@ -103,16 +109,28 @@ struct Journal {
     divisor: [Option<u8>; 2],
 }
 
+impl State {
+    /// Keeps a character for a successor; its number.
+    fn keep(&mut self, character: u8) -> u64 {
+        self.characters = self.characters.wrapping_add(1);
+        if self.last.len() >= KEPT {
+            self.last.pop_front();
+        }
+        self.last.push_back(character);
+        self.characters
+    }
+}
+
 impl Journal {
     fn dlab(&self) -> bool {
         self.lcr & DLAB != 0
     }
 
-    /// Notes a write; true when it is a character to be sent, which changes no register.
+    /// Notes a write; true when it is a character to be sent, which changes no register and does not come back.
     fn note(&mut self, offset: u16, value: u8) -> bool {
         match offset {
             0 if self.dlab() => self.divisor[0] = Some(value),
-            0 => return true,
+            0 => return self.mcr & LOOP == 0,
             1 if self.dlab() => self.divisor[1] = Some(value),
             1 => self.ier = value,
             2 => self.fcr = value & !FCR_RESETS,
@@ -157,46 +175,31 @@ impl Link {
             fault: Fault::Unexpected { field, expected, received },
         };
         let ports = client.region_info(REGION_PORTS)?;
-        if ports.size != u64::from(PORTS) {
-            return Err(unexpected("size", u64::from(PORTS), ports.size));
+        if ports.size != REGION_SIZE {
+            return Err(unexpected("size", REGION_SIZE, ports.size));
         }
         client.set_deadline(left(end))?;
         let shadow = if client.info().num_regions > REGION_SHADOW { shadow(&mut client)? } else { None };
         client.set_deadline(config.deadline)?;
-        Ok(Self { client, shadow, posted: 0, streamed: 0, characters: 0, last: VecDeque::new() })
+        Ok(Self { client, shadow, posted: 0, streamed: 0 })
     }
 
-    fn post(&mut self, offset: u16, value: u8, stream: bool) -> Result<(), ClientError> {
-        self.client.post(REGION_PORTS, u64::from(offset), &[value])?;
+    /// Writes to a register: a character with its number, anything else without.
+    fn post(&mut self, offset: u16, value: u8, number: Option<u64>) -> Result<(), ClientError> {
+        let at = u64::from(offset) | number.unwrap_or(0) << NUMBER_SHIFT;
+        self.client.post(REGION_PORTS, at, &[value])?;
         self.posted = self.posted.wrapping_add(1);
-        self.streamed = if stream { self.streamed.saturating_add(1) } else { 0 };
-        if stream {
-            self.characters = self.characters.wrapping_add(1);
-            if self.last.len() >= KEPT {
-                self.last.pop_front();
-            }
-            self.last.push_back(value);
-        }
+        self.streamed = if number.is_some() { self.streamed.saturating_add(1) } else { 0 };
         Ok(())
     }
 
-    fn read(&mut self, offset: u16) -> Result<u8, ClientError> {
+    /// Reads a register, RBR for the time that `number` says.
+    fn read(&mut self, offset: u16, number: u64) -> Result<u8, ClientError> {
         if let Some(value) = self.shadowed(offset) {
             return Ok(value);
         }
-        let mut data = [0];
-        match self.client.read(REGION_PORTS, u64::from(offset), &mut data) {
-            Ok(()) => Ok(data[0]),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The characters that would be lost with the device; none where it cannot tell.
-    fn undelivered(mut self) -> VecDeque<u8> {
-        let delivered = self.shadow.as_ref().map_or(self.characters, ShadowView::delivered);
-        let count = usize::try_from(self.characters.wrapping_sub(delivered)).unwrap_or(usize::MAX);
-        self.last.drain(..self.last.len().saturating_sub(count));
-        self.last
+        let (mut data, at) = ([0], u64::from(offset) | number << NUMBER_SHIFT);
+        self.client.read(REGION_PORTS, at, &mut data).map(|()| data[0])
     }
 
     /// What the device would answer, where it has promised so.
@@ -242,18 +245,16 @@ impl RegisterDevice {
     ) -> Result<Self, ClientError> {
         let mut link = Link::connect(&config, socket, config.start_deadline)?;
         link.client.set_irq(0, Some(interrupt.as_fd()))?;
-        let state = State {
-            link: Some(link),
-            patience: None,
-            journal: Journal::default(),
-            undelivered: VecDeque::new(),
-        };
+        let state = State { link: Some(link), ..State::default() };
         Ok(Self { config, interrupt, on_failure, state: Mutex::new(state), settled: Condvar::new() })
     }
 
     fn forget(&self, state: &mut State) {
         if let Some(link) = state.link.take() {
-            state.undelivered = link.undelivered();
+            // Of the last characters those stay that would be lost with the device; none where it cannot tell.
+            let delivered = link.shadow.as_ref().map_or(state.characters, ShadowView::delivered);
+            let count = usize::try_from(state.characters.wrapping_sub(delivered)).unwrap_or(usize::MAX);
+            state.last.drain(..state.last.len().saturating_sub(count));
             state.patience = Instant::now().checked_add(self.config.deadline);
         }
     }
@@ -324,15 +325,16 @@ impl RemoteDevice for RegisterDevice {
     fn replace(&self, socket: OwnedFd) -> Result<(), ClientError> {
         let mut link = Link::connect(&self.config, socket, self.config.deadline)?;
         let mut state = self.lock();
+        self.forget(&mut state);
         let [line, settings] = state.journal.replay();
-        line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
+        line.into_iter().try_for_each(|(offset, value)| link.post(offset, value, None))?;
         // A process that takes them one by one, each just in time, does not get them all; and others wait meanwhile.
         let end = end_of(self.config.deadline);
-        let in_time = |_: &&u8| !left(end).is_zero();
-        let mut characters = state.undelivered.iter().take_while(in_time);
-        characters.try_for_each(|character| link.post(THR, *character, true))?;
+        let first = state.characters.saturating_sub(state.last.len() as u64).saturating_add(1);
+        let mut characters = (first..).zip(&state.last).take_while(|_| !left(end).is_zero());
+        characters.try_for_each(|(number, character)| link.post(THR, *character, Some(number)))?;
         link.client.set_deadline(left(end))?;
-        settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, false))?;
+        settings.into_iter().try_for_each(|(offset, value)| link.post(offset, value, None))?;
         link.client.set_irq(0, Some(self.interrupt.as_fd()))?;
         link.client.set_deadline(self.config.deadline)?;
         state.link = Some(link);
@@ -372,10 +374,12 @@ impl IsaDevice for RegisterDevice {
 
     fn read(&self, port: u16, data: &mut [u8]) {
         for (byte, port) in data.iter_mut().zip(port..) {
-            *byte = self
-                .offset(port)
-                .and_then(|offset| self.access(self.lock(), |link| link.read(offset)))
-                .unwrap_or(0xff);
+            *byte = 0xff;
+            let Some(offset) = self.offset(port) else { continue };
+            let mut state = self.lock();
+            state.reads = state.reads.wrapping_add(u64::from(offset == 0));
+            let number = if offset == 0 { state.reads } else { 0 };
+            *byte = self.access(state, |link| link.read(offset, number)).unwrap_or(0xff);
         }
     }
 
@@ -383,8 +387,8 @@ impl IsaDevice for RegisterDevice {
         for (value, port) in data.iter().zip(port..) {
             let Some(offset) = self.offset(port) else { continue };
             let mut state = self.lock();
-            let stream = state.journal.note(offset, *value);
-            self.access(state, |link| link.post(offset, *value, stream));
+            let number = state.journal.note(offset, *value).then(|| state.keep(*value));
+            self.access(state, |link| link.post(offset, *value, number));
         }
     }
 

@@ -12,10 +12,11 @@ use nix::sys::eventfd::EventFd;
 
 use super::*;
 
-/// Eight registers that keep what is written to them; LSR is always 60. `reads` counts round trips.
+/// Eight registers that keep what is written to them; LSR is always 60. `reads` counts round trips, `numbers` are those of RBR.
 struct Chip {
     registers: [u8; 8],
     log: Vec<(u64, u8)>,
+    numbers: Vec<u64>,
     reads: Arc<AtomicUsize>,
     shadow: Option<ShadowPage>,
     silent: bool,
@@ -28,7 +29,7 @@ impl Device for Chip {
 
     fn region(&self, index: u32) -> Option<Region<'_>> {
         match index {
-            0 => Some(Region { size: 8, flags: RegionInfo::READ | RegionInfo::WRITE, file: None }),
+            0 => Some(Region { size: REGION_SIZE, flags: RegionInfo::READ | RegionInfo::WRITE, file: None }),
             1 => {
                 let file = self.shadow.as_ref()?.as_fd();
                 Some(Region { size: SHADOW_SIZE as u64, flags: 0, file: Some(file) })
@@ -46,14 +47,17 @@ impl Device for Chip {
         if self.silent {
             std::thread::sleep(DEADLINE * 3);
         }
-        let value = usize::try_from(offset).ok().and_then(|offset| self.registers.get(offset));
+        let (port, number) = (offset & 7, offset >> NUMBER_SHIFT);
+        assert_eq!(port == 0, number != 0, "only RBR has a number");
+        self.numbers.extend((port == 0).then_some(number));
+        let value = usize::try_from(port).ok().and_then(|port| self.registers.get(port));
         data.fill(*value.ok_or(AccessError::OutOfRange)?);
         Ok(())
     }
 
     fn write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
         self.log.push((offset, data[0]));
-        if !matches!(offset, 0 | 5) {
+        if !matches!(offset & 7, 0 | 5) {
             self.registers[usize::try_from(offset).unwrap()] = data[0];
         }
         Ok(())
@@ -87,7 +91,8 @@ struct Rig {
 fn chip(reads: &Arc<AtomicUsize>, shadow: bool, silent: bool) -> (UnixStream, JoinHandle<Chip>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let shadow = shadow.then(|| ShadowPage::create().unwrap());
-    let mut chip = Chip { registers: [0; 8], log: Vec::new(), reads: reads.clone(), shadow, silent };
+    let (log, numbers) = Default::default();
+    let mut chip = Chip { registers: [0; 8], log, numbers, reads: reads.clone(), shadow, silent };
     chip.reset();
     let device = std::thread::spawn(move || {
         let mut connection = Connection::new(theirs.into(), DEADLINE).unwrap();
@@ -176,8 +181,9 @@ fn a_process_that_is_still_starting_is_waited_for_longer() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let late = std::thread::spawn(move || {
         std::thread::sleep(DEADLINE * 3);
+        let (log, numbers) = Default::default();
         let mut chip =
-            Chip { registers: [0; 8], log: Vec::new(), reads: Arc::default(), shadow: None, silent: false };
+            Chip { registers: [0; 8], log, numbers, reads: Arc::default(), shadow: None, silent: false };
         let mut connection = Connection::new(theirs.into(), DEADLINE).unwrap();
         loop {
             let mut entry = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
@@ -243,18 +249,46 @@ fn characters_that_were_not_delivered_are_sent_to_the_successor() {
     rig.port.disconnect();
     rig.port.replace(socket.into()).unwrap();
     rig.port.write(0x3f8, b"e");
-    let characters = |chip: &Chip| -> Vec<u8> {
-        chip.log.iter().filter(|(offset, _)| *offset == 0).map(|(_, character)| *character).collect()
+    let characters = |chip: &Chip| -> Vec<(u64, u8)> {
+        let all = chip.log.iter().filter(|(offset, _)| offset & 7 == 0);
+        all.map(|(offset, character)| (offset >> NUMBER_SHIFT, *character)).collect()
     };
+    let expected = [(1, b'a'), (2, b'b'), (3, b'c'), (4, b'd'), (5, b'e')];
     rig.port.disconnect();
     let second = second.join().unwrap();
-    assert_eq!(characters(&second), *b"abcde");
+    assert_eq!(characters(&second), expected);
     let (socket, third) = chip(&rig.reads, false, false);
     rig.port.replace(socket.into()).unwrap();
     drop(rig.port);
     let third = third.join().unwrap();
-    assert_eq!(characters(&third), *b"abcde", "nothing was delivered yet");
+    assert_eq!(characters(&third), expected, "nothing was delivered yet, and they are the same");
     assert_eq!(third.log.last(), Some(&(3, 3)));
+}
+
+#[test]
+fn a_character_that_was_not_answered_is_asked_for_again_under_its_number() {
+    let rig = rig(false, false);
+    assert_eq!(read(&rig.port, 0x3f8), 0);
+    // What goes round in loopback is no character that a successor could send.
+    rig.port.write(0x3fc, &[LOOP]);
+    rig.port.write(0x3f8, b"x");
+    rig.port.disconnect();
+    assert_eq!(rig.device.join().unwrap().numbers, [1]);
+    let (socket, second) = chip(&rig.reads, false, true);
+    rig.port.replace(socket.into()).unwrap();
+    let port = rig.port.clone();
+    let reader = std::thread::spawn(move || read(&port, 0x3f8));
+    // The second is too slow.
+    while rig.failures.load(Ordering::Relaxed) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (socket, third) = chip(&rig.reads, false, false);
+    rig.port.replace(socket.into()).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
+    drop(rig.port);
+    let (second, third) = (second.join().unwrap(), third.join().unwrap());
+    assert_eq!((second.numbers, third.numbers), (vec![2], vec![2]));
+    assert!(third.log.iter().all(|(offset, _)| offset >> NUMBER_SHIFT == 0));
 }
 
 #[test]

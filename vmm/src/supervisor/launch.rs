@@ -360,6 +360,7 @@ impl<'a> Plan<'a> {
                 input: stream.input.as_ref().map(|fd| fds.add(fd)),
                 output: stream.output.as_ref().map(|fd| fds.add(fd)),
                 typed: stream.typed.as_ref().map(|fd| fds.add(fd)),
+                own_file: stream.own_file,
             }),
             Self::Foreign(device) => DeviceConfig::Relay(RelayConfig {
                 back_end: back_end.map_or(FdIndex(u8::MAX), |stream| fds.add(stream)),
@@ -419,6 +420,7 @@ fn net<'a>(nic: &'a Nic, successor: bool, groups: &'a LimitGroups, fds: &mut Fds
     let backend = match &nic.way {
         Way::Tap(tap) => NetBackend::Tap {
             queues: tap.queues.iter().map(|queue| fds.add(queue)).collect(),
+            positions: nic.positions.iter().map(|position| fds.add(position)).collect(),
             offloads: tap.offloads,
         },
         Way::Stream(stream) => NetBackend::Stream(stream.end.as_ref().map(|end| fds.add(end))),

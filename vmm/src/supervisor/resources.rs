@@ -413,7 +413,7 @@ impl Resources {
             pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
             processors,
             // Last, for these leave something in the file system or change the terminal.
-            serial: Stream::open_alone(SERIAL, &config.serial)?,
+            serial: Stream::open_serial(SERIAL, &config.serial)?,
             console: Stream::open_alone(CONSOLE, &config.console)?,
             ports: Ports::open(&config.ports)?,
             vsock: config.vsock.as_ref().map(Vsock::open).transpose()?,

@@ -24,6 +24,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("peers_outlive_the_process_that_serves_them", peers),
     ("an_end_during_a_restart_leaves_nothing", end_meanwhile),
     ("keys_that_nobody_has_read_are_struck_at_the_successor", keys),
+    ("a_keyboard_that_lies_about_its_keys_is_condemned_and_harms_nobody_else", lying_keyboard),
 ];
 
 const OFTEN: &str = "kernel = 'kernel'\nrestart = { max = 1000, window = 1, backoff = 0 }\n";
@@ -195,6 +196,26 @@ fn keys() {
     assert_eq!(bench.ask("sendkey NAME c").code, 0);
     wait_for("the last key", || told(3) == 1);
     assert_eq!([told(1), told(2)], [1, 1], "what was taken is not struck again");
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(finish(child).code, 143);
+}
+
+fn lying_keyboard() {
+    let bench = Bench::new();
+    let child = bench.start("--keyboard --disk path=a.img --restart 2/60/1 --log-file log", "");
+    let others = ["core", "disk0"].map(|id| bench.pid(id));
+    let first = bench.pid("keyboard");
+    assert_eq!(bench.ask("sendkey NAME ctrl-alt-f1").code, 0);
+    // A successor is told the same, since nobody has taken the keys, and lies again.
+    wait_for("the end of all attempts", || count(&bench, "such ends it is given up") == 1);
+    assert_eq!(count(&bench, "keyboard says that it took keys that nobody struck"), 3);
+    assert!(kill(Pid::from_raw(first), None).is_err(), "it lives");
+    assert_eq!(["core", "disk0"].map(|id| bench.pid(id)), others, "the others are the same");
+    let run = bench.ask("sendkey NAME a");
+    assert!(run.code != 0 && run.err.contains("does not serve"), "{}", run.err);
+    let (machine, list) = (bench.ask("ps NAME").out, bench.ask("device list NAME").out);
+    assert!(machine.contains(": running"), "{machine}");
+    assert!(list.contains("failed") && list.contains("keys that nobody struck"), "{list}");
     signal(&child, Signal::SIGTERM);
     assert_eq!(finish(child).code, 143);
 }

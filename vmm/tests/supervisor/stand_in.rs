@@ -224,7 +224,8 @@ fn take(config: DeviceConfig, fds: &mut Descriptors, kept: &mut Vec<OwnedFd>) ->
         }
         DeviceConfig::Net(net) => {
             match net.backend {
-                NetBackend::Tap { queues, .. } => {
+                NetBackend::Tap { queues, positions, .. } => {
+                    kept.extend(positions.into_iter().map(|fd| fds.take(fd).unwrap()));
                     kept.extend(queues.into_iter().map(|fd| fds.take(fd).unwrap()));
                 }
                 NetBackend::Stream(fd) | NetBackend::Datagrams(fd) => {
@@ -330,7 +331,9 @@ fn serve(control: &Control, id: &str) {
             }
             (ToDevice::Keys { number, keys, .. }, _) => {
                 eprintln!("INFO stand-in: message {number} of {} strokes for {id}", keys.len());
-                control.channel.send(&FromDevice::KeysTaken(number), &[]).unwrap();
+                // Three keys at once: one that was broken into, and knows of keys that nobody struck.
+                let taken = if keys.len() == 6 { number + 1000 } else { number };
+                control.channel.send(&FromDevice::KeysTaken(taken), &[]).unwrap();
             }
         }
     }

@@ -29,7 +29,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new(
             "bare",
-            "killed serial process: what is typed afterwards comes back whole",
+            "killed serial process: what is typed meanwhile comes back, each character once",
             60,
             serial_killed,
         ),
@@ -137,29 +137,32 @@ fn finish(mut running: Running, mut stream: UnixStream) -> Outcome {
 
 fn serial_killed(context: &Context) -> Outcome {
     let (running, mut stream) = echo(context, &["--config", &often(context)?])?;
-    let (mut pauses, mut twice) = (Vec::new(), 0);
+    let (mut pauses, mut random, mut said) = (Vec::new(), Stream::new(3), 0);
     for round in 0..KILLS {
-        signal(&running, "serial", Signal::SIGKILL)?;
-        let start = Instant::now();
-        let before = exchange(&mut stream, &format!("round {round} of the test;"))?;
-        pauses.push(start.elapsed().as_secs_f64() * 1e3);
-        // What had just been passed on when the process died may be passed on again.
-        ensure!(
-            "AND MORE;".ends_with(&before) || round == 0,
-            "round {round}: '{before}' came out of nowhere"
-        );
-        twice += before.len();
-        exchange(&mut stream, "and more;")?;
+        let (wait, before) = (Duration::from_micros(random.below(4000)), said + 3);
+        thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                thread::sleep(wait);
+                signal(&running, "serial", Signal::SIGKILL)
+            });
+            while !killer.is_finished() || said < before {
+                said += 1;
+                let start = Instant::now();
+                let before = exchange(&mut stream, &format!("text {said} of the test;"))?;
+                ensure!(before.is_empty(), "round {round}: '{before}' came twice or out of nowhere");
+                pauses.push(start.elapsed().as_secs_f64() * 1e3);
+            }
+            killer.join().map_err(|_| "panicked")?
+        })?;
+        wait_until(context, "the successor", || replaced(&running, "serial").len() == round + 1)?;
     }
-    report(context, "pause that the user sees", &pauses);
-    context.log(&format!("{twice} characters came twice"));
+    report(context, "a text there and back, with what it waited", &pauses);
     wait_until(context, "the messages", || replaced(&running, "serial").len() == KILLS)?;
     report(context, "serial", &replaced(&running, "serial"));
     finish(running, stream)
 }
 
-/// The guest prints numbers; what is printed twice, because the process died between passing it on and saying so, is found
-/// and told, what is missing is an error.
+/// The guest prints numbers to a file that the machine appends to: each character once.
 fn prints_on(context: &Context) -> Outcome {
     let machine = Machine::bare(context, &context.places.payloads.join("count.elf"))?;
     let path = context.folder.join("printed");
@@ -185,13 +188,12 @@ fn prints_on(context: &Context) -> Outcome {
     }
     running.expect_exit(exit::SUCCESS)?;
     let printed = printed();
-    let mut rest = printed.iter();
     let expected: String = (0..4000).map(|number| format!("{number:04x}\n")).collect();
-    for (at, wanted) in expected.bytes().chain(*b"count ends\n").enumerate() {
-        ensure!(rest.any(|byte| *byte == wanted), "character {at} of what the guest printed is missing");
-    }
-    let twice = printed.len().saturating_sub(expected.len() + 11);
-    context.log(&format!("killed {kills} times, {twice} characters came twice"));
+    let expected = expected + "count ends\n";
+    let different = printed.iter().zip(expected.bytes()).position(|(found, wanted)| *found != wanted);
+    ensure!(different.is_none(), "character {different:?} of what the guest printed is lost or comes twice");
+    ensure!(printed.len() == expected.len(), "{} characters, not {}", printed.len(), expected.len());
+    context.log(&format!("killed {kills} times"));
     ensure!(kills > 3, "the guest was too quick: {kills} kills");
     report(context, "serial", &replaced(&running, "serial"));
     Ok(())

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -100,6 +100,8 @@ pub struct Nic {
     pub way_number: u64,
     /// Packets on their way, which outlive the process that serves it.
     pub kept: OwnedFd,
+    /// What the kernel says of each queue of a tap, as files: its position is the length of the packet that was read last.
+    pub positions: Vec<File>,
     /// A machine had it before.
     used: bool,
 }
@@ -244,9 +246,15 @@ impl Nic {
             tap.configure(config.mtu).map_err(tap_error)?;
         }
         let pairs = if let Way::Tap(tap) = &way { tap.queues.len() as u64 } else { 1 };
+        // What a host does not say, a successor finds out by other means.
+        let position = |queue: &File| File::open(format!("/proc/self/fdinfo/{}", queue.as_raw_fd())).ok();
+        let positions = match &way {
+            Way::Tap(tap) => tap.queues.iter().filter_map(position).collect(),
+            _ => Vec::new(),
+        };
         let kept = words::sealed(c"net", pairs.saturating_mul(NET_KEPT))
             .map_err(|errno| NicError::Memory { id: id.clone(), source: errno.into() })?;
-        Ok(Self { config: config.clone(), way, way_number: 1, kept, used: false })
+        Ok(Self { config: config.clone(), way, way_number: 1, kept, positions, used: false })
     }
 
     /// A machine starts: its guest begins with one queue, and a stream at its beginning.

@@ -40,6 +40,8 @@ pub struct Stream {
     _pty_user: Option<OwnedFd>,
     /// What came for the guest and it has not got, which outlives the process of the device; none of named ports, which share one.
     pub typed: Option<File>,
+    /// The output is a file that this machine has opened to append to it.
+    pub own_file: bool,
 }
 
 /// The way of the keys from this terminal to the device process.
@@ -69,6 +71,7 @@ impl Stream {
             pty: None,
             _pty_user: None,
             typed: None,
+            own_file: false,
         }
     }
 
@@ -83,7 +86,10 @@ impl Stream {
             StreamTarget::Attach => Self { attachable: true, ..Self::empty() },
             StreamTarget::Stdio => Self::stdio().map_err(host("cannot use standard input and output"))?,
             StreamTarget::File(path) => {
-                Self { output: Some(append(field, path)?.into()), writes_file: true, ..Self::empty() }
+                let output = Some(append(field, path)?);
+                let own_file =
+                    output.as_ref().is_some_and(|file| file.metadata().is_ok_and(|it| it.is_file()));
+                Self { output: output.map(Into::into), writes_file: true, own_file, ..Self::empty() }
             }
             StreamTarget::Pty => Self::pty().map_err(host("cannot make a pseudo terminal"))?,
             StreamTarget::Unix(path) => {
@@ -98,6 +104,13 @@ impl Stream {
         let failed =
             |reason| ResourceError::Host { what: format!("{field}: memory for what is typed"), reason };
         Ok(Some(Self { typed: Some(typed(1).map_err(failed)?), ..stream }))
+    }
+
+    /// As [`Self::open_alone`], for a serial port: with what it needs to pass on each byte of the guest once.
+    pub fn open_serial(field: &'static str, target: &StreamTarget) -> Result<Option<Self>, ResourceError> {
+        let Some(stream) = Self::open(field, target)? else { return Ok(None) };
+        let failed = |reason| ResourceError::Host { what: format!("{field}: memory"), reason };
+        Ok(Some(Self { typed: Some(typed(2).map_err(failed)?), ..stream }))
     }
 
     /// Forgets what was typed: the machine starts anew.

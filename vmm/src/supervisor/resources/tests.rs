@@ -189,7 +189,7 @@ fn the_socket_of_a_dead_machine_is_replaced_and_other_files_are_not() {
 
 #[test]
 fn a_pseudo_terminal_has_a_path() {
-    let stream = Stream::open_alone("serial", &StreamTarget::Pty).unwrap().unwrap();
+    let stream = Stream::open_serial("serial", &StreamTarget::Pty).unwrap().unwrap();
     assert!(stream.typed.is_some());
     assert!(stream.pty.unwrap().starts_with("/dev/pts"));
     // Those of named ports lie together.
