@@ -2,11 +2,14 @@
 //!
 //! Each part has its own limits, and its rows are printed as they come: one that fails takes nothing from the others.
 //!
-//! - `net`: a tap, beside QEMU's own card; `fs`: a tree, beside both virtiofsd; `vsock`: streams, beside vhost-device-vsock.
+//! - `net`: a tap, beside QEMU's own card; `fs`: a tree, beside both virtiofsd; `vsock`: streams, beside vhost-device-vsock; `vsock-driver`: the same
+//!   without guests, which leaves the back ends themselves.
 
 mod fs;
 mod net;
 mod vsock;
+mod vsock_driver;
+mod vsock_load;
 
 use std::io::Write as _;
 use std::thread;
@@ -119,7 +122,8 @@ type Part = (&'static str, fn(usize) -> Result<(), String>);
 /// Measures the parts with one of these names, or all; prints a Markdown table. False: one of them failed.
 pub fn run(rounds: usize, words: &[&String]) -> bool {
     println!("{HEAD}");
-    let parts: [Part; 3] = [("net", net::run), ("fs", fs::run), ("vsock", vsock::run)];
+    let parts: [Part; 4] =
+        [("net", net::run), ("fs", fs::run), ("vsock-driver", vsock::by_driver), ("vsock", vsock::by_guests)];
     let mut good = true;
     for (name, part) in parts {
         if !words.is_empty() && !words.iter().any(|word| *word == name) {
