@@ -111,7 +111,8 @@ const HEAD: &str = "
 ## Devices under QEMU
 
 The guest is Debian's kernel in QEMU's emulation, which takes most of the time: ratios are nearer to 1 than the devices themselves are. The CPU
-time of the back ends' processes for one run of the load stands beside it, where they have processes of their own.
+time of the back ends' processes for one run of the load stands beside it, where they have processes of their own. Rows with a driver have no
+guest: rings, packets and credit are those of Linux, made by the benchmark, so that the back ends themselves are compared.
 
 | load | other | bulkhead-device | other | | ratio | CPU ms, ours / other |
 | --- | --- | --- | --- | --- | --- | --- |";
