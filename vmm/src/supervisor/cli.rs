@@ -193,8 +193,9 @@ fn help_tail(examples: &str) -> String {
     format!("{examples}\n\n{}", exit_code::HELP)
 }
 
-/// The commands.
+/// The commands. The options of one are made when it is asked for, and what it does stands at them once more for its own help.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub enum Command {
     /// Start a machine and stay until it ends
     #[command(after_help = help_tail(RUN_HELP))]
@@ -226,7 +227,7 @@ pub enum Command {
     Top(TopArgs),
 }
 
-/// Options of `bulkhead run`. Each may also stand in the configuration file.
+/// Start a machine and stay until it ends
 #[derive(Debug, Default, Args)]
 pub struct RunArgs {
     /// Kernel: Linux bzImage, ELF (vmlinux) with a PVH entry, or 32-bit ELF with a multiboot header
@@ -440,7 +441,7 @@ pub struct RunArgs {
     pub command: Vec<String>,
 }
 
-/// Options of `bulkhead stats`.
+/// Print what the devices of a machine have counted: requests, bytes, errors, times
 #[derive(Debug, Args)]
 pub struct StatsArgs {
     /// The machine
@@ -453,7 +454,7 @@ pub struct StatsArgs {
     pub prometheus: bool,
 }
 
-/// Options of `bulkhead top`.
+/// Show machines, processes and what devices do, again and again (end with Ctrl-C)
 #[derive(Debug, Args)]
 pub struct TopArgs {
     /// The machine; without it all machines of this user (of all users for root)
@@ -466,7 +467,7 @@ pub struct TopArgs {
     pub count: Option<u32>,
 }
 
-/// Options of `bulkhead ps`.
+/// List machines, or the processes of one machine and how each is confined
 #[derive(Debug, Args)]
 pub struct PsArgs {
     /// The machine; without it all machines of this user (of all users for root) are listed
@@ -479,7 +480,7 @@ pub struct PsArgs {
     pub json: bool,
 }
 
-/// Options of `bulkhead stop`.
+/// Press the power button of a machine and wait until it has ended
 #[derive(Debug, Args)]
 pub struct StopArgs {
     /// The machine
@@ -492,7 +493,7 @@ pub struct StopArgs {
     pub timeout: u32,
 }
 
-/// Options of `bulkhead console`.
+/// Connect this terminal to the console or serial port of a machine (leave with Ctrl-] or Ctrl-A X)
 #[derive(Debug, Args)]
 pub struct ConsoleArgs {
     /// The machine
@@ -501,7 +502,7 @@ pub struct ConsoleArgs {
     pub device: Option<String>,
 }
 
-/// Options of `bulkhead resize`.
+/// Change the number of CPUs of a machine that runs
 #[derive(Debug, Args)]
 pub struct ResizeArgs {
     /// The machine
@@ -514,14 +515,14 @@ pub struct ResizeArgs {
     pub timeout: u32,
 }
 
-/// Options of `bulkhead resume`.
+/// Let a machine go on that its watchdog has paused
 #[derive(Debug, Args)]
 pub struct ResumeArgs {
     /// The machine
     pub name: String,
 }
 
-/// Options of `bulkhead sendkey`.
+/// Strike keys of a machine that has a --keyboard
 #[derive(Debug, Args)]
 pub struct SendkeyArgs {
     /// The machine
@@ -531,7 +532,7 @@ pub struct SendkeyArgs {
     pub keys: Vec<String>,
 }
 
-/// Options of `bulkhead balloon`.
+/// Show what the balloon of a machine holds and how the guest uses its memory, or give the balloon another size
 #[derive(Debug, Args)]
 pub struct BalloonArgs {
     /// The machine
@@ -543,7 +544,7 @@ pub struct BalloonArgs {
     pub json: bool,
 }
 
-/// Options of `bulkhead doctor`.
+/// Say what this host offers, and what is lost without it
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Print JSON
@@ -619,6 +620,21 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// What the list of commands says of one, its own help says.
+    #[test]
+    fn a_command_is_told_the_same_twice() {
+        let mut built = Cli::command();
+        let mut compared = 0;
+        for listed in Cli::command().get_subcommands() {
+            let name = listed.get_name();
+            let Err(help) = built.try_get_matches_from_mut(["bulkhead", name, "--help"]) else { panic!() };
+            let about = listed.get_about().unwrap().to_string();
+            assert!(help.to_string().starts_with(&about), "{name}: {about} / {help}");
+            compared += 1;
+        }
+        assert!(compared > 12);
     }
 
     #[test]

@@ -21,7 +21,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 pub use added::NewDevice;
 pub use balloon::Balloon;
@@ -354,6 +356,11 @@ impl Resources {
         if config.memory > have {
             return Err(ResourceError::Memory { wanted: config.memory, have });
         }
+        // KVM looks for a while at what the host's processors can do: the files are opened meanwhile.
+        let (topology, model, present) = (config.topology, config.cpu_model.clone(), config.cpus);
+        let processors = thread::spawn(move || -> Result<_, ResourceError> {
+            Ok(processors(&topology, &CpuModel::read(&model)?, present)?)
+        });
         let image = match (&config.kernel, &config.firmware) {
             (_, Some(firmware)) => open_firmware(&firmware.image)?,
             (kernel, None) => open_regular("kernel", kernel.as_deref().unwrap_or(Path::new("")))?,
@@ -380,9 +387,8 @@ impl Resources {
         }
         let kvm = kvm::open()?;
         kvm::check(&kvm, &config.topology)?;
-        let model = CpuModel::read(&config.cpu_model)?;
-        let processors = processors(&config.topology, &model, config.cpus)?;
         let confinement = Confinement::prepare(config, &disks)?;
+        let processors = processors.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok(Self {
             kvm,
             image,

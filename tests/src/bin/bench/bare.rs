@@ -49,6 +49,8 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
     let mut rows = rows(places, folder.path(), &rom);
     for round in 1..=rounds {
         for row in &mut rows {
+            // A start before the one that counts: the host may have let go of pages of a program that nobody ran for some seconds.
+            drop(measure::until((row.command)(), row.stream, row.text, LIMIT)?);
             let started = measure::until((row.command)(), row.stream, row.text, LIMIT)?;
             eprintln!("round {round}: {} {:.2} ms", row.name, started.milliseconds);
             row.values.push(started.milliseconds);

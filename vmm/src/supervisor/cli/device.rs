@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::supervisor::config::Size;
 
-/// Options of `bulkhead device`.
+/// List, add, remove, restart or upgrade the devices of a machine that runs
 #[derive(Debug, Args)]
 pub struct DeviceArgs {
     /// What to do.
@@ -211,7 +211,7 @@ pub struct DeviceUpgradeArgs {
     pub program: Option<PathBuf>,
 }
 
-/// Options of `bulkhead events`.
+/// Print what happened to the processes of a machine, one JSON object on each line
 #[derive(Debug, Args)]
 pub struct EventsArgs {
     /// The machine
