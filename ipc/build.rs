@@ -8,6 +8,8 @@
 //!
 //! One key is ours: `unseen` says why no workload of the tests shows the rule's use; `unused-rules` reads it.
 
+#[path = "build/group.rs"]
+mod group;
 #[path = "build/selectors.rs"]
 mod selectors;
 #[path = "build/shorten.rs"]
@@ -33,6 +35,7 @@ fn main() -> Outcome<()> {
     println!("cargo::rerun-if-changed={}", folder.display());
     println!("cargo::rerun-if-changed=src/jail/syscalls-x86_64.txt");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build/group.rs");
     println!("cargo::rerun-if-changed=build/selectors.rs");
     println!("cargo::rerun-if-changed=build/shorten.rs");
     let target = env::var("OUT_DIR")?;
@@ -166,6 +169,7 @@ fn compile(name: &str, rules: Vec<Value>) -> Outcome<BpfProgram> {
         .ok_or_else(|| format!("seccomp-policies/{name}.json: nothing compiled").into())
         .and_then(|program: BpfProgram| {
             shorten::shorten(&program)
+                .and_then(group::group)
                 .map_err(|error| format!("seccomp-policies/{name}.json: {error}").into())
         })
 }

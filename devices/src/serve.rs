@@ -328,11 +328,11 @@ fn prepare<'a>(
     daemon.set_metrics(metrics);
     held.extend(daemon.worker_descriptors());
     held.extend(parts.control.event().map(|event| event.as_raw_fd()));
-    crate::footprint::release_program();
     let sealed = jail::seal(parts.main, &held)?;
     daemon.device_mut().open().map_err(ServeError::Open)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     drop(sealed);
+    crate::footprint::release_program();
     daemon.connect(Connection::from(socket))?;
     Ok(Prepared::Virtio(daemon, parts.control))
 }
@@ -504,9 +504,10 @@ fn enter_by(policy: PolicyName) -> EnterThread {
 
 /// Seals the process with exactly these descriptors and answers `Ready`.
 fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<(), ServeError> {
-    crate::footprint::release_program();
     let sealed = jail::seal(policy, held)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
+    drop(sealed);
+    crate::footprint::release_program();
     Ok(())
 }
 

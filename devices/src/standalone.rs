@@ -36,7 +36,7 @@ use tracing::{info, warn};
 use arguments::{Arguments, Given, OptionSpec};
 use entrance::{Entrance, EntranceError};
 use outfit::{Outfit, OutfitError};
-use process::{End, Served, is_hang_up};
+use process::{Begun, End, Served, is_hang_up};
 
 /// Every type that can be a service.
 pub const TYPES: &[&ServiceType] = &[
@@ -160,14 +160,16 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
         .map_err(StandaloneError::system("signalfd"))?;
     let recipe = process::Recipe::new(service.name, config, outfit, log)?;
     let service = Service { recipe, signals, persistent };
+    // The kernel builds a jail meanwhile.
+    let begun = service.recipe.begin()?;
     match Entrance::open(&socket)? {
         Entrance::Connected(stream) => {
             notify::ready();
-            service.serve(stream).map(drop)
+            service.serve(begun, stream).map(drop)
         }
         Entrance::Listening(door) => {
             // The socket exists already, so that a front end that is started at the same time waits and is not refused.
-            match service.rehearse(notify::ready)? {
+            match service.rehearse(begun, notify::ready)? {
                 Served::Left => service.listen(door.listener()),
                 Served::Stopped => Ok(()),
             }
@@ -178,12 +180,13 @@ pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), 
 impl Service {
     /// Starts and seals a process for nobody: what is wrong with the device or the host's jails is known before a front end comes.
     /// Then does this, while the process ends.
-    fn rehearse(&self, when_sealed: fn()) -> Result<Served, StandaloneError> {
+    fn rehearse(&self, begun: Begun, when_sealed: fn()) -> Result<Served, StandaloneError> {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| StandaloneError::System("a socket pair", error))?;
         drop(ours);
         // A front end that leaves at once is no news here.
-        let process = self.recipe.start(&OwnedFd::from(theirs), self.recipe.log().min(LogLevel::Warn))?;
+        let log = self.recipe.log().min(LogLevel::Warn);
+        let process = begun.serve(&self.recipe, &OwnedFd::from(theirs), log)?;
         self.finish(process.when_ready(when_sealed))
     }
 
@@ -195,7 +198,7 @@ impl Service {
                 Heard::Signal => return Ok(()),
             };
             info!("a front end has connected");
-            match self.serve(stream) {
+            match self.recipe.begin().and_then(|begun| self.serve(begun, stream)) {
                 Ok(Served::Stopped) => return Ok(()),
                 Ok(Served::Left) if self.persistent => info!("the front end has gone"),
                 Ok(Served::Left) => return Ok(()),
@@ -233,8 +236,8 @@ impl Service {
     }
 
     /// Serves one front end until it has gone.
-    fn serve(&self, stream: UnixStream) -> Result<Served, StandaloneError> {
-        self.finish(self.recipe.start(&OwnedFd::from(stream), self.recipe.log())?)
+    fn serve(&self, begun: Begun, stream: UnixStream) -> Result<Served, StandaloneError> {
+        self.finish(begun.serve(&self.recipe, &OwnedFd::from(stream), self.recipe.log())?)
     }
 
     fn finish(&self, process: process::Process) -> Result<Served, StandaloneError> {

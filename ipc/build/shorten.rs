@@ -7,14 +7,14 @@
 use seccompiler::sock_filter;
 
 /// `BPF_LD | BPF_W | BPF_ABS`, `BPF_ALU | BPF_AND | BPF_K`, `BPF_JMP | BPF_JA`, `BPF_RET | BPF_K` (linux/bpf_common.h).
-const LOAD: u16 = 0x20;
+pub const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP: u16 = 0x05;
-const RETURN: u16 = 0x06;
+pub const RETURN: u16 = 0x06;
 /// `BPF_JMP | … | BPF_K` with equal, greater, greater or equal, any bit set.
-const EQUAL: u16 = 0x15;
+pub const EQUAL: u16 = 0x15;
 const GREATER: u16 = 0x25;
-const GREATER_EQUAL: u16 = 0x35;
+pub const GREATER_EQUAL: u16 = 0x35;
 const ANY_BIT: u16 = 0x45;
 
 /// Where an instruction leads.
@@ -116,7 +116,7 @@ fn run(program: &[sock_filter], data: &Data) -> Result<u32, String> {
 }
 
 /// Runs both with every system call number, and with arguments made of the constants that the program compares with.
-fn compare(long: &[sock_filter], short: &[sock_filter]) -> Result<(), String> {
+pub fn compare(long: &[sock_filter], short: &[sock_filter]) -> Result<(), String> {
     const X86_64: u32 = 0xC000_003E;
     let mut constants = vec![0, 1, u32::MAX, X86_64];
     constants.extend(long.iter().flat_map(|it| [it.k, it.k.wrapping_add(1), it.k.wrapping_sub(1), !it.k]));

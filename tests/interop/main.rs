@@ -2,7 +2,7 @@
 //!
 //! `interop [--write] [WORD]…` runs the cases whose name contains one of the words; `interop lab [WORD]…` a stock guest under our core
 //! with the back ends of others whose name does, which needs hardware virtualization or the lab. With `--write` the run goes into `docs/interop.md`, with the versions of
-//! the peers; rows of cases that were not run stay as they are. `interop --compare [ROUNDS] [net|fs|vsock]…`
+//! the peers; rows of cases that were not run stay as they are. `interop --compare [ROUNDS] [net|fs|vsock-driver|vsock]…`
 //! measures throughput beside that of others instead, for `tools/bench devices`. A peer that is not installed is a case that was not run, by name.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -68,6 +68,10 @@ pub struct Pair {
     full: bool,
     /// The epoll waits for room.
     waits_for_room: bool,
+    /// The guest has no buffer for the packet in the inbox.
+    starved: bool,
+    /// The epoll does not wait for packets: each that comes would wake this thread, which can do nothing with it.
+    deaf: bool,
     /// The packet in the inbox has had its share of the limit.
     paid_in: bool,
     /// So has the one that the port had no room for.
@@ -160,6 +164,8 @@ impl Pair {
             readable: true,
             full: false,
             waits_for_room: false,
+            starved: false,
+            deaf: false,
             paid_in: false,
             paid_out: false,
             resume: None,
@@ -185,7 +191,8 @@ impl Pair {
 
     fn watch(&mut self) -> io::Result<()> {
         let (Some(epoll), Some(fd)) = (&self.epoll, self.port.fd()) else { return Ok(()) };
-        let mut flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        let mut flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        flags.set(EpollFlags::EPOLLIN, !self.deaf);
         flags.set(EpollFlags::EPOLLOUT, self.full || !self.outbox.is_empty());
         self.waits_for_room = flags.contains(EpollFlags::EPOLLOUT);
         match epoll.modify(fd, &mut EpollEvent::new(flags, PORT)) {
@@ -206,6 +213,7 @@ impl Pair {
             self.outbox.restart(self.way);
         }
         (self.full, self.paid_in, self.paid_out, self.readable) = (false, false, false, true);
+        (self.starved, self.deaf) = (false, false);
     }
 
     fn lose_peer(&mut self) {
@@ -346,6 +354,7 @@ impl Pair {
     }
 
     fn receive_to(&mut self, ring: &mut Vring) -> bool {
+        self.starved = false;
         for _ in 0..BATCH {
             if !self.readable {
                 return false;
@@ -378,7 +387,10 @@ impl Pair {
                     self.shared.metrics.dropped_in.fetch_add(1, Ordering::Relaxed);
                 }
                 Placed::Starved if ring.enable_kicks() => continue,
-                Placed::Starved => return false,
+                Placed::Starved => {
+                    self.starved = true;
+                    return false;
+                }
             }
             self.inbox.consume();
             self.paid_in = false;
@@ -516,7 +528,8 @@ impl Pair {
         }
     }
 
-    fn serve(&mut self) -> io::Result<()> {
+    /// `in_vain`: a packet has come while the guest had no buffer.
+    fn serve(&mut self, in_vain: bool) -> io::Result<()> {
         while let Some(peer) = self.arrivals.as_ref().and_then(|arrivals| arrivals.try_recv().ok()) {
             if std::mem::replace(&mut self.way, peer.way) == peer.way {
                 continue;
@@ -528,7 +541,9 @@ impl Pair {
         self.serve_control();
         self.more = !self.full && self.transmit();
         self.more |= self.receive();
-        if self.waits_for_room != (self.full || !self.outbox.is_empty()) {
+        let deaf = self.starved && (self.deaf || in_vain);
+        let waits = self.full || !self.outbox.is_empty();
+        if std::mem::replace(&mut self.deaf, deaf) != deaf || self.waits_for_room != waits {
             self.watch()?;
         }
         Ok(())
@@ -615,14 +630,16 @@ impl QueueWorker for Pair {
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),
         };
+        let mut in_vain = false;
         for event in events.iter().take(count).filter(|event| event.data() == PORT) {
             let flags = event.events();
+            in_vain |= self.starved && flags == EpollFlags::EPOLLIN;
             self.readable |=
                 flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
             if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                 self.full = false;
             }
         }
-        self.serve()
+        self.serve(in_vain)
     }
 }

@@ -10,7 +10,7 @@ use bulkhead_ipc::channel::message::{DeviceConfig, DeviceStart, FdIndex, FromDev
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::jail::uids::UidBlock;
 use bulkhead_ipc::jail::{
-    self, Enforcement, Exit, Identity, JailSpec, JailedProcess, PANIC_EXIT_CODE, SharedDirectory,
+    self, Enforcement, Exit, Identity, JailError, JailSpec, JailedProcess, PANIC_EXIT_CODE, SharedDirectory,
     ViolationListener,
 };
 use bulkhead_ipc::log::LogLevel;
@@ -25,6 +25,9 @@ use super::outfit::Outfit;
 /// How long a process may take until it is sealed, and until it has ended after it was asked to.
 const READY_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long this program stays awake for a process to become ready, which takes about so long: to wake up a CPU that has gone idle
+/// takes up to half a millisecond more, in a virtual machine above all.
+const AWAKE: Duration = Duration::from_millis(3);
 /// The "machine" that a service belongs to.
 const MACHINE: &str = "service";
 
@@ -72,6 +75,8 @@ pub(super) struct Process {
     ready: bool,
     /// Done once, when the process is sealed.
     when_ready: Option<fn()>,
+    /// Until then this program does not sleep.
+    awake_until: Option<Instant>,
     /// When it is killed.
     deadline: Option<Instant>,
     stopping: bool,
@@ -115,28 +120,16 @@ impl Recipe {
         self.log
     }
 
-    /// Starts a process for a front end; it logs from `log` upwards.
-    pub(super) fn start(&self, front_end: &OwnedFd, log: LogLevel) -> Result<Process, StandaloneError> {
+    /// Starts a process that does not know yet what it is for: its jail takes longer than all else of a start.
+    pub(super) fn begin(&self) -> Result<Begun, StandaloneError> {
         let (channel, theirs) = Channel::pair()?;
-        let start = ToDevice::Start(DeviceStart {
-            id: self.kind.to_owned(),
-            machine: MACHINE.to_owned(),
-            log,
-            enforcement: Enforcement::Supervised,
-            socket: FdIndex(0),
-            config: self.config.clone(),
-            metrics: None,
-        });
-        let descriptors: Vec<_> =
-            std::iter::once(front_end.as_fd()).chain(self.outfit.descriptors()).collect();
-        channel.send(&start, &descriptors)?;
         let user = self.users.as_ref().and_then(|users| users.uid(0));
         let subordinate = self.users.as_ref().is_some_and(UidBlock::is_subordinate);
         let owner = self.outfit.shared.as_ref().and_then(|shared| shared.owner);
         let owner = owner.map(|(uid, gid)| Identity { uid, gid });
         let own = user.map(|uid| Identity { uid, gid: uid });
         let stderr = io::stderr();
-        let mut jailed = jail::spawn(JailSpec {
+        let jailed = jail::spawn(JailSpec {
             program: self.program.as_fd(),
             arguments: &[format!("bulkhead-device[{MACHINE}/{0}]", self.kind), self.kind.to_owned()],
             channel: theirs.into_fd(),
@@ -152,15 +145,48 @@ impl Recipe {
                 all_owners: shared.owner.is_none(),
             }),
         })?;
+        Ok(Begun { jailed, channel })
+    }
+}
+
+/// A process on its way into its jail; killed on drop.
+#[derive(Debug)]
+pub(super) struct Begun {
+    jailed: JailedProcess,
+    channel: Channel,
+}
+
+impl Begun {
+    /// Tells the process of the device and its front end; it logs from `log` upwards.
+    pub(super) fn serve(
+        self,
+        recipe: &Recipe,
+        front_end: &OwnedFd,
+        log: LogLevel,
+    ) -> Result<Process, StandaloneError> {
+        let Self { mut jailed, channel } = self;
+        let start = ToDevice::Start(DeviceStart {
+            id: recipe.kind.to_owned(),
+            machine: MACHINE.to_owned(),
+            log,
+            enforcement: Enforcement::Supervised,
+            socket: FdIndex(0),
+            config: recipe.config.clone(),
+            metrics: None,
+        });
+        let descriptors: Vec<_> =
+            std::iter::once(front_end.as_fd()).chain(recipe.outfit.descriptors()).collect();
+        channel.send(&start, &descriptors)?;
         jailed.release()?;
-        jailed.confirm(READY_LIMIT)?;
+        let now = Instant::now();
         Ok(Process {
             jailed,
             channel: Some(channel),
             listeners: Vec::new(),
             ready: false,
             when_ready: None,
-            deadline: Instant::now().checked_add(READY_LIMIT),
+            awake_until: now.checked_add(AWAKE),
+            deadline: now.checked_add(READY_LIMIT),
             stopping: false,
             problem: None,
         })
@@ -190,6 +216,13 @@ impl Process {
                     _ => {}
                 }
             }
+            // One that came not even into its jail has left a report of why.
+            if ended
+                && !self.ready
+                && let Err(error @ JailError::Step { .. }) = self.jailed.confirm(Duration::ZERO)
+            {
+                return Err(error.into());
+            }
             if ended
                 && let Some(exit) =
                     self.jailed.try_wait().map_err(|error| StandaloneError::System("wait", error))?
@@ -215,7 +248,12 @@ impl Process {
         ];
         fds.extend(self.listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         fds.extend(self.channel.iter().map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN)));
+        let awake = !self.ready && self.awake_until.is_some_and(|until| Instant::now() < until);
+        if awake {
+            std::thread::yield_now();
+        }
         let timeout = match self.deadline {
+            _ if awake => PollTimeout::ZERO,
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 PollTimeout::try_from(left.saturating_add(Duration::from_millis(1)))

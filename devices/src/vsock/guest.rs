@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use bulkhead_ipc::connector::Connect;
-use bulkhead_ipc::memory::Direction;
-use bulkhead_ipc::vhost_user::backend::{Vring, VringError};
+use bulkhead_ipc::memory::{Direction, LentVector, MemoryError};
+use bulkhead_ipc::vhost_user::backend::{Chain, Vring, VringError};
 use tracing::debug;
 
 use super::packet::{HEADER, HOST_CID, Header, Operation, STREAM};
@@ -21,6 +21,23 @@ const REPLIES: usize = 256;
 /// Bytes of the guest that are copied at once, where they cannot go straight to the socket.
 const PIECE: usize = 4096;
 
+/// Packets whose bytes go to a socket together, and most bytes of them.
+const TOGETHER: usize = 32;
+const TOGETHER_BYTES: u32 = 256 << 10;
+/// Most pieces of guest memory with a packet more; the kernel takes 1024 (IOV_MAX).
+const TOGETHER_PIECES: usize = 512;
+
+/// Packets of one connection that were taken from the guest and are not passed on yet; empty but while packets are taken. The bytes are in
+/// the worker's vector.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    slot: usize,
+    /// With the bytes of each. What is behind `count` is for the next.
+    packets: Vec<(Chain, u32)>,
+    count: usize,
+    bytes: u32,
+}
+
 impl Worker {
     /// Takes packets from the guest, within bounds.
     pub(super) fn take_packets(&mut self) {
@@ -34,6 +51,7 @@ impl Worker {
                 break;
             }
             if !ring.next(&mut self.chain) {
+                self.pass_on(&mut ring);
                 if ring.enable_kicks() {
                     ring.disable_kicks();
                     continue;
@@ -41,16 +59,22 @@ impl Worker {
                 break;
             }
             budget = budget.saturating_sub(1);
-            if let Err(error) = self.packet(&ring) {
-                ring.fail(&error);
+            match self.packet(&mut ring) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => ring.fail(&error),
             }
+            // In the order in which they came.
+            self.pass_on(&mut ring);
             ring.finish(self.chain.head(), 0);
         }
+        self.pass_on(&mut ring);
         ring.signal();
         self.tx = Some(ring);
     }
 
-    fn packet(&mut self, ring: &Vring) -> Result<(), VringError> {
+    /// One packet, in `chain`. True: it is held.
+    fn packet(&mut self, ring: &mut Vring) -> Result<bool, VringError> {
         let room = self.chain.readable_bytes().checked_sub(HEADER);
         let room = room.ok_or(VringError::Request("a vsock packet without a whole header"))?;
         let mut bytes = [0; HEADER as usize];
@@ -59,19 +83,23 @@ impl Worker {
         if header.src_cid != self.guest_cid {
             // A driver that does not know its own name, before or after a migration perhaps: nobody can be answered.
             debug!(cid = header.src_cid, "a packet from another context id");
-            return Ok(());
+            return Ok(false);
         }
         if header.dst_cid != HOST_CID || header.kind != STREAM {
             self.refuse(&header);
-            return Ok(());
+            return Ok(false);
         }
         let slot = self.table.find(header.src_port, header.dst_port);
+        let is_data = header.operation == Operation::Data && header.len <= room;
+        if !is_data || slot != Some(self.held.slot) {
+            self.pass_on(ring);
+        }
         let Some(slot) = slot else {
             match header.operation {
                 Operation::Request => self.requested(&header),
                 _ => self.refuse(&header),
             }
-            return Ok(());
+            return Ok(false);
         };
         if self.table.get(slot).is_some_and(|stream| stream.peer_credit(&header)) {
             self.table.wake(slot);
@@ -86,7 +114,7 @@ impl Worker {
             Operation::Reset => self.reset_by_guest(slot),
             Operation::Shutdown => self.shut_by_guest(slot, &header),
             Operation::Data if header.len > room => self.break_off(slot),
-            Operation::Data => self.data(slot, &header, ring)?,
+            Operation::Data => return self.data(slot, &header, ring),
             Operation::CreditUpdate => {}
             Operation::CreditRequest => {
                 if let Some(stream) = self.table.get(slot) {
@@ -96,7 +124,7 @@ impl Worker {
             }
             Operation::Unknown(_) => self.break_off(slot),
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Answers a packet that belongs to nothing by a reset. A reset is not answered.
@@ -186,49 +214,119 @@ impl Worker {
         }
     }
 
-    fn data(&mut self, slot: usize, header: &Header, ring: &Vring) -> Result<(), VringError> {
-        let Some(stream) = self.table.get(slot) else { return Ok(()) };
-        if !matches!(stream.state, State::Open | State::Closing) || !stream.receive(header.len) {
-            self.break_off(slot);
-            return Ok(());
-        }
+    /// Bytes of the guest. True: they are held.
+    fn data(&mut self, slot: usize, header: &Header, ring: &mut Vring) -> Result<bool, VringError> {
         let len = header.len;
-        let mut gone = 0;
-        if stream.host_listens() && stream.is_clear() && len > 0 {
-            self.vector.restart(ring.ram(), Direction::Read);
-            for segment in part(self.chain.readable(), HEADER, len) {
-                self.vector.push(segment.address, u64::from(segment.len))?;
+        let pieces = self.vector.iovecs().len().saturating_add(self.chain.readable().len());
+        let bytes = self.held.bytes.saturating_add(len);
+        if self.held.count >= TOGETHER || bytes > TOGETHER_BYTES || pieces > TOGETHER_PIECES {
+            self.pass_on(ring);
+        }
+        let Some(stream) = self.table.get(slot) else { return Ok(false) };
+        if !matches!(stream.state, State::Open | State::Closing) || !stream.receive(len) {
+            self.pass_on(ring);
+            self.break_off(slot);
+            return Ok(false);
+        }
+        if !stream.host_listens() || !stream.is_clear() || len == 0 {
+            let gone = if stream.host_listens() { 0 } else { len };
+            let mut tell = stream.pass(usize::try_from(gone).unwrap_or(0));
+            tell |= stream.control().is_some();
+            keep(stream, &self.chain, (gone, len), ring)?;
+            if tell {
+                self.table.wake(slot);
             }
-            let sent = match &stream.socket {
-                Some(socket) => self.vector.send_to(socket.as_fd()),
-                None => Err(io::ErrorKind::NotConnected.into()),
-            };
-            self.vector.complete(0);
+            return Ok(false);
+        }
+        if self.held.count == 0 {
+            self.vector.restart(ring.ram(), Direction::Read);
+        }
+        if let Err(error) = lend(&mut self.vector, &self.chain, len) {
+            // What of it was lent already must not go with the others.
+            self.vector.restart(ring.ram(), Direction::Read);
+            for (chain, len) in self.held.packets.iter().take(self.held.count) {
+                lend(&mut self.vector, chain, *len)?;
+            }
+            self.pass_on(ring);
+            return Err(error.into());
+        }
+        self.held.push(slot, &mut self.chain, len);
+        Ok(true)
+    }
+
+    /// Sends the socket what is held, keeps what it does not take, and gives the guest its buffers back.
+    fn pass_on(&mut self, ring: &mut Vring) {
+        let (count, bytes) = (std::mem::take(&mut self.held.count), std::mem::take(&mut self.held.bytes));
+        if count == 0 {
+            return;
+        }
+        let stream = self.table.get(self.held.slot);
+        let sent = match stream.and_then(|stream| stream.socket.as_ref()) {
+            Some(socket) => self.vector.send_to(socket.as_fd()),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        };
+        self.vector.complete(0);
+        if let Some(stream) = self.table.get(self.held.slot) {
+            let mut gone = 0;
             match sent {
-                Ok(count) => gone = u32::try_from(count).unwrap_or(len),
+                Ok(count) => gone = u32::try_from(count).unwrap_or(bytes),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => stream.host_left(),
             }
-            if gone < len {
+            if gone < bytes {
                 stream.blocked();
             }
+            if !stream.host_listens() {
+                gone = bytes;
+            }
+            let mut tell = stream.pass(usize::try_from(gone).unwrap_or(0));
+            tell |= stream.control().is_some();
+            for (chain, len) in self.held.packets.iter().take(count) {
+                let own = gone.min(*len);
+                gone = gone.saturating_sub(own);
+                if let Err(error) = keep(stream, chain, (own, *len), ring) {
+                    ring.fail(&error);
+                }
+            }
+            if tell {
+                self.table.wake(self.held.slot);
+            }
         }
-        if !stream.host_listens() {
-            gone = len;
-        }
-        let mut tell = stream.pass(usize::try_from(gone).unwrap_or(0));
-        tell |= stream.control().is_some();
-        let mut piece = [0; PIECE];
-        while gone < len {
-            let count = usize::try_from(len.saturating_sub(gone)).unwrap_or(PIECE).min(PIECE);
-            let bytes = piece.get_mut(..count).unwrap_or_default();
-            gather(self.chain.readable(), HEADER.saturating_add(gone), bytes, ring.ram())?;
-            stream.keep(bytes);
-            gone = gone.saturating_add(u32::try_from(count).unwrap_or(len));
-        }
-        if tell {
-            self.table.wake(slot);
-        }
-        Ok(())
+        self.held.packets.iter().take(count).for_each(|(chain, _)| ring.finish(chain.head(), 0));
     }
+}
+
+impl Held {
+    /// Takes a packet over; `chain` becomes another.
+    fn push(&mut self, slot: usize, chain: &mut Chain, len: u32) {
+        self.slot = slot;
+        if self.packets.len() <= self.count {
+            self.packets.push((Chain::new(), 0));
+        }
+        if let Some((place, bytes)) = self.packets.get_mut(self.count) {
+            std::mem::swap(place, chain);
+            *bytes = len;
+        }
+        self.count = self.count.saturating_add(1);
+        self.bytes = self.bytes.saturating_add(len);
+    }
+}
+
+/// Lends the bytes of a packet to the vector.
+fn lend(vector: &mut LentVector, chain: &Chain, len: u32) -> Result<(), MemoryError> {
+    part(chain.readable(), HEADER, len)
+        .try_for_each(|segment| vector.push(segment.address, u64::from(segment.len)))
+}
+
+/// Keeps the bytes of a packet that did not go to the socket: those from `gone` on, of `len`.
+fn keep(stream: &mut Stream, chain: &Chain, (gone, len): (u32, u32), ring: &Vring) -> Result<(), VringError> {
+    let (mut gone, mut piece) = (gone, [0; PIECE]);
+    while gone < len {
+        let count = usize::try_from(len.saturating_sub(gone)).unwrap_or(PIECE).min(PIECE);
+        let bytes = piece.get_mut(..count).unwrap_or_default();
+        gather(chain.readable(), HEADER.saturating_add(gone), bytes, ring.ram())?;
+        stream.keep(bytes);
+        gone = gone.saturating_add(u32::try_from(count).unwrap_or(len));
+    }
+    Ok(())
 }

@@ -9,11 +9,9 @@ use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
 use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, STREAM};
 
-/// Bytes that are kept for a host that does not read, for each of the first connections and for each of the others.
-const WINDOW: u32 = 256 << 10;
+/// Bytes that are kept for a host that does not read, for each connection that begins beside so many others at most, and beside more.
+const WINDOWS: [(usize, u32); 2] = [(8, 1 << 20), (64, 256 << 10)];
 const NARROW_WINDOW: u32 = 32 << 10;
-/// Connections with a wide window.
-const WIDE: usize = 64;
 /// An update is due when so much of the window, one part in so many, was passed on since the guest was told.
 const UPDATE_PART: u32 = 4;
 
@@ -107,7 +105,10 @@ impl Stream {
             appetite: 1,
             buffered: VecDeque::new(),
             writable: true,
-            window: if others < WIDE { WINDOW } else { NARROW_WINDOW },
+            window: WINDOWS
+                .iter()
+                .find(|(most, _)| others < *most)
+                .map_or(NARROW_WINDOW, |(_, window)| *window),
             received: 0,
             forwarded: 0,
             told: 0,

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tracing::info;
 
+use super::guest::Held;
 use super::packet::Header;
 use super::table::Table;
 use super::{EVENT, RX, Shared, TX};
@@ -49,6 +50,8 @@ pub(super) struct Worker {
     /// Buffers of the guest that are filled together.
     pub(super) chains: Vec<Chain>,
     pub(super) vector: LentVector,
+    /// Packets of the guest whose bytes go to a socket together.
+    pub(super) held: Held,
     /// The connector is watched, so this process serves.
     serves: bool,
     /// No ring has run since the start, or since the driver forgot everything.
@@ -77,6 +80,7 @@ impl Worker {
             chain: Chain::new(),
             chains: vec![Chain::new(); BATCH],
             vector: GuestRam::empty().lend_vector(Direction::Read),
+            held: Held::default(),
             serves: false,
             fresh: true,
             transport_reset: false,

@@ -136,6 +136,26 @@ fn a_packet_waits_for_buffers_and_none_is_used_for_a_part_of_it() {
 }
 
 #[test]
+fn packets_that_come_while_the_guest_has_no_buffer_are_heard_of_later() {
+    let rig = Rig::start();
+    let (mut driver, mut wire) = rig.connect();
+    for round in 0..3_u8 {
+        for fill in 1..=3 {
+            send(&mut wire, &packet(60, round * 10 + fill));
+            // Apart, so that each would wake the card.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        post(&mut driver, 4, 2000);
+        for first in 0..3 {
+            assert_eq!(arrived(&mut driver, 2000, first), packet(60, round * 10 + first as u8 + 1));
+        }
+        // The card waits for packets again.
+        send(&mut wire, &packet(60, 99));
+        assert_eq!(arrived(&mut driver, 2000, 3), packet(60, 99));
+    }
+}
+
+#[test]
 fn packets_that_can_be_none_are_dropped_and_the_queue_goes_on() {
     let rig = Rig::start();
     let (mut driver, mut wire) = rig.connect();

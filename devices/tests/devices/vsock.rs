@@ -12,6 +12,7 @@ use bulkhead_ipc::connector::Connector;
 use bulkhead_ipc::jail::Enforcement;
 use nix::sys::socket::{Shutdown, shutdown};
 use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::driver::{BUFFERS, Driver, Random};
 use crate::supervised::{LIMIT, Supervised};
@@ -375,6 +376,35 @@ fn credit_is_kept_by_the_device_and_demanded_of_the_guest() {
         }
     }
     drop(other);
+    rig.device.stop();
+}
+
+#[test]
+fn packets_that_come_together_arrive_in_order_also_at_a_host_that_reads_late() {
+    const SLOTS: u64 = OUT + (4 << 20);
+    let mut rig = Rig::new();
+    let listener = rig.listen(52);
+    let mut peers = [rig.connect(&listener, (1, 52)), rig.connect(&listener, (2, 52))];
+    let mut expected = [Vec::new(), Vec::new()];
+    // More than a socket takes, and another connection's packets in between.
+    for number in 0..200 {
+        let other = number % 7 == 6;
+        let data = pattern(if other { 64 } else { 5000 }, number + 1);
+        let ports = (1 + u32::from(other), 52);
+        let bytes = [header(DATA, ports, 0, data.len(), 0), data.clone()].concat();
+        let Driver { ram, queues, .. } = &mut rig.guest.driver;
+        ram.memory().write_slice(&bytes, GuestAddress(SLOTS + number * 8192)).unwrap();
+        queues[1].submit(ram, &[(SLOTS + number * 8192, bytes.len() as u32, false)]);
+        expected[usize::from(other)].extend(data);
+    }
+    rig.guest.driver.queues[1].kick();
+    for _ in 0..200 {
+        let Driver { ram, queues, .. } = &mut rig.guest.driver;
+        queues[1].wait(ram);
+    }
+    for (peer, expected) in peers.iter_mut().zip(&expected) {
+        assert!(exactly(peer, expected.len()) == *expected);
+    }
     rig.device.stop();
 }
 

@@ -1,4 +1,5 @@
-//! Streams to a guest and back, through our vsock and through vhost-device-vsock, each with a guest of its own.
+//! Streams to a guest and back, through our vsock and through vhost-device-vsock, each with a guest of its own; and without a guest, which
+//! takes most of the time, by a driver in this program.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
@@ -7,6 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
+use super::vsock_load::Load;
 use super::{PATIENCE, named, print, turns};
 use crate::guest::{Guest, Service};
 use crate::ours::{RECONNECT, device};
@@ -74,7 +76,44 @@ fn questions(uds: &Path) -> Result<f64, String> {
     Ok(f64::from(QUESTIONS) / begin.elapsed().as_secs_f64())
 }
 
-pub fn run(rounds: usize) -> Result<(), String> {
+/// Both back ends, each with its driver.
+pub fn by_driver(rounds: usize) -> Result<(), String> {
+    let folder = tempfile::tempdir().map_err(text)?;
+    let at = |name: &str| folder.path().join(name);
+    let options =
+        ["--guest-cid", "3", "--uds-path", at("ours").to_str().unwrap_or_default()].map(str::to_owned);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let ours = Service::start(folder.path(), "vsock", "ours.sock", &options);
+    let mut other = Command::new(DEVICE_VSOCK.path());
+    other.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
+    let theirs = Service::other(other, at("theirs.sock"))?;
+    let mut loads = [
+        Load::new(&ours.socket, 3, &at("ours")).map_err(|error| format!("ours: {error}"))?,
+        Load::new(&theirs.socket, 4, &at("theirs")).map_err(|error| format!("theirs: {error}"))?,
+    ];
+    let pids = [&ours, &theirs].map(|service| Some(service.child.id()));
+    for (what, unit, load) in [
+        ("vsock, driver without a guest, a stream to it", "MiB/s", Load::down as fn(&mut Load) -> _),
+        ("vsock, driver without a guest, a stream from it", "MiB/s", Load::up),
+        ("vsock, driver without a guest, packets of 64 bytes from it", "1/s", Load::packets),
+        (
+            "vsock, driver without a guest, 32 questions of 64 bytes at once and their answers",
+            "1/s",
+            Load::crowd,
+        ),
+        ("vsock, driver without a guest, a question of 64 bytes and its answer", "1/s", Load::questions),
+    ] {
+        let figures = turns(rounds, &pids, |turn| load(loads.get_mut(turn).ok_or("no such turn")?))
+            .map_err(|error| format!("{what}: {error}"))?;
+        if let [ours, theirs] = figures.as_slice() {
+            print(what, &named(DEVICE_VSOCK), unit, ours, theirs, 2.0);
+        }
+    }
+    Ok(())
+}
+
+/// Both back ends, each with its guest.
+pub fn by_guests(rounds: usize) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(text)?;
     let at = |name: &str| folder.path().join(name);
     let uds = at("ours");
@@ -88,8 +127,8 @@ pub fn run(rounds: usize) -> Result<(), String> {
     let pids = [&ours, &theirs].map(|service| Some(service.child.id()));
     let paths = [uds, at("theirs")];
     for (what, unit, load) in [
-        ("vsock, a stream to the guest and back", "MiB/s", stream as fn(&Path) -> Result<f64, String>),
-        ("vsock, a question of 64 bytes and its answer", "1/s", questions),
+        ("vsock, stock guest, a stream to it and back", "MiB/s", stream as fn(&Path) -> Result<f64, String>),
+        ("vsock, stock guest, a question of 64 bytes and its answer", "1/s", questions),
     ] {
         let figures = turns(rounds, &pids, |turn| load(paths.get(turn).ok_or("no such turn")?))
             .map_err(|error| format!("{what}: {error}"))?;

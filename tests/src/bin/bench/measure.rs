@@ -1,15 +1,19 @@
 //! Starts a program and takes the time until something appears on one of its streams.
 
 use std::fs;
-use std::io::Read;
+use std::io::{IoSliceMut, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_tests::harness::Outcome;
 use bulkhead_tests::processes::{Process, descendants};
+use nix::sys::socket::sockopt::ReceiveTimestampns;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt};
+use nix::sys::time::TimeSpec;
 
 /// How long the processes of a contender that was killed may take to end.
 const END_LIMIT: Duration = Duration::from_secs(20);
@@ -84,19 +88,33 @@ fn until_told(mut command: Command, text: &str, limit: Duration) -> Outcome<Star
     let manager = UnixDatagram::bind(&path).map_err(failed)?;
     manager.set_read_timeout(Some(limit)).map_err(failed)?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).env("NOTIFY_SOCKET", &path);
-    let start = Instant::now();
+    setsockopt(&manager, ReceiveTimestampns, &true).map_err(|errno| failed(errno.into()))?;
+    let start = SystemTime::now();
     let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
     let mut started = Started { child, milliseconds: 0.0 };
-    let mut buffer = [0; 256];
     loop {
-        let length = manager
-            .recv(&mut buffer)
+        let (said, at) = receive(&manager)
             .map_err(|error| format!("{command:?} did not tell '{text}' within {limit:?}: {error}"))?;
-        started.milliseconds = start.elapsed().as_secs_f64() * 1000.0;
-        if String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).contains(text) {
+        started.milliseconds = at.duration_since(start).unwrap_or_default().as_secs_f64() * 1000.0;
+        if said.contains(text) {
             return Ok(started);
         }
     }
+}
+
+/// A datagram and when it was sent, which the kernel notes (SO_TIMESTAMPNS, socket(7)): until this program wakes up to read it, time passes
+/// that is not the sender's.
+fn receive(socket: &UnixDatagram) -> std::io::Result<(String, SystemTime)> {
+    let (mut bytes, mut control) = ([0; 256], nix::cmsg_space!(TimeSpec));
+    let mut pieces = [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut control), MsgFlags::empty())?;
+    let noted = received.cmsgs()?.find_map(|message| match message {
+        ControlMessageOwned::ScmTimestampns(at) => Some(UNIX_EPOCH + Duration::from(at)),
+        _ => None,
+    });
+    let length = received.bytes;
+    let said = String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned();
+    Ok((said, noted.unwrap_or_else(SystemTime::now)))
 }
 
 /// Starts `command` and waits for `text` on the stream.
