@@ -112,7 +112,9 @@ fn answer(command: u16, payload: &[u8]) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
             let asked = RegionInfo::decode(payload).ok()?;
             let access = RegionInfo::READ | RegionInfo::WRITE;
             if asked.index == 0 {
-                return none(&RegionInfo { argsz: 32, flags: access, index: 0, size: 8, ..asked }.encode());
+                return none(
+                    &RegionInfo { argsz: 32, flags: access, index: 0, size: 8 << 48, ..asked }.encode(),
+                );
             }
             let page = memfd_create(c"page", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).ok()?;
             nix::unistd::ftruncate(&page, 4096).ok()?;
