@@ -103,8 +103,11 @@ pub fn by_driver(rounds: usize) -> Result<(), String> {
         ),
         ("vsock, driver without a guest, a question of 64 bytes and its answer", "1/s", Load::questions),
     ] {
-        let figures = turns(rounds, &pids, |turn| load(loads.get_mut(turn).ok_or("no such turn")?))
-            .map_err(|error| format!("{what}: {error}"))?;
+        let one = |turn: usize| {
+            let failed = |error: String| format!("{}: {error}", if turn == 0 { "ours" } else { "theirs" });
+            load(loads.get_mut(turn).ok_or("no such turn")?).map_err(failed)
+        };
+        let figures = turns(rounds, &pids, one).map_err(|error| format!("{what}: {error}"))?;
         if let [ours, theirs] = figures.as_slice() {
             print(what, &named(DEVICE_VSOCK), unit, ours, theirs, 2.0);
         }
