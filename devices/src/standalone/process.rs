@@ -25,9 +25,6 @@ use super::outfit::Outfit;
 /// How long a process may take until it is sealed, and until it has ended after it was asked to.
 const READY_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// How long this program stays awake for a process to become ready, which takes about so long: to wake up a CPU that has gone idle
-/// takes up to half a millisecond more, in a virtual machine above all.
-const AWAKE: Duration = Duration::from_millis(3);
 /// The "machine" that a service belongs to.
 const MACHINE: &str = "service";
 
@@ -75,8 +72,6 @@ pub(super) struct Process {
     ready: bool,
     /// Done once, when the process is sealed.
     when_ready: Option<fn()>,
-    /// Until then this program does not sleep.
-    awake_until: Option<Instant>,
     /// When it is killed.
     deadline: Option<Instant>,
     stopping: bool,
@@ -178,15 +173,13 @@ impl Begun {
             std::iter::once(front_end.as_fd()).chain(recipe.outfit.descriptors()).collect();
         channel.send(&start, &descriptors)?;
         jailed.release()?;
-        let now = Instant::now();
         Ok(Process {
             jailed,
             channel: Some(channel),
             listeners: Vec::new(),
             ready: false,
             when_ready: None,
-            awake_until: now.checked_add(AWAKE),
-            deadline: now.checked_add(READY_LIMIT),
+            deadline: Instant::now().checked_add(READY_LIMIT),
             stopping: false,
             problem: None,
         })
@@ -248,12 +241,7 @@ impl Process {
         ];
         fds.extend(self.listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         fds.extend(self.channel.iter().map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN)));
-        let awake = !self.ready && self.awake_until.is_some_and(|until| Instant::now() < until);
-        if awake {
-            std::thread::yield_now();
-        }
         let timeout = match self.deadline {
-            _ if awake => PollTimeout::ZERO,
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 PollTimeout::try_from(left.saturating_add(Duration::from_millis(1)))
