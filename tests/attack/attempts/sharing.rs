@@ -13,6 +13,9 @@ const STAYS: (i32, &str) = (libc::ENOENT, "at its root `..` stays");
 const NO_FOLDER: (i32, &str) = (libc::ENOTDIR, "holds no folder");
 const NOT_OPEN: (i32, &str) = (libc::EBADF, NOTHING_HELD);
 const NO_RULE: (i32, &str) = (libc::EACCES, LANDLOCK);
+/// The open pass tries in a child. `/proc/PID/fd` is root's from before the exec until somebody looks at it again: it opens to the
+/// process itself in any case, and to a child of the same user only after that look.
+const NOT_ITS_OWN: (i32, &str) = (libc::EACCES, "another process's descriptors");
 
 /// The shared directory, or whatever could be one.
 fn folders(held: &Held) -> Vec<RawFd> {
@@ -240,7 +243,12 @@ pub const ATTEMPTS: &[Attempt] = &[
         &[(libc::ENOENT, EMPTY_ROOT), NO_RULE],
     ),
     attempt("climb out by `..`", &["openat"], upwards, &[STAYS, NO_FOLDER, NOT_OPEN]),
-    attempt("take hold of what lies above", &["openat"], above, &[STAYS, NO_FOLDER, NOT_OPEN]),
+    attempt(
+        "take hold of what lies above",
+        &["openat"],
+        above,
+        &[STAYS, NO_FOLDER, NOT_OPEN, NOT_ITS_OWN],
+    ),
     attempt(
         "follow links that lie there and lead out",
         &["openat"],
@@ -257,7 +265,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         "leave through `/proc/self/fd`, to `root`, `cwd`, `exe`, other processes",
         &["openat"],
         magic_links,
-        &[STAYS, NO_FOLDER, NOT_OPEN],
+        &[STAYS, NO_FOLDER, NOT_OPEN, NOT_ITS_OWN],
     ),
     attempt(
         "give what is not shared another name in the directory (hard link)",
