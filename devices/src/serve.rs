@@ -42,6 +42,9 @@ use crate::watchdog::WatchdogDevice;
 
 /// How long the supervisor may take to hear of a failure.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+/// Milliseconds without a message after which the start is over and what only it needed is let go: not earlier, when its siblings
+/// compete for the CPUs.
+const REST: u16 = 1000;
 
 /// Why a device process ends.
 #[derive(Debug, Error)]
@@ -332,7 +335,6 @@ fn prepare<'a>(
     daemon.device_mut().open().map_err(ServeError::Open)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     drop(sealed);
-    crate::footprint::release_program();
     daemon.connect(Connection::from(socket))?;
     Ok(Prepared::Virtio(daemon, parts.control))
 }
@@ -507,17 +509,22 @@ fn seal(policy: PolicyName, held: &[impl AsRawFd], channel: &Channel) -> Result<
     let sealed = jail::seal(policy, held)?;
     channel.send(&FromDevice::Ready { policies: sealed.policies() }, &sealed.descriptors())?;
     drop(sealed);
-    crate::footprint::release_program();
     Ok(())
 }
 
 /// Serves the control channel and the front end until either ends.
 fn serve(daemon: &mut Daemon, channel: &Channel, acted_on: &Control) -> Result<(), ServeError> {
+    let mut until_rest = PollTimeout::from(REST);
     loop {
         let Some(socket) = daemon.socket() else { return Ok(()) };
         let watched = [channel.as_fd(), socket].into_iter().chain(acted_on.event());
         let mut fds: Vec<_> = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, until_rest) {
+            Ok(0) => {
+                crate::footprint::release_program();
+                until_rest = PollTimeout::NONE;
+                continue;
+            }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(ServeError::System("poll", errno)),
         }

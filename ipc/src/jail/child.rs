@@ -1,8 +1,8 @@
 //! The new process between `clone3` and `execveat`.
 //!
-//! Contains unsafe code: this code runs in a copy of a process that may have had other threads, whose locks nobody will ever
-//! release. So it makes system calls only, directly, on data that was prepared before the clone: no allocation, no lock, no
-//! panic, no standard library. It ends in the program or in a report (step and errno) to the supervisor.
+//! Contains unsafe code: this code runs in the memory of a process whose threads go on meanwhile (`cradle`). So it makes system calls
+//! only, directly, on data that was prepared before the clone and on its own stack: no allocation, no lock, no panic, no standard
+//! library, no thread-local `errno`. It ends in the program or in a report (step and errno) to the supervisor.
 //!
 //! The order matters:
 //! 1. descriptors first, so that this process holds nothing of its siblings (their report sockets in particular);
@@ -17,6 +17,7 @@ use std::os::fd::RawFd;
 use std::ptr;
 
 use super::Step;
+use super::raw::syscall;
 
 /// Number of resource limits.
 pub(super) const LIMITS: usize = 11;
@@ -42,8 +43,6 @@ pub(super) struct Plan {
     pub(super) drop_groups: bool,
     /// Resources with their soft and hard limits.
     pub(super) limits: [(c_uint, u64, u64); LIMITS],
-    /// Zero-terminated array of arguments.
-    pub(super) argv: *const *const c_char,
     /// Namespaces that are created here, the network's aside.
     pub(super) unshare: c_ulong,
     /// A directory that the process shares, and `MOUNT_ATTR_…` for it.
@@ -70,11 +69,11 @@ struct Failure(Step, c_int);
 /// Becomes the program, or reports and exits.
 ///
 /// # Safety
-/// Must run in the child of a `clone3` without `CLONE_VM`, on one thread with all signals blocked; the pointers in `plan` must
-/// be valid in this copy.
-pub(super) unsafe fn run(plan: &Plan) -> ! {
+/// Must run in the child of a `clone3`, as its only thread, with all signals blocked and none handled, on a stack of its own; `plan` and
+/// `argv`, a list of strings that ends with a null pointer, stay as they are until it has executed its program or ended.
+pub(super) unsafe extern "C" fn run(plan: *const Plan, argv: *const *const c_char) -> ! {
     // SAFETY: forwarded from this function's contract.
-    let Failure(step, errno) = unsafe { build(plan) };
+    let (plan, Failure(step, errno)) = unsafe { (&*plan, build(&*plan, argv)) };
     // The report socket is at its fixed place unless the very first step failed.
     let socket = if step as u8 == Step::Descriptors as u8 { plan.report } else { REPORT };
     let mut report = [0_u8; 5];
@@ -82,7 +81,7 @@ pub(super) unsafe fn run(plan: &Plan) -> ! {
     report[1..].copy_from_slice(&errno.to_ne_bytes());
     // SAFETY: the buffer is live; MSG_NOSIGNAL keeps a dead supervisor from mattering; exit_group does not return.
     unsafe {
-        libc::syscall(
+        syscall!(
             libc::SYS_sendto,
             socket,
             report.as_ptr(),
@@ -92,18 +91,16 @@ pub(super) unsafe fn run(plan: &Plan) -> ! {
             0,
         );
         loop {
-            libc::syscall(libc::SYS_exit_group, 127);
+            syscall!(libc::SYS_exit_group, 127);
         }
     }
 }
 
 /// Turns the result of a raw system call into a step's failure.
 fn check(step: Step, result: c_long) -> Result<c_long, Failure> {
-    if result < 0 {
-        // SAFETY: errno is a thread-local integer of this process.
-        Err(Failure(step, unsafe { *libc::__errno_location() }))
-    } else {
-        Ok(result)
+    match c_int::try_from(-result) {
+        Ok(errno @ 1..) => Err(Failure(step, errno)),
+        _ => Ok(result),
     }
 }
 
@@ -111,32 +108,32 @@ fn check(step: Step, result: c_long) -> Result<c_long, Failure> {
 ///
 /// # Safety
 /// As [`run`].
-unsafe fn build(plan: &Plan) -> Failure {
+unsafe fn build(plan: &Plan, argv: *const *const c_char) -> Failure {
     let steps = || -> Result<(), Failure> {
         // SAFETY: forwarded from this function's contract.
         unsafe {
             descriptors(plan)?;
             signals()?;
-            check(Step::Unshare, libc::syscall(libc::SYS_unshare, plan.unshare))?;
+            check(Step::Unshare, syscall!(libc::SYS_unshare, plan.unshare))?;
             wait_for_map()?;
             identity(plan)?;
             private_mounts()?;
             share(plan)?;
             empty_root()?;
-            check(Step::Unshare, libc::syscall(libc::SYS_unshare, NETWORK))?;
-            check(Step::Session, libc::syscall(libc::SYS_setsid))?;
-            libc::syscall(libc::SYS_umask, 0o077);
+            check(Step::Unshare, syscall!(libc::SYS_unshare, NETWORK))?;
+            check(Step::Session, syscall!(libc::SYS_setsid))?;
+            syscall!(libc::SYS_umask, 0o077);
             limits(plan)?;
             privileges(plan.kept)?;
             parent_death()?;
             let environment: *const c_char = ptr::null();
             check(
                 Step::Execute,
-                libc::syscall(
+                syscall!(
                     libc::SYS_execveat,
                     PROGRAM,
                     c"".as_ptr(),
-                    plan.argv,
+                    argv,
                     &raw const environment,
                     libc::AT_EMPTY_PATH,
                 ),
@@ -155,7 +152,7 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
     let step = Step::Descriptors;
     let park = |descriptor: RawFd| -> Result<c_long, Failure> {
         // SAFETY: no memory is involved.
-        check(step, unsafe { libc::syscall(libc::SYS_fcntl, descriptor, libc::F_DUPFD_CLOEXEC, PARKED) })
+        check(step, unsafe { syscall!(libc::SYS_fcntl, descriptor, libc::F_DUPFD_CLOEXEC, PARKED) })
     };
     let (null, log, channel) = (park(plan.null)?, park(plan.log)?, park(plan.channel)?);
     let (program, report) = (park(plan.program)?, park(plan.report)?);
@@ -173,16 +170,16 @@ unsafe fn descriptors(plan: &Plan) -> Result<(), Failure> {
     ];
     for (from, to, flags) in places {
         // SAFETY: no memory is involved.
-        check(step, unsafe { libc::syscall(libc::SYS_dup3, from, to, flags) })?;
+        check(step, unsafe { syscall!(libc::SYS_dup3, from, to, flags) })?;
     }
     if let Some(directory) = shared {
         // The new mount namespace has a copy of every mount, and moves the working directory to its copy: the way by which a
         // descriptor of the supervisor's namespace leads into this one.
         // SAFETY: no memory is involved.
-        check(Step::Share, unsafe { libc::syscall(libc::SYS_fchdir, directory) })?;
+        check(Step::Share, unsafe { syscall!(libc::SYS_fchdir, directory) })?;
     }
     // SAFETY: no memory is involved; nothing in this process uses a descriptor above.
-    check(step, unsafe { libc::syscall(libc::SYS_close_range, FREE, c_uint::MAX, 0) })?;
+    check(step, unsafe { syscall!(libc::SYS_close_range, FREE, c_uint::MAX, 0) })?;
     Ok(())
 }
 
@@ -197,18 +194,12 @@ unsafe fn signals() -> Result<(), Failure> {
         }
         // SAFETY: the kernel reads 32 bytes of a live constant and writes nothing.
         check(Step::Signals, unsafe {
-            libc::syscall(libc::SYS_rt_sigaction, signal, DEFAULT.as_ptr(), ptr::null::<c_void>(), 8)
+            syscall!(libc::SYS_rt_sigaction, signal, DEFAULT.as_ptr(), ptr::null::<c_void>(), 8)
         })?;
     }
     // SAFETY: the kernel reads 8 bytes of a live variable and writes nothing.
     check(Step::Signals, unsafe {
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            &raw const nothing,
-            ptr::null::<c_void>(),
-            8,
-        )
+        syscall!(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const nothing, ptr::null::<c_void>(), 8,)
     })?;
     Ok(())
 }
@@ -232,27 +223,19 @@ unsafe fn wait_for_map() -> Result<(), Failure> {
 unsafe fn receive(byte: *mut u8, flags: c_int) -> c_long {
     // SAFETY: the caller passes a pointer to one writable byte.
     unsafe {
-        libc::syscall(
-            libc::SYS_recvfrom,
-            REPORT,
-            byte,
-            1,
-            flags,
-            ptr::null::<c_void>(),
-            ptr::null::<c_void>(),
-        )
+        syscall!(libc::SYS_recvfrom, REPORT, byte, 1, flags, ptr::null::<c_void>(), ptr::null::<c_void>(),)
     }
 }
 
-/// From the supervisor's user to the mapped one; raw calls, because this is the only thread.
+/// From the supervisor's user to the mapped one.
 unsafe fn identity(plan: &Plan) -> Result<(), Failure> {
     // SAFETY: no memory is involved: the list of groups is empty.
     unsafe {
         if plan.drop_groups {
-            check(Step::SetGroups, libc::syscall(libc::SYS_setgroups, 0, ptr::null::<c_void>()))?;
+            check(Step::SetGroups, syscall!(libc::SYS_setgroups, 0, ptr::null::<c_void>()))?;
         }
-        check(Step::SetGid, libc::syscall(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid))?;
-        check(Step::SetUid, libc::syscall(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid))?;
+        check(Step::SetGid, syscall!(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid))?;
+        check(Step::SetUid, syscall!(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid))?;
     }
     Ok(())
 }
@@ -263,7 +246,7 @@ unsafe fn private_mounts() -> Result<(), Failure> {
     unsafe {
         check(
             Step::PrivateMounts,
-            libc::syscall(
+            syscall!(
                 libc::SYS_mount,
                 ptr::null::<c_char>(),
                 c"/".as_ptr(),
@@ -288,13 +271,12 @@ unsafe fn share(plan: &Plan) -> Result<(), Failure> {
     let tree = |path: *const c_char, flags: c_uint| -> Result<(), Failure> {
         // The lowest descriptors from 6 on are free, and stay open across the exec.
         // SAFETY: the callers pass static strings that end with a zero, which the kernel only reads.
-        check(Step::Share, unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, flags) })
-            .map(drop)
+        check(Step::Share, unsafe { syscall!(libc::SYS_open_tree, libc::AT_FDCWD, path, flags) }).map(drop)
     };
     tree(c".".as_ptr(), libc::OPEN_TREE_CLONE | RECURSIVE)?;
     // SAFETY: the kernel reads a live structure of the given size and an empty static string.
     check(Step::Share, unsafe {
-        libc::syscall(
+        syscall!(
             libc::SYS_mount_setattr,
             SHARED,
             c"".as_ptr(),
@@ -314,7 +296,7 @@ unsafe fn empty_root() -> Result<(), Failure> {
     unsafe {
         check(
             Step::MountRoot,
-            libc::syscall(
+            syscall!(
                 libc::SYS_mount,
                 c"none".as_ptr(),
                 c"/proc".as_ptr(),
@@ -323,10 +305,10 @@ unsafe fn empty_root() -> Result<(), Failure> {
                 c"size=4k,nr_inodes=1,mode=555".as_ptr(),
             ),
         )?;
-        check(Step::ChangeRoot, libc::syscall(libc::SYS_chdir, c"/proc".as_ptr()))?;
-        check(Step::ChangeRoot, libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()))?;
-        check(Step::DetachOldRoot, libc::syscall(libc::SYS_umount2, c".".as_ptr(), libc::MNT_DETACH))?;
-        check(Step::ChangeRoot, libc::syscall(libc::SYS_chdir, c"/".as_ptr()))?;
+        check(Step::ChangeRoot, syscall!(libc::SYS_chdir, c"/proc".as_ptr()))?;
+        check(Step::ChangeRoot, syscall!(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()))?;
+        check(Step::DetachOldRoot, syscall!(libc::SYS_umount2, c".".as_ptr(), libc::MNT_DETACH))?;
+        check(Step::ChangeRoot, syscall!(libc::SYS_chdir, c"/".as_ptr()))?;
     }
     Ok(())
 }
@@ -336,7 +318,7 @@ unsafe fn limits(plan: &Plan) -> Result<(), Failure> {
         let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
         // SAFETY: the kernel reads a live structure and writes nothing.
         check(Step::Limit, unsafe {
-            libc::syscall(libc::SYS_prlimit64, 0, resource, &raw const limit, ptr::null::<c_void>())
+            syscall!(libc::SYS_prlimit64, 0, resource, &raw const limit, ptr::null::<c_void>())
         })?;
     }
     Ok(())
@@ -369,14 +351,14 @@ unsafe fn privileges(kept: u32) -> Result<(), Failure> {
         }
         check(Step::AmbientSet, prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as c_ulong, 0))?;
         let first: [u32; 6] = [kept | SETPCAP, kept | SETPCAP, kept, 0, 0, 0];
-        check(Step::Capabilities, libc::syscall(libc::SYS_capset, HEADER.as_ptr(), first.as_ptr()))?;
+        check(Step::Capabilities, syscall!(libc::SYS_capset, HEADER.as_ptr(), first.as_ptr()))?;
         for capability in (0..32).filter(|capability| kept >> capability & 1 == 1) {
             let raise = libc::PR_CAP_AMBIENT_RAISE as c_ulong;
             check(Step::AmbientSet, prctl(libc::PR_CAP_AMBIENT, raise, capability))?;
         }
         check(Step::SecureBits, prctl(libc::PR_SET_SECUREBITS, SECUREBITS, 0))?;
         let last: [u32; 6] = [kept, kept, kept, 0, 0, 0];
-        check(Step::Capabilities, libc::syscall(libc::SYS_capset, HEADER.as_ptr(), last.as_ptr()))?;
+        check(Step::Capabilities, syscall!(libc::SYS_capset, HEADER.as_ptr(), last.as_ptr()))?;
         check(Step::NoNewPrivileges, prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0))?;
     }
     Ok(())
@@ -384,7 +366,7 @@ unsafe fn privileges(kept: u32) -> Result<(), Failure> {
 
 unsafe fn prctl(option: c_int, second: c_ulong, third: c_ulong) -> c_long {
     // SAFETY: the callers pass options whose arguments are integers.
-    unsafe { libc::syscall(libc::SYS_prctl, option, second, third, 0_u64, 0_u64) }
+    unsafe { syscall!(libc::SYS_prctl, option, second, third, 0_u64, 0_u64) }
 }
 
 /// SIGKILL when the supervisor dies. If it died before this call, its end of the report socket is closed already: the kernel

@@ -15,11 +15,13 @@
 
 pub mod cgroup;
 mod child;
+mod cradle;
 mod error;
 mod landlock;
 mod layer;
 mod policy;
 mod process;
+mod raw;
 mod seal;
 mod shared;
 mod steps;

@@ -1,24 +1,23 @@
 //! The supervisor's side of a jailed process: start, confirmation, end.
 //!
-//! Contains unsafe code: `clone3` with the copy of this process that it makes, `pidfd_send_signal`, `getrlimit64` and
-//! `prlimit64`, which have no safe interface here.
+//! Contains unsafe code: `pidfd_send_signal`, `getrlimit64` and `prlimit64`, which have no safe interface here.
 
-use std::ffi::{CString, c_char, c_long, c_uint, c_ulong};
+use std::ffi::{CString, c_long, c_uint, c_ulong};
 use std::fs;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::ptr;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus};
 
-use super::child::{self, LIMITS, Plan};
+use super::child::{LIMITS, Plan};
+use super::cradle::Cradle;
 use super::{JailError, Step, uids};
 
 /// Host user and group that a process runs as when the supervisor is root.
@@ -161,6 +160,8 @@ pub struct JailedProcess {
     /// `newuidmap` at work, and the user that it maps.
     helper: Option<(Child, u32)>,
     exit: Option<Exit>,
+    /// Until it runs its program or has ended.
+    cradle: Option<Box<Cradle>>,
 }
 
 /// How a process ended.
@@ -177,10 +178,6 @@ pub enum Exit {
 /// counts for children.
 const UNSHARED: c_ulong =
     (libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP) as c_ulong;
-const CLONED: c_ulong = (libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_PIDFD) as c_ulong;
-/// <linux/sched.h>; does not fit the type that `libc` gives it.
-const INTO_CGROUP: c_ulong = 0x2_0000_0000;
-
 /// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::release`], then [`JailedProcess::confirm`],
 /// after the others are started.
 ///
@@ -195,8 +192,6 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
         .map(|argument| CString::new(argument.as_str()))
         .collect::<Result<_, _>>()
         .map_err(|_| JailError::Argument)?;
-    let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();
-    argv.push(ptr::null());
     let privileged = nix::unistd::geteuid().is_root();
     let identity = if privileged {
         spec.identity
@@ -221,17 +216,20 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<JailedProcess, JailError> {
         gid: identity.gid,
         drop_groups: privileged,
         limits: spec.limits.table(),
-        argv: argv.as_ptr(),
         unshare: UNSHARED,
         shared: spec.shared.map(|shared| {
             (shared.directory.as_raw_fd(), if shared.read_only { HARMLESS | READ_ONLY } else { HARMLESS })
         }),
         kept: if all_owners { ALL_OWNERS } else { 0 },
     };
-    let (pid, pidfd) = clone(&plan, spec.cgroup)?;
-    let mut process = JailedProcess { pid, pidfd, report: Some(ours), helper: None, exit: None };
-    // From here on dropping `process` kills the child.
     let subordinate = spec.subordinate.filter(|_| !privileged);
+    // A change of user makes the memory that it happens in not dumpable (prctl(2)), and the maps of all processes that share it root's.
+    let shared = subordinate.is_none();
+    let cradle = Cradle::new(plan, arguments)?;
+    let (pid, pidfd) = cradle.clone(spec.cgroup, shared)?;
+    let cradle = Some(cradle);
+    let mut process = JailedProcess { pid, pidfd, report: Some(ours), helper: None, exit: None, cradle };
+    // From here on dropping `process` kills the child.
     write_maps(pid, identity, privileged, subordinate.is_none())?;
     match subordinate {
         Some(uid) => process.helper = Some((start_helper(pid, uid)?, uid)),
@@ -247,40 +245,6 @@ fn start_helper(pid: i32, uid: u32) -> Result<Child, JailError> {
     let mut command = Command::new(program);
     command.args([pid.to_string(), uid.to_string(), uid.to_string(), "1".to_owned()]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)
-}
-
-/// `clone3`; the child never returns from here.
-fn clone(plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<(i32, OwnedFd), JailError> {
-    // A handler of this process must not run in the child before it has reset them.
-    let mut before = SigSet::empty();
-    nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
-        .map_err(JailError::call("block signals"))?;
-    let mut pidfd: i32 = -1;
-    // SAFETY: clone_args is plain data for which all zero means "nothing".
-    let mut arguments: libc::clone_args = unsafe { mem::zeroed() };
-    arguments.flags = CLONED;
-    arguments.pidfd = (&raw mut pidfd) as u64;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    if let Some(cgroup) = cgroup {
-        arguments.flags |= INTO_CGROUP;
-        arguments.cgroup = u64::try_from(cgroup.as_raw_fd()).unwrap_or_default();
-    }
-    // SAFETY: without CLONE_VM and with no stack given this is a fork: the child continues here on a copy of this stack. All
-    // it does is `child::run`, whose contract holds: a copy, one thread, all signals blocked, and `plan` points at vectors
-    // that this function's caller keeps alive.
-    let pid = unsafe {
-        let pid = libc::syscall(libc::SYS_clone3, &raw const arguments, mem::size_of_val(&arguments));
-        if pid == 0 {
-            child::run(plan);
-        }
-        Errno::result(pid)
-    };
-    let restored = nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
-    let pid = pid.map_err(|errno| JailError::clone(errno, cgroup.is_some()))?;
-    // SAFETY: clone3 succeeded with CLONE_PIDFD, so `pidfd` is a new descriptor that nobody else owns.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    restored.map_err(JailError::call("restore the signal mask"))?;
-    Ok((i32::try_from(pid).map_err(|_| JailError::Clone(Errno::ERANGE))?, pidfd))
 }
 
 /// Maps exactly one user and one group, each to its own number: id 0 does not exist in the jail. Or all of them, each to itself.
@@ -385,6 +349,8 @@ impl JailedProcess {
                 if self.has_ended().map_err(JailError::call("look at the new process"))? {
                     return Err(JailError::Vanished);
                 }
+                // It has memory of its own, or none any more: the kernel closes descriptors after it has changed that.
+                self.cradle = None;
                 Ok(())
             }
             Err(errno) => Err(JailError::call("hear from the new process")(errno)),
@@ -462,8 +428,9 @@ impl Drop for JailedProcess {
             // It ends by itself within milliseconds.
             let _ = helper.wait();
         }
-        if self.exit.is_none() && self.kill().is_ok() {
-            let _ = self.wait();
+        if self.exit.is_none() && (self.kill().is_err() || self.wait().is_err()) {
+            // Nobody knows whether it still stands there.
+            mem::forget(self.cradle.take());
         }
     }
 }

@@ -243,12 +243,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         &[(libc::ENOENT, EMPTY_ROOT), NO_RULE],
     ),
     attempt("climb out by `..`", &["openat"], upwards, &[STAYS, NO_FOLDER, NOT_OPEN]),
-    attempt(
-        "take hold of what lies above",
-        &["openat"],
-        above,
-        &[STAYS, NO_FOLDER, NOT_OPEN, NOT_ITS_OWN],
-    ),
+    attempt("take hold of what lies above", &["openat"], above, &[STAYS, NO_FOLDER, NOT_OPEN, NOT_ITS_OWN]),
     attempt(
         "follow links that lie there and lead out",
         &["openat"],

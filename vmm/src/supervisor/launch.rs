@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bulkhead_ipc::channel::message::{
     BackingImage, BalloonConfig, BlkConfig, BlkOptions, Boot, ConsoleConfig, CoreStart, DeviceConfig,
@@ -24,7 +25,6 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::pipe2;
-use serde::Serialize;
 use thiserror::Error;
 
 use super::cli::LogLevel;
@@ -35,6 +35,7 @@ use super::config::{CONSOLE, CORE, FLASH, KEYBOARD, MachineConfig, PORTS, RNG, S
 use super::firmware;
 use super::logs::LogPipe;
 use super::process::{Fds, Process, Role, State};
+use super::processor::ProcessorError;
 use super::programs::Programs;
 use super::resources::nic::{Nic, Way};
 use super::resources::{
@@ -104,6 +105,9 @@ pub enum LaunchError {
         /// Why not.
         reason: String,
     },
+    /// The processors.
+    #[error(transparent)]
+    Processor(#[from] Arc<ProcessorError>),
     /// A descriptor, most likely too many of them.
     #[error("cannot start {id}: {source}")]
     Io {
@@ -517,11 +521,14 @@ pub fn launch(
     for plan in &plans {
         links.push(UnixStream::pair().map_err(|source| io(plan.id(), source))?);
     }
-    processes.push(start_core(config, resources, &plans, &links)?);
+    let core = start_core(config, resources)?;
     for (plan, (_, socket)) in plans.iter().zip(&links) {
         let program = programs.of(plan.id(), resources);
         processes.push(start_device(config, resources, program, plan, (socket, false))?);
     }
+    // Now, for what the processors can do is told late.
+    tell_core(&core, config, resources, &plans, &links)?;
+    processes.insert(0, core);
     processes.iter_mut().try_for_each(release)?;
     Ok(processes)
 }
@@ -581,21 +588,23 @@ fn start_device<'a>(
         arguments: &[title, plan.role().name().to_owned()],
         limits: plan.limits(),
     };
-    program.start(plan.id(), plan.role(), &start, &fds)
+    program.start(plan.id(), plan.role(), |channel| channel.send(&start, &fds.0))
 }
 
-fn start_core(
+/// What the core waits for as soon as it runs.
+fn tell_core(
+    core: &Process,
     config: &MachineConfig,
     resources: &Resources,
     plans: &[Plan<'_>],
     links: &[(UnixStream, UnixStream)],
-) -> Result<Process, LaunchError> {
+) -> Result<(), LaunchError> {
     let mut fds = Fds::default();
     let start = ToCore::Start(CoreStart {
         machine: config.name.clone(),
         log: ipc_level(config.log.level),
         enforcement: Enforcement::Supervised,
-        processors: resources.processors.clone(),
+        processors: resources.leaves.processors(&config.topology, resources.cpus)?,
         memory_bytes: config.memory,
         huge_pages: config.thp,
         kvm: fds.add(&resources.kvm),
@@ -618,6 +627,14 @@ fn start_core(
             })
             .collect(),
     });
+    match core.channel.send(&start, &fds.0) {
+        // Why it has ended is told by what waits for it.
+        Ok(()) | Err(ChannelError::PeerClosed) => Ok(()),
+        Err(source) => Err(LaunchError::Channel { id: CORE.to_owned(), source }),
+    }
+}
+
+fn start_core(config: &MachineConfig, resources: &Resources) -> Result<Process, LaunchError> {
     let cpus = u64::from(config.topology.count());
     let limits = Limits {
         // A stack of 2 MiB and its guard for each vCPU thread.
@@ -631,7 +648,7 @@ fn start_core(
     };
     let title = format!("bulkhead-vmm[{}]", config.name);
     let program = Program { file: &resources.core_program, resources, config, arguments: &[title], limits };
-    program.start(CORE, Role::Core, &start, &fds)
+    program.start(CORE, Role::Core, |_| Ok(()))
 }
 
 /// The files that the guest sees as memory.
@@ -692,8 +709,7 @@ impl Program<'_> {
         &self,
         id: &str,
         role: Role,
-        start: &impl Serialize,
-        fds: &Fds<'_>,
+        tell: impl FnOnce(&Channel) -> Result<(), ChannelError>,
     ) -> Result<Process, LaunchError> {
         let io = |source: io::Error| LaunchError::Io { id: id.to_owned(), source };
         let channel = |source| LaunchError::Channel { id: id.to_owned(), source };
@@ -701,7 +717,7 @@ impl Program<'_> {
         let place = place.map_err(|source| LaunchError::Cgroup { id: id.to_owned(), source })?;
         let (ours, theirs) = Channel::pair().map_err(channel)?;
         // In the queue before the process exists: it never waits for it.
-        ours.send(start, &fds.0).map_err(channel)?;
+        tell(&ours).map_err(channel)?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|error| io(error.into()))?;
         // Only our end: what a process writes while the pipe is full makes it wait, not lose its last words.
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|error| io(error.into()))?;

@@ -21,13 +21,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::thread;
+use std::sync::Arc;
 
 pub use added::NewDevice;
 pub use balloon::Balloon;
-use bulkhead_ipc::channel::message::{Processors, RngLimit};
+use bulkhead_ipc::channel::message::RngLimit;
 use bulkhead_ipc::memory::GuestRam;
 pub use disk::{Disk, ResizeError};
 use disk::{lock, open_disk};
@@ -53,7 +52,7 @@ use super::config::{CONSOLE, KEYBOARD, MachineConfig, PciAddress, RomSpec, SERIA
 use super::confinement::{AddError, Confinement, Required};
 use super::doctor::kvm::{self, KvmError};
 use super::firmware::Bootable;
-use super::processor::{CpuModel, ModelError, ProcessorError, processors};
+use super::processor::{CpuModel, Leaves, ModelError, ProcessorError};
 
 /// The most that the keyboard's process keeps for its successor, in bytes.
 pub const KEYBOARD_STATE: u64 = 4096;
@@ -72,7 +71,7 @@ pub enum ResourceError {
     Kvm(#[from] KvmError),
     /// The processors.
     #[error(transparent)]
-    Processor(#[from] ProcessorError),
+    Processor(#[from] Arc<ProcessorError>),
     /// The model of the processors.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -313,8 +312,10 @@ pub struct Resources {
     pub foreign: Vec<VhostUserConfig>,
     /// The PCI slots of the virtio devices.
     pub slots: Slots,
-    /// What CPUs there are at the next start, and what they can do.
-    pub processors: Processors,
+    /// How many CPUs there are at the next start.
+    pub cpus: u16,
+    /// What they can do.
+    pub leaves: Leaves,
     /// What an entropy device has, when there is one.
     pub entropy: Option<Entropy>,
     /// What the keyboard's process leaves to its successor, when there is one.
@@ -356,11 +357,7 @@ impl Resources {
         if config.memory > have {
             return Err(ResourceError::Memory { wanted: config.memory, have });
         }
-        // KVM looks for a while at what the host's processors can do: the files are opened meanwhile.
-        let (topology, model, present) = (config.topology, config.cpu_model.clone(), config.cpus);
-        let processors = thread::spawn(move || -> Result<_, ResourceError> {
-            Ok(processors(&topology, &CpuModel::read(&model)?, present)?)
-        });
+        let leaves = Leaves::ask(config.topology, CpuModel::read(&config.cpu_model)?);
         let image = match (&config.kernel, &config.firmware) {
             (_, Some(firmware)) => open_firmware(&firmware.image)?,
             (kernel, None) => open_regular("kernel", kernel.as_deref().unwrap_or(Path::new("")))?,
@@ -388,7 +385,6 @@ impl Resources {
         let kvm = kvm::open()?;
         kvm::check(&kvm, &config.topology)?;
         let confinement = Confinement::prepare(config, &disks)?;
-        let processors = processors.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok(Self {
             kvm,
             image,
@@ -410,8 +406,9 @@ impl Resources {
             limit_groups: limit_groups(config)?,
             meters: Meters::default(),
             shares: config.shares.iter().map(Share::open).collect::<Result<_, _>>()?,
-            pmems: pmem::open_all(&config.pmems, config.memory, &processors)?,
-            processors,
+            pmems: pmem::open_all(&config.pmems, config.memory, &leaves)?,
+            cpus: config.cpus,
+            leaves,
             // Last, for these leave something in the file system or change the terminal.
             serial: Stream::open_serial(SERIAL, &config.serial)?,
             console: Stream::open_alone(CONSOLE, &config.console)?,

@@ -58,7 +58,7 @@ impl RunError {
             Self::Launch(LaunchError::Jail { source, .. }) if source.missing_layer().is_some() => {
                 ExitCode::Host
             }
-            Self::Launch(LaunchError::BackEnd { .. }) => ExitCode::Usage,
+            Self::Launch(LaunchError::BackEnd { .. } | LaunchError::Processor(_)) => ExitCode::Usage,
             Self::Launch(_) => ExitCode::Internal,
         }
     }

@@ -13,6 +13,8 @@ use crate::table::{head, median, row, spread, verdict};
 
 /// For a start.
 const LIMIT: Duration = Duration::from_secs(10);
+/// After this time without a message a process lets go of what only its start needed.
+const REST: Duration = Duration::from_millis(1500);
 /// Milliseconds to READY.
 const START: f64 = 3.0;
 /// KiB of proportional and of private dirty memory.
@@ -91,7 +93,7 @@ fn heaviest(pid: u32, count: usize) -> Outcome<(f64, f64)> {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    std::thread::sleep(Duration::from_millis(50));
+    std::thread::sleep(REST);
     let (mut proportional, mut dirty) = (0, 0);
     for process in descendants(pid) {
         let memory = process.memory_without_ram()?;

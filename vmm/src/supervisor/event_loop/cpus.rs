@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::channel::message::{Processors, ToCore};
+use bulkhead_ipc::channel::message::ToCore;
 
 use super::{EventLoop, Phase};
 use crate::supervisor::api::Response;
@@ -17,9 +17,9 @@ pub(super) struct Cpus {
 }
 
 impl Cpus {
-    pub(super) fn new(processors: &Processors) -> Self {
-        let present = usize::from(processors.present);
-        Self { online: (0..processors.apic_ids.len()).map(|index| index < present).collect(), waiting: None }
+    /// The first `present` of so many.
+    pub(super) fn new(possible: u32, present: u16) -> Self {
+        Self { online: (0..possible).map(|index| index < present.into()).collect(), waiting: None }
     }
 
     /// How many there are.
@@ -83,7 +83,7 @@ impl EventLoop<'_> {
 
     /// A machine that starts anew has as many as it has now.
     fn remember_cpus(&mut self) {
-        self.resources.processors.present = self.cpus.count();
+        self.resources.cpus = self.cpus.count();
     }
 
     /// The guest let go of a CPU.
@@ -116,7 +116,7 @@ impl EventLoop<'_> {
     /// The machine has ended: what was to go is gone when it starts anew.
     pub(super) fn settle_cpus(&mut self) {
         if let Some((client, wanted, ..)) = self.cpus.waiting {
-            self.resources.processors.present = wanted;
+            self.resources.cpus = wanted;
             self.answer_resize(client, &Response::Done);
         }
     }

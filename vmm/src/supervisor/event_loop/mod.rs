@@ -271,7 +271,7 @@ impl<'a> EventLoop<'a> {
         }
         let recovery = |process: &Process| Recovery::new(config.restart_of(&process.id));
         let recoveries = processes.iter().map(recovery).collect();
-        let cpus = Cpus::new(&resources.processors);
+        let cpus = Cpus::new(config.topology.count(), resources.cpus);
         let phase = Phase::Starting(Instant::now() + READY_DEADLINE);
         Ok(Self {
             config,

@@ -5,6 +5,11 @@
 mod leaves;
 mod model;
 
+use std::cell::LazyCell;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::thread;
+
 use bulkhead_ipc::channel::message::{CpuidLeaf, Processors};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
@@ -24,25 +29,51 @@ pub enum ProcessorError {
     Model(#[from] ModelError),
 }
 
-/// What the core needs to make the processors, of which the first `present` are there at the start.
-///
-/// # Errors
-/// KVM says nothing, or the host lacks what the model requires.
-pub fn processors(topology: &Topology, model: &CpuModel, present: u16) -> Result<Processors, ProcessorError> {
+type Answer = Result<Vec<CpuidLeaf>, Arc<ProcessorError>>;
+
+/// What the processors can do. KVM takes a while to tell: a thread asks it, and who needs the answer first waits.
+#[derive(Debug)]
+pub struct Leaves(LazyCell<Answer, Box<dyn FnOnce() -> Answer>>);
+
+impl Leaves {
+    /// Asks for processors of this model.
+    pub fn ask(topology: Topology, model: CpuModel) -> Self {
+        let asking = thread::spawn(move || leaves(&topology, &model).map_err(Arc::new));
+        Self(LazyCell::new(Box::new(|| asking.join().unwrap_or_else(|panic| resume_unwind(panic)))))
+    }
+
+    /// The answer.
+    ///
+    /// # Errors
+    /// KVM says nothing, or the host lacks what the model requires.
+    pub fn get(&self) -> Result<&[CpuidLeaf], Arc<ProcessorError>> {
+        self.0.as_deref().map_err(Clone::clone)
+    }
+
+    /// What the core needs to make the processors, of which the first `present` are there at the start.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn processors(&self, topology: &Topology, present: u16) -> Result<Processors, Arc<ProcessorError>> {
+        let shift = |shift| u8::try_from(shift).unwrap_or(0);
+        Ok(Processors {
+            present,
+            apic_ids: topology.apic_ids(),
+            core_shift: shift(topology.core_shift()),
+            package_shift: shift(topology.package_shift()),
+            cpuid: self.get()?.to_vec(),
+        })
+    }
+}
+
+fn leaves(topology: &Topology, model: &CpuModel) -> Result<Vec<CpuidLeaf>, ProcessorError> {
     let kvm = Kvm::new()?;
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     let mut cpuid: Vec<CpuidLeaf> = supported.as_slice().iter().map(leaf).collect();
     leaves::complete(&mut cpuid, kvm.check_extension(Cap::TscDeadlineTimer));
     model.apply(&mut cpuid)?;
     leaves::adjust(&mut cpuid, topology);
-    let shift = |shift| u8::try_from(shift).unwrap_or(0);
-    Ok(Processors {
-        present,
-        apic_ids: topology.apic_ids(),
-        core_shift: shift(topology.core_shift()),
-        package_shift: shift(topology.package_shift()),
-        cpuid,
-    })
+    Ok(cpuid)
 }
 
 fn leaf(entry: &kvm_bindings::kvm_cpuid_entry2) -> CpuidLeaf {
@@ -67,17 +98,17 @@ mod tests {
         vm.create_irq_chip().unwrap();
         let mut tried = 0;
         for (id, text) in [(0, "1"), (5, "6,max=12,sockets=2,threads=2"), (100, "255"), (300, "1024")] {
-            let (count, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
+            let (_, topology) = text.parse::<CpuSpec>().unwrap().resolve().unwrap();
             for name in ["host", "x86-64-v2", "x86-64-v3"] {
                 let model = CpuModel::read(name).unwrap();
                 // A host may be older than a model.
-                let Ok(processors) = processors(&topology, &model, count) else { continue };
+                let Ok(leaves) = leaves(&topology, &model) else { continue };
                 let entry = |leaf: &CpuidLeaf| {
                     let [eax, ebx, ecx, edx] = leaf.registers;
                     let (function, index, flags) = (leaf.leaf, leaf.subleaf, leaf.flags);
                     kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: [0; 3] }
                 };
-                let entries: Vec<_> = processors.cpuid.iter().map(entry).collect();
+                let entries: Vec<_> = leaves.iter().map(entry).collect();
                 let vcpu = vm.create_vcpu(id + tried).unwrap();
                 vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
                 let taken = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();

@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use bulkhead_ipc::channel::message::Processors;
 use bulkhead_ipc::memory::{HOLE_END, HUGE_PAGE_SIZE, layout};
 
 use super::disk::lock_file;
 use super::{ResourceError, kind, open, open_error};
 use crate::supervisor::config::PmemConfig;
+use crate::supervisor::processor::Leaves;
 
 /// CPUID: the width of physical addresses in the lowest 8 bits of EAX.
 const ADDRESS_WIDTHS: u32 = 0x8000_0008;
@@ -41,12 +41,11 @@ fn end(memory: u64, before: &[Pmem]) -> u64 {
 }
 
 /// Opens all of a machine with so much memory.
-pub fn open_all(
-    configs: &[PmemConfig],
-    memory: u64,
-    processors: &Processors,
-) -> Result<Vec<Pmem>, ResourceError> {
-    let widths = processors.cpuid.iter().find(|leaf| leaf.leaf == ADDRESS_WIDTHS);
+pub fn open_all(configs: &[PmemConfig], memory: u64, leaves: &Leaves) -> Result<Vec<Pmem>, ResourceError> {
+    if configs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let widths = leaves.get()?.iter().find(|leaf| leaf.leaf == ADDRESS_WIDTHS);
     let bits = widths.map_or(LEAST_ADDRESS_BITS, |leaf| leaf.registers.first().map_or(0, |eax| eax & 0xFF));
     let limit = 1_u64.checked_shl(bits).unwrap_or(u64::MAX);
     let mut opened = Vec::with_capacity(configs.len());
