@@ -279,6 +279,9 @@ impl Process {
                 let pairs = policies.into_iter().zip(descriptors);
                 self.listeners =
                     pairs.map(|(policy, listener)| ViolationListener::new(policy, listener)).collect();
+                // From here on this process only waits. The other one runs, so nothing of its jail's construction is needed.
+                let _none = self.jailed.confirm(Duration::ZERO);
+                crate::footprint::release_program();
             }
             Ok((FromDevice::Failed(reason), _)) => {
                 self.problem =
