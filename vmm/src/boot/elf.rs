@@ -1,6 +1,6 @@
 //! ELF: what of the file goes where, and the entry: the one that its PVH note names, or a 32-bit file's own.
 
-use bulkhead_ipc::memory::GuestRam;
+use bulkhead_ipc::memory::{GuestRam, HUGE_PAGE_SIZE};
 
 use super::image::Image;
 use super::{BootError, KERNEL_START};
@@ -104,6 +104,10 @@ fn load_at(
     if segments.iter().find(inside).is_none() {
         return Err(bad(field, entry));
     }
+    // Where segments end within a block, and where nothing of the file comes, too.
+    let first = segments.iter().map(|segment| segment.address).min().unwrap_or(end);
+    let first = (first - first % HUGE_PAGE_SIZE).max(HUGE_PAGE_SIZE);
+    ram.back_with_huge_pages(first, end.saturating_add(HUGE_PAGE_SIZE - 1).saturating_sub(first));
     for segment in segments {
         image.load(ram, segment.offset, segment.file_size, segment.address)?;
     }

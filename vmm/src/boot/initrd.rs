@@ -39,9 +39,9 @@ pub(super) fn load(
 
 /// Puts what the guest fills at once on huge pages: the initrd with its neighbours, the lowest free memory, and the top of RAM.
 /// Whoever takes an initrd is a system, and Linux lays its array of page descriptors (64 bytes for each page) and its first
-/// tables at the top; later it gives out pages from below.
+/// tables at the top, and just below the initrd what does not fit there; later it gives out pages from below.
 fn back_with_huge_pages(ram: &GuestRam, initrd: u64, free: u64, limit: u64) {
-    let start = initrd - initrd % HUGE_PAGE_SIZE;
+    let start = (initrd - initrd % HUGE_PAGE_SIZE).saturating_sub(HUGE_PAGE_SIZE).max(free);
     ram.back_with_huge_pages(start, limit.saturating_sub(start));
     let first = free - free % HUGE_PAGE_SIZE;
     ram.back_with_huge_pages(first, FIRST_PAGES.min(ram.size() / 8).min(start.saturating_sub(first)));
