@@ -178,6 +178,7 @@ pub enum Exit {
 /// counts for children.
 const UNSHARED: c_ulong =
     (libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP) as c_ulong;
+
 /// Starts a process in a jail. Returns as soon as it exists: call [`JailedProcess::release`], then [`JailedProcess::confirm`],
 /// after the others are started.
 ///
