@@ -62,13 +62,6 @@ impl View {
         Ok(Self { ram: self.ram.clone(), address, len, direction: self.direction })
     }
 
-    /// Backs the whole blocks of 2 MiB among `len` bytes at `offset` with huge pages, for who is about to fill them.
-    pub fn back_with_huge_pages(&self, offset: u64, len: u64) {
-        if let Ok(address) = self.check_bounds(offset, len) {
-            self.ram.back_with_huge_pages(address, len);
-        }
-    }
-
     /// Reads a value at `offset`, which need not be aligned.
     ///
     /// # Errors

@@ -50,6 +50,7 @@ pub(super) fn boot(ram: &GuestRam, image: &Image<'_>, source: &BootSource<'_>) -
     let map = memory_map(ram, source.reserved);
     let limit = low_ram_end(ram).min(u64::from(initrd_addr_max).saturating_add(1));
     let initrd = initrd::load(ram, source, end, load_address, limit)?;
+    ram.back_with_huge_pages(load_address, length);
     image.load(ram, offset, length, load_address)?;
     // Before it unpacks, the kernel moves to the end of what it needs.
     let start = end.saturating_sub(length) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;

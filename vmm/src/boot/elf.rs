@@ -104,14 +104,20 @@ fn load_at(
     if segments.iter().find(inside).is_none() {
         return Err(bad(field, entry));
     }
-    // Where segments end within a block, and where nothing of the file comes, too.
     let first = segments.iter().map(|segment| segment.address).min().unwrap_or(end);
-    let first = (first - first % HUGE_PAGE_SIZE).max(HUGE_PAGE_SIZE);
-    ram.back_with_huge_pages(first, end.saturating_add(HUGE_PAGE_SIZE - 1).saturating_sub(first));
+    back_with_huge_pages(ram, first, end);
     for segment in segments {
         image.load(ram, segment.offset, segment.file_size, segment.address)?;
     }
     Ok(Loaded { entry, end })
+}
+
+/// Puts a kernel that fills a huge page or more on such, its edges and what is not in its file too: a running kernel fills them.
+fn back_with_huge_pages(ram: &GuestRam, first: u64, end: u64) {
+    if end.saturating_sub(first) >= HUGE_PAGE_SIZE {
+        let first = (first - first % HUGE_PAGE_SIZE).max(HUGE_PAGE_SIZE);
+        ram.back_with_huge_pages(first, end.saturating_add(HUGE_PAGE_SIZE - 1).saturating_sub(first));
+    }
 }
 
 /// Checks one segment; answers the first address after it.

@@ -142,7 +142,6 @@ impl<'a> Image<'a> {
     /// Reads `start..stop` of the file to where it belongs in `view`, which begins at `offset` of the file.
     fn load_part(&self, view: &View, offset: u64, start: u64, stop: u64) -> Result<(), BootError> {
         let (at, len) = (start.saturating_sub(offset), stop.saturating_sub(start));
-        view.back_with_huge_pages(at, len);
         view.copy_from_file(at, self.file.as_fd(), start, len).map_err(|error| match error {
             MemoryError::Io(source) => BootError::Read { what: self.what, source },
             MemoryError::EndOfFile { .. } => {
