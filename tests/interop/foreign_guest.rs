@@ -148,7 +148,7 @@ fn show(all: &[Foreign], left: &mut Vec<Foreign>) -> Result<(), String> {
     stage.guest.boot().map_err(|error| format!("{error}; the log: {}", tail(&log)))?;
     stage.guest.run("for it in /sys/block/vd*; do name=${it##*/}; if [ \"$(cat $it/serial)\" = modules ]; then tar -xf /dev/$name -C /tmp; else foreign=$name; fi; done; \
         for it in /sys/class/net/eth*; do case $(cat $it/address) in *01) card=${it##*/} ;; *02) other=${it##*/} ;; esac; done; \
-        export foreign card other; insmod /tmp/fuse.ko; insmod /tmp/virtiofs.ko")?;
+        export foreign card other; echo \"PS1=; export foreign=$foreign card=$card other=$other\" >$ENV; insmod /tmp/fuse.ko; insmod /tmp/virtiofs.ko")?;
     for foreign in left.clone() {
         let begin = Instant::now();
         let result = (foreign.show)(&mut stage).map_err(|error| {

@@ -17,6 +17,8 @@ use crate::{NEW_QEMU, Peer, program, root};
 
 /// For anything that happens in a guest.
 const PATIENCE: Duration = Duration::from_secs(75);
+/// What each new shell of the guest reads first.
+const KEPT: &str = "/tmp/kept";
 /// What the guest does first: its folders, and the modules of its devices.
 const SET_UP: &str = "PS1=; /bin/busybox mkdir -p /proc /sys /dev /bin /sbin /tmp /mnt; /bin/busybox --install -s /bin; \
      export PATH=/bin:/sbin; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev 2>/dev/null; \
@@ -146,13 +148,15 @@ impl Guest {
     }
 
     /// Waits for the shell and loads the modules. What is typed from then on goes to a second shell: busybox's takes a child that ends while
-    /// it waits for a line for the end of its input, and the first process inherits the children of others.
+    /// it waits for a line for the end of its input, and the first process inherits the children of others. Where the second ends all the
+    /// same another follows, which reads [`KEPT`].
     pub fn boot(&mut self) -> Result<(), String> {
         self.until("# ")?;
         self.run(SET_UP)?;
         // What was left of the prompt.
         self.run("true")?;
-        writeln!(self.keyboard, "sh").map_err(|error| error.to_string())?;
+        writeln!(self.keyboard, "export ENV={KEPT}; : >{KEPT}; while true; do sh; done")
+            .map_err(|error| error.to_string())?;
         self.until("# ")?;
         self.run("PS1=")?;
         self.run("true").map(drop)
