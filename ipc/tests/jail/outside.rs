@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     ("ends with code 101 after a panic, in one line", panics),
     ("ends when its channel is closed", channel_closed),
     ("is killed and reaped when dropped", dropped),
+    ("leaves nothing in its starter's memory once it runs, or has ended before", nothing_left),
     ("dies with its supervisor at any moment", dies_with_supervisor),
     ("reports the step that failed", failed_steps),
     ("asks for no more than the supervisor's own limits", clamped_limits),
@@ -97,6 +98,18 @@ fn namespaces() {
             (of("self"), of(&first.process.pid().to_string()), of(&second.process.pid().to_string()));
         assert!(ours != one && ours != other && one != other, "{name}: {ours:?} {one:?} {other:?}");
     }
+}
+
+fn nothing_left() {
+    let maps = || fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    // What the allocator and the test need themselves is there after the first.
+    let failing = || Jailed::try_start("serve", File::open("/dev/null").unwrap(), Limits::default()).unwrap();
+    drop((Jailed::start("serve"), failing()));
+    let before = maps();
+    let running: Vec<_> = (0..20).map(|_| Jailed::start("serve")).collect();
+    (0..20).for_each(|_| drop(failing()));
+    assert!(maps() < before + 10, "{before} mappings before, {} after", maps());
+    drop(running);
 }
 
 fn credentials() {
