@@ -98,7 +98,7 @@ pub(super) unsafe extern "C" fn run(plan: *const Plan, argv: *const *const c_cha
 
 /// Turns the result of a raw system call into a step's failure.
 fn check(step: Step, result: c_long) -> Result<c_long, Failure> {
-    match c_int::try_from(-result) {
+    match c_int::try_from(result.wrapping_neg()) {
         Ok(errno @ 1..) => Err(Failure(step, errno)),
         _ => Ok(result),
     }
