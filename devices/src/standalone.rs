@@ -25,7 +25,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::channel::message::DeviceConfig;
 use bulkhead_ipc::jail::JailError;
-use bulkhead_ipc::log::LogLevel;
+use bulkhead_ipc::log::{self, LogLevel};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -148,6 +148,7 @@ struct Service {
 /// [`StandaloneError`]; the end of a connection is none.
 pub fn run(service: &'static ServiceType, arguments: Vec<String>) -> Result<(), StandaloneError> {
     let Arguments { socket, persistent, log, given } = Arguments::parse(service, arguments)?;
+    log::init(log);
     let mut outfit = Outfit::default();
     let config = (service.prepare)(&given, &mut outfit)?;
     // Before the first process: it must find them blocked, and nobody may end it between the socket's making and its removal.

@@ -112,6 +112,7 @@ impl Guest {
         let mut command = Command::new("timeout");
         command.args(["-sKILL", "240"]).arg(qemu.path()).args(["-accel", "tcg", "-cpu", "max", "-m", "256"]);
         command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        command.args(["-name", &format!("{name},debug-threads=on")]);
         command.args([
             "-object",
             "memory-backend-memfd,id=m,size=256M,share=on",
@@ -128,6 +129,11 @@ impl Guest {
         let word = if qemu == NEW_QEMU { ",reconnect-ms=1000" } else { RECONNECT };
         command.args(options.iter().map(|option| option.replace(RECONNECT, word)));
         Self::spawn(command, monitor)
+    }
+
+    /// The process that QEMU runs below.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Starts a machine whose serial port is at its standard input and output. The command is `timeout`'s.

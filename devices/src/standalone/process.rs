@@ -17,7 +17,7 @@ use bulkhead_ipc::log::LogLevel;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::{SignalFd, siginfo};
-use tracing::{error, info};
+use tracing::{debug, error, info};
 
 use super::StandaloneError;
 use super::outfit::Outfit;
@@ -68,6 +68,7 @@ pub(super) struct End {
 pub(super) struct Process {
     jailed: JailedProcess,
     channel: Option<Channel>,
+    started: Instant,
     listeners: Vec<ViolationListener>,
     ready: bool,
     /// Done once, when the process is sealed.
@@ -117,6 +118,7 @@ impl Recipe {
 
     /// Starts a process that does not know yet what it is for: its jail takes longer than all else of a start.
     pub(super) fn begin(&self) -> Result<Begun, StandaloneError> {
+        let started = Instant::now();
         let (channel, theirs) = Channel::pair()?;
         let user = self.users.as_ref().and_then(|users| users.uid(0));
         let subordinate = self.users.as_ref().is_some_and(UidBlock::is_subordinate);
@@ -140,7 +142,7 @@ impl Recipe {
                 all_owners: shared.owner.is_none(),
             }),
         })?;
-        Ok(Begun { jailed, channel })
+        Ok(Begun { jailed, channel, started })
     }
 }
 
@@ -149,6 +151,7 @@ impl Recipe {
 pub(super) struct Begun {
     jailed: JailedProcess,
     channel: Channel,
+    started: Instant,
 }
 
 impl Begun {
@@ -159,7 +162,7 @@ impl Begun {
         front_end: &OwnedFd,
         log: LogLevel,
     ) -> Result<Process, StandaloneError> {
-        let Self { mut jailed, channel } = self;
+        let Self { mut jailed, channel, started } = self;
         let start = ToDevice::Start(DeviceStart {
             id: recipe.kind.to_owned(),
             machine: MACHINE.to_owned(),
@@ -176,6 +179,7 @@ impl Begun {
         Ok(Process {
             jailed,
             channel: Some(channel),
+            started,
             listeners: Vec::new(),
             ready: false,
             when_ready: None,
@@ -276,6 +280,8 @@ impl Process {
                 if let Some(act) = self.when_ready.take() {
                     act();
                 }
+                let microseconds = self.started.elapsed().as_micros();
+                debug!(microseconds, "the device's process is sealed and ready");
                 let pairs = policies.into_iter().zip(descriptors);
                 self.listeners =
                     pairs.map(|(policy, listener)| ViolationListener::new(policy, listener)).collect();

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use super::{PATIENCE, named, print, time, turns};
+use super::{Contender, PATIENCE, named, print, time, turns};
 use crate::guest::{Guest, Service, random_file};
 use crate::ours::{RECONNECT, device};
 use crate::traffic::{archive, modules, text};
@@ -42,13 +42,14 @@ pub fn run(rounds: usize) -> Result<(), String> {
     guest.set_patience(PATIENCE);
     guest.boot()?;
     guest.run("cd /tmp && tar -xf /dev/vda && insmod fuse.ko; insmod virtiofs.ko; for it in ours old new; do mkdir /$it && mount -t virtiofs $it /$it || exit 1; done")?;
-    let pids = [&ours, &old, &new].map(|service| Some(service.child.id()));
+    let contenders = [&ours, &old, &new]
+        .map(|service| Contender { back_end: Some(service.child.id()), guest: Some(guest.pid()) });
     for (what, unit, amount, line) in [
         ("fs, a file read by 1 MiB", "MiB/s", FILE, "dd if=/@/file of=/dev/null bs=1M 2>/dev/null"),
         ("fs, a file written by 1 MiB", "MiB/s", NEW, "dd if=/dev/zero of=/@/new bs=1M count=32 2>/dev/null"),
         ("fs, small files looked up and read", "1/s", SMALL, "cat /@/small/* >/dev/null"),
     ] {
-        let figures = turns(rounds, &pids, |turn| {
+        let figures = turns(rounds, &contenders, |turn| {
             let tag = ["ours", "old", "new"].get(turn).copied().unwrap_or_default();
             guest.run("echo 3 >/proc/sys/vm/drop_caches")?;
             Ok(f64::from(amount) / time(&mut guest, &line.replace('@', tag))?)

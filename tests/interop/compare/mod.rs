@@ -28,13 +28,27 @@ const LOAD_LIMIT: Duration = Duration::from_secs(25);
 /// How long a guest may be silent.
 const PATIENCE: Duration = Duration::from_secs(45);
 
+/// The name that QEMU gives the thread that emulates a guest's CPU, with `debug-threads`.
+const GUEST_CPU: &str = "CPU 0/";
+
+/// Who is measured.
+#[derive(Clone, Copy, Default)]
+struct Contender {
+    /// The back end's process; none where it lives in QEMU's own.
+    back_end: Option<u32>,
+    /// What QEMU runs below; none where there is no guest.
+    guest: Option<u32>,
+}
+
 /// What was measured of one contender.
 #[derive(Default)]
 struct Figures {
     /// In the load's unit; more is better.
     rates: Vec<f64>,
-    /// CPU milliseconds of the back end's processes for one run; none where it lives in QEMU's own.
+    /// CPU milliseconds of the back end's processes for one run.
     cpu: Vec<f64>,
+    /// Percent of the time in which the guest's CPU worked.
+    busy: Vec<f64>,
 }
 
 fn median(values: &[f64]) -> Option<f64> {
@@ -48,13 +62,14 @@ fn print(what: &str, peer: &str, unit: &str, ours: &Figures, theirs: &Figures, l
     let (Some(mine), Some(other)) = (median(&ours.rates), median(&theirs.rates)) else { return };
     let ratio = mine / other;
     let verdict = if ratio >= limit { "holds" } else { "**missed**" };
-    let cpu = match (median(&ours.cpu), median(&theirs.cpu)) {
-        (Some(ours), Some(theirs)) => format!("{ours:.0} / {theirs:.0}"),
-        (Some(ours), None) => format!("{ours:.0} / -"),
-        _ => "-".to_owned(),
+    let both = |ours: &[f64], theirs: &[f64]| {
+        let [ours, theirs] =
+            [ours, theirs].map(|it| median(it).map_or("-".to_owned(), |it| format!("{it:.0}")));
+        format!("{ours} / {theirs}")
     };
+    let (cpu, busy) = (both(&ours.cpu, &theirs.cpu), both(&ours.busy, &theirs.busy));
     println!(
-        "| {what} | {peer} | {mine:.1} | {other:.1} | {unit} | {ratio:.2}, {verdict} (limit {limit}) | {cpu} |"
+        "| {what} | {peer} | {mine:.1} | {other:.1} | {unit} | {ratio:.2}, {verdict} (limit {limit}) | {cpu} | {busy} |"
     );
     let _flushed = std::io::stdout().flush();
 }
@@ -63,38 +78,52 @@ fn named(peer: Peer) -> String {
     format!("{} {}", peer.name, peer.version().unwrap_or_default())
 }
 
-/// CPU milliseconds that the program and all below it have used.
-fn cpu_of(pid: u32) -> f64 {
+/// CPU milliseconds that the program and all below it have used, in threads whose names begin so.
+fn cpu_of(pid: u32, name: &str) -> f64 {
     let mut sum = 0.0;
     for process in descendants(pid) {
         for task in std::fs::read_dir(process.file("task")).into_iter().flatten().flatten() {
-            let told = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-            let used = told.split_ascii_whitespace().next().and_then(|word| word.parse::<f64>().ok());
-            sum += used.unwrap_or(0.0) / 1e6;
+            let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            if name.is_empty() || read("comm").starts_with(name) {
+                let used =
+                    read("schedstat").split_ascii_whitespace().next().and_then(|word| word.parse().ok());
+                sum += used.unwrap_or(0.0) / 1e6;
+            }
         }
     }
     sum
 }
 
-/// Lets contenders take turns, so many rounds or until the time is used up. `run` gives the rate of the one with this number; `pids`
-/// are their back ends'.
+/// Lets contenders take turns, so many rounds or until the time is used up. `run` gives the rate of the one with this number.
 fn turns(
     rounds: usize,
-    pids: &[Option<u32>],
+    contenders: &[Contender],
     mut run: impl FnMut(usize) -> Result<f64, String>,
 ) -> Result<Vec<Figures>, String> {
-    let mut figures: Vec<Figures> = pids.iter().map(|_| Figures::default()).collect();
+    let mut figures: Vec<Figures> = contenders.iter().map(|_| Figures::default()).collect();
     let begin = Instant::now();
     for round in 0..rounds {
         if begin.elapsed() > LOAD_LIMIT {
             break;
         }
-        for turn in 0..pids.len() {
-            let turn = (turn + round) % pids.len();
-            let (Some(pid), Some(figures)) = (pids.get(turn), figures.get_mut(turn)) else { continue };
-            let before = pid.map(cpu_of);
+        for turn in 0..contenders.len() {
+            let turn = (turn + round) % contenders.len();
+            let (Some(contender), Some(figures)) = (contenders.get(turn), figures.get_mut(turn)) else {
+                continue;
+            };
+            let used = || {
+                (
+                    contender.back_end.map(|pid| cpu_of(pid, "")),
+                    contender.guest.map(|pid| cpu_of(pid, GUEST_CPU)),
+                )
+            };
+            let (before, start) = (used(), Instant::now());
             figures.rates.push(run(turn)?);
-            figures.cpu.extend(pid.zip(before).map(|(pid, before)| cpu_of(pid) - before));
+            let (after, passed) = (used(), start.elapsed().as_secs_f64() * 1000.0);
+            figures.cpu.extend(after.0.zip(before.0).map(|(after, before)| after - before));
+            figures
+                .busy
+                .extend(after.1.zip(before.1).map(|(after, before)| (after - before) / passed * 100.0));
         }
     }
     Ok(figures)
@@ -114,8 +143,8 @@ The guest is Debian's kernel in QEMU's emulation, which takes most of the time: 
 time of the back ends' processes for one run of the load stands beside it, where they have processes of their own. Rows with a driver have no
 guest: rings, packets and credit are those of Linux, made by the benchmark, so that the back ends themselves are compared.
 
-| load | other | bulkhead-device | other | | ratio | CPU ms, ours / other |
-| --- | --- | --- | --- | --- | --- | --- |";
+| load | other | bulkhead-device | other | | ratio | CPU ms, ours / other | guest's CPU busy, %, ours / other |
+| --- | --- | --- | --- | --- | --- | --- | --- |";
 
 /// A part: its name, and what measures it.
 type Part = (&'static str, fn(usize) -> Result<(), String>);
@@ -136,7 +165,7 @@ pub fn run(rounds: usize, words: &[&String]) -> bool {
         if let Err(error) = result {
             good = false;
             let error = error.replace(['|', '\n'], " ");
-            println!("| {name} | - | - | - | - | **not measured**: {error} | - |");
+            println!("| {name} | - | - | - | - | **not measured**: {error} | - | - |");
         }
     }
     good

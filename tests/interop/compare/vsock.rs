@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::vsock_load::Load;
-use super::{PATIENCE, named, print, turns};
+use super::{Contender, PATIENCE, named, print, turns};
 use crate::guest::{Guest, Service};
 use crate::ours::{RECONNECT, device};
 use crate::traffic::{archive, dial, modules, text};
@@ -91,7 +91,8 @@ pub fn by_driver(rounds: usize) -> Result<(), String> {
         Load::new(&ours.socket, 3, &at("ours")).map_err(|error| format!("ours: {error}"))?,
         Load::new(&theirs.socket, 4, &at("theirs")).map_err(|error| format!("theirs: {error}"))?,
     ];
-    let pids = [&ours, &theirs].map(|service| Some(service.child.id()));
+    let contenders =
+        [&ours, &theirs].map(|service| Contender { back_end: Some(service.child.id()), guest: None });
     for (what, unit, load) in [
         ("vsock, driver without a guest, a stream to it", "MiB/s", Load::down as fn(&mut Load) -> _),
         ("vsock, driver without a guest, a stream from it", "MiB/s", Load::up),
@@ -107,7 +108,7 @@ pub fn by_driver(rounds: usize) -> Result<(), String> {
             let failed = |error: String| format!("{}: {error}", if turn == 0 { "ours" } else { "theirs" });
             load(loads.get_mut(turn).ok_or("no such turn")?).map_err(failed)
         };
-        let figures = turns(rounds, &pids, one).map_err(|error| format!("{what}: {error}"))?;
+        let figures = turns(rounds, &contenders, one).map_err(|error| format!("{what}: {error}"))?;
         if let [ours, theirs] = figures.as_slice() {
             print(what, &named(DEVICE_VSOCK), unit, ours, theirs, 2.0);
         }
@@ -125,15 +126,16 @@ pub fn by_guests(rounds: usize) -> Result<(), String> {
     let mut other = Command::new(DEVICE_VSOCK.path());
     other.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
     let theirs = Service::other(other, at("theirs.sock"))?;
-    let _one = echoing(&folder, "one", &ours, &uds).map_err(|error| format!("ours: {error}"))?;
-    let _two = echoing(&folder, "two", &theirs, &at("theirs")).map_err(|error| format!("theirs: {error}"))?;
-    let pids = [&ours, &theirs].map(|service| Some(service.child.id()));
+    let one = echoing(&folder, "one", &ours, &uds).map_err(|error| format!("ours: {error}"))?;
+    let two = echoing(&folder, "two", &theirs, &at("theirs")).map_err(|error| format!("theirs: {error}"))?;
+    let contenders = [(&ours, &one), (&theirs, &two)]
+        .map(|(service, guest)| Contender { back_end: Some(service.child.id()), guest: Some(guest.pid()) });
     let paths = [uds, at("theirs")];
     for (what, unit, load) in [
         ("vsock, stock guest, a stream to it and back", "MiB/s", stream as fn(&Path) -> Result<f64, String>),
         ("vsock, stock guest, a question of 64 bytes and its answer", "1/s", questions),
     ] {
-        let figures = turns(rounds, &pids, |turn| load(paths.get(turn).ok_or("no such turn")?))
+        let figures = turns(rounds, &contenders, |turn| load(paths.get(turn).ok_or("no such turn")?))
             .map_err(|error| format!("{what}: {error}"))?;
         if let [ours, theirs] = figures.as_slice() {
             print(what, &named(DEVICE_VSOCK), unit, ours, theirs, 2.0);

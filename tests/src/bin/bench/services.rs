@@ -1,14 +1,14 @@
 //! Device services at rest: how long one takes to be ready, and what it occupies.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::harness::{Outcome, Places};
 use bulkhead_tests::processes::descendants;
 
-use crate::measure::{Stream, until};
+use crate::measure::{Started, Stream, until};
 use crate::table::{head, median, row, spread, verdict};
 
 /// For a start.
@@ -45,23 +45,26 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
         "Device services at rest",
         &[
             "type",
-            "start to READY, ms",
+            "the device's process: start to READY, ms",
+            "the service: exec to READY=1, ms",
             "proportional memory, KiB: waiting, with a front end",
             "private dirty memory, KiB: waiting, with a front end",
         ],
     );
     for (kind, options) in types {
         let socket = format!("{here}/socket");
-        let begin = || {
+        let command = || {
             // The kernel still takes apart what was before.
             std::thread::sleep(PAUSE);
             let mut command = Command::new(places.programs.join("bulkhead-device"));
             command.args([kind, "--socket-path", &socket]).args(&options);
-            until(command, Stream::Manager, "READY=1", LIMIT)
+            command
         };
+        let begin = || until(command(), Stream::Manager, "READY=1", LIMIT);
         // The first brings the program's pages back, where the host has taken them.
         drop(begin()?);
-        let start = (0..rounds).map(|_| Ok(begin()?.milliseconds)).collect::<Outcome<Vec<_>>>()?;
+        let service = (0..rounds).map(|_| Ok(begin()?.milliseconds)).collect::<Outcome<Vec<_>>>()?;
+        let process = (0..rounds).map(|_| process_start(command())).collect::<Outcome<Vec<_>>>()?;
         let mut memory: [Vec<f64>; 4] = Default::default();
         for _ in 0..MEMORY_ROUNDS {
             let started = begin()?;
@@ -76,12 +79,25 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
             |one: f64, two: f64, limit| format!("{one:.0}, {two:.0}: {}", verdict(one.max(two), limit));
         row(&[
             kind.to_owned(),
-            format!("{:.1} ({}), {}", median(&start), spread(&start), verdict(median(&start), START)),
+            format!("{:.1} ({}), {}", median(&process), spread(&process), verdict(median(&process), START)),
+            format!("{:.1} ({})", median(&service), spread(&service)),
             pair(waiting, used, MEMORY.0),
             pair(waiting_dirty, used_dirty, MEMORY.1),
         ]);
     }
     Ok(())
+}
+
+/// Milliseconds from the creation of the device's process until it is sealed, which the service's log tells.
+fn process_start(mut command: Command) -> Outcome<f64> {
+    command.args(["--log-level", "debug"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+    let mut started = Started { child, milliseconds: 0.0 };
+    let lines = started.child.stderr.take().into_iter().flat_map(|log| BufReader::new(log).lines());
+    let line = lines.map_while(Result::ok).find(|line| line.contains("sealed and ready"));
+    let line = line.ok_or_else(|| format!("{command:?} did not say when it was ready"))?;
+    let number = line.rsplit_once("microseconds=").and_then(|(_, number)| number.trim().parse::<f64>().ok());
+    number.map(|number| number / 1000.0).ok_or(line)
 }
 
 /// A front end that has asked for the features (GET_FEATURES, version 1) and got an answer: the device's process serves.
