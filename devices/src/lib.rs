@@ -6,6 +6,7 @@ pub mod console;
 pub mod flash;
 pub mod footprint;
 pub mod fs;
+mod idle;
 mod kept;
 pub mod keyboard;
 pub mod net;

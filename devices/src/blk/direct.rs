@@ -16,7 +16,7 @@ use bulkhead_ipc::vhost_user::backend::HostCall;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
-use super::idle::Backoff;
+use crate::idle::Backoff;
 
 /// A write that took longer had to wait.
 const SLOW: Duration = Duration::from_millis(2);

@@ -4,7 +4,6 @@
 //! - `request`: what a request says;
 //! - `queue`: a queue on its thread;
 //! - `direct`: what the queue's thread moves without io_uring;
-//! - `idle`: what a queue does before it sleeps;
 //! - `engine`: io_uring, restricted to a disk's operations;
 //! - `pool` and `image`: threads that serve an image in a format;
 //! - `errors`: what the log hears of failed requests;
@@ -14,7 +13,6 @@ mod config;
 mod direct;
 mod engine;
 mod errors;
-mod idle;
 mod image;
 mod pool;
 mod queue;

@@ -15,8 +15,8 @@ use super::Shared;
 use super::direct::{Direct, Moved};
 use super::engine::{Disk, Engine, Event, MAX_SLOTS};
 use super::errors::ErrorLog;
-use super::idle::Idle;
 use super::request::{self, HEADER, Header, Operation, Range, Status};
+use crate::idle::Idle;
 use crate::segments;
 
 /// After this a request that waits for the host is tried again.

@@ -2,7 +2,7 @@
 //! without a stop in this process.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 
 use bulkhead_ipc::memory::{Direction, LentVector};
 use bulkhead_ipc::vhost_user::backend::{Chain, Next, QueueHandler, Segment, Vring, VringError};
@@ -10,6 +10,7 @@ use nix::sys::epoll::Epoll;
 
 use super::abi::{IN_HEADER, Opcode};
 use super::server::{Payload, Server};
+use crate::idle::Idle;
 
 /// Most requests before the control thread gets its turn.
 const BATCH: u32 = 64;
@@ -24,6 +25,7 @@ pub(super) struct FsQueue {
     chain: Chain,
     request: Vec<u8>,
     lent: Option<LentVector>,
+    idle: Option<Idle>,
 }
 
 /// The buffers of a request, for a file's bytes.
@@ -106,7 +108,7 @@ impl Payload for Buffers<'_> {
 
 impl FsQueue {
     pub(super) fn new(server: Server) -> Self {
-        Self { server, chain: Chain::new(), request: Vec::new(), lent: None }
+        Self { server, chain: Chain::new(), request: Vec::new(), lent: None, idle: None }
     }
 
     /// Reads the request, without a write's data.
@@ -169,6 +171,11 @@ impl FsQueue {
 }
 
 impl QueueHandler for FsQueue {
+    fn prepare(&mut self, _epoll: &Epoll) -> io::Result<Vec<RawFd>> {
+        self.idle = Some(Idle::new());
+        Ok(Vec::new())
+    }
+
     fn serve(&mut self, rings: &mut [Option<Vring>], _epoll: &Epoll) -> io::Result<Next> {
         let mut budget = BATCH;
         for ring in rings.iter_mut().flatten() {
@@ -188,6 +195,10 @@ impl QueueHandler for FsQueue {
                     if budget == 0 {
                         return Ok(Next::Soon);
                     }
+                }
+                let worked = budget < BATCH;
+                if worked && self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests())) {
+                    continue;
                 }
                 if !ring.enable_kicks() {
                     break;

@@ -22,6 +22,7 @@ use super::inbox::{Inbox, Input};
 use super::outbox::Outbox;
 use super::port::{LARGEST, Output, Pieces, Port, SMALLEST, send_to_tap};
 use super::{Peer, Shared};
+use crate::idle::Idle;
 
 /// Tags of the epoll; a ring's is its index.
 const WAKE: u64 = u64::MAX;
@@ -79,6 +80,7 @@ pub struct Pair {
     /// A limit lets the next packet through at this moment.
     resume: Option<Instant>,
     more: bool,
+    idle: Option<Idle>,
     chain: Chain,
     first: Chain,
     done: Vec<(u16, u32)>,
@@ -170,6 +172,7 @@ impl Pair {
             paid_out: false,
             resume: None,
             more: false,
+            idle: None,
             chain: Chain::new(),
             first: Chain::new(),
             done: Vec::new(),
@@ -303,45 +306,44 @@ impl Pair {
         let mut budget = BATCH;
         self.done.clear();
         ring.disable_kicks();
-        loop {
-            while budget > 0 && ring.next(&mut self.chain) {
-                budget = budget.saturating_sub(1);
-                let head = self.chain.head();
-                match self.send(ring) {
-                    Ok(Output::Full) => {
-                        ring.put_back(head);
-                        ring.finish_together(&self.done);
-                        // A limit names its moment; without one it is the port that has no room.
-                        self.full = self.resume.is_none();
-                        return false;
-                    }
-                    Ok(output) => {
-                        self.done.push((head, 0));
-                        if output == Output::Lost {
-                            self.lose_peer();
-                        }
-                    }
-                    Err(error) => {
-                        ring.fail(&error);
-                        ring.finish(head, 0);
-                        return false;
-                    }
-                }
-                if self.done.len() >= TOGETHER {
+        while budget > 0 && ring.next(&mut self.chain) {
+            budget = budget.saturating_sub(1);
+            let head = self.chain.head();
+            match self.send(ring) {
+                Ok(Output::Full) => {
+                    ring.put_back(head);
                     ring.finish_together(&self.done);
-                    self.done.clear();
+                    // A limit names its moment; without one it is the port that has no room.
+                    self.full = self.resume.is_none();
+                    return false;
+                }
+                Ok(output) => {
+                    self.done.push((head, 0));
+                    if output == Output::Lost {
+                        self.lose_peer();
+                    }
+                }
+                Err(error) => {
+                    ring.fail(&error);
+                    ring.finish(head, 0);
+                    return false;
                 }
             }
-            ring.finish_together(&self.done);
-            self.done.clear();
-            if budget == 0 {
-                return true;
+            if self.done.len() >= TOGETHER {
+                ring.finish_together(&self.done);
+                self.done.clear();
             }
-            if !ring.enable_kicks() {
-                return false;
-            }
-            ring.disable_kicks();
         }
+        ring.finish_together(&self.done);
+        self.done.clear();
+        budget == 0
+    }
+
+    /// Before this thread sleeps: the guest's next packet may come at once, and without a kick.
+    fn look(&mut self) {
+        let Some(ring) = self.transmit.as_mut() else { return };
+        let comes = self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests()));
+        self.more = comes || ring.enable_kicks();
     }
 
     /// Port to guest. Says whether there may be more.
@@ -540,7 +542,12 @@ impl Pair {
         self.resume = None;
         self.serve_control();
         self.more = !self.full && self.transmit();
+        // The limit's moment brings us back to the guest's packets.
+        let held_back = self.full || self.resume.is_some();
         self.more |= self.receive();
+        if !self.more && !held_back {
+            self.look();
+        }
         let deaf = self.starved && (self.deaf || in_vain);
         let waits = self.full || !self.outbox.is_empty();
         if std::mem::replace(&mut self.deaf, deaf) != deaf || self.waits_for_room != waits {
@@ -581,6 +588,7 @@ impl QueueWorker for Pair {
         epoll.add(wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, WAKE))?;
         let descriptors = vec![epoll.0.as_raw_fd()];
         self.epoll = Some(epoll);
+        self.idle = Some(Idle::new());
         self.watch()?;
         Ok(descriptors)
     }

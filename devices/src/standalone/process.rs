@@ -277,10 +277,10 @@ impl Process {
             Ok((FromDevice::Ready { policies }, descriptors)) if !self.ready => {
                 self.ready = true;
                 self.deadline = None;
+                let microseconds = self.started.elapsed().as_micros();
                 if let Some(act) = self.when_ready.take() {
                     act();
                 }
-                let microseconds = self.started.elapsed().as_micros();
                 debug!(microseconds, "the device's process is sealed and ready");
                 let pairs = policies.into_iter().zip(descriptors);
                 self.listeners =

@@ -51,11 +51,6 @@ impl Worker {
                 break;
             }
             if !ring.next(&mut self.chain) {
-                self.pass_on(&mut ring);
-                if ring.enable_kicks() {
-                    ring.disable_kicks();
-                    continue;
-                }
                 break;
             }
             budget = budget.saturating_sub(1);
@@ -71,6 +66,13 @@ impl Worker {
         self.pass_on(&mut ring);
         ring.signal();
         self.tx = Some(ring);
+    }
+
+    /// Before this thread sleeps: the guest's next packet, an answer perhaps, may come at once, and without a kick.
+    pub(super) fn look(&mut self) {
+        let Some(ring) = self.tx.as_mut().filter(|_| !self.more && !self.stuck) else { return };
+        let comes = self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests()));
+        self.more = comes || ring.enable_kicks();
     }
 
     /// One packet, in `chain`. True: it is held.

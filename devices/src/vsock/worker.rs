@@ -18,6 +18,7 @@ use super::guest::Held;
 use super::packet::Header;
 use super::table::Table;
 use super::{EVENT, RX, Shared, TX};
+use crate::idle::Idle;
 use crate::segments;
 
 /// Event data: the wake-up, the connector, and the rings; below are sockets.
@@ -62,6 +63,7 @@ pub(super) struct Worker {
     pub(super) more: bool,
     /// The guest sends and gives no buffer for the answers.
     pub(super) stuck: bool,
+    pub(super) idle: Option<Idle>,
 }
 
 impl Worker {
@@ -86,6 +88,7 @@ impl Worker {
             transport_reset: false,
             more: false,
             stuck: false,
+            idle: None,
         }
     }
 
@@ -174,6 +177,7 @@ impl QueueWorker for Worker {
         // Workers are prepared once.
         let _ = self.shared.wake.set(wake);
         self.epoll = Some(epoll);
+        self.idle = Some(Idle::new());
         Ok(descriptors)
     }
 
@@ -228,6 +232,7 @@ impl QueueWorker for Worker {
         self.tell_reset();
         self.take_packets();
         self.send_packets();
+        self.look();
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use super::{Contender, PATIENCE, named, print, time, turns};
+use super::{CLOSE, Contender, PATIENCE, named, print, time, turns};
 use crate::guest::{Guest, Service, random_file};
 use crate::ours::{RECONNECT, device};
 use crate::traffic::{archive, modules, text};
@@ -49,7 +49,7 @@ pub fn run(rounds: usize) -> Result<(), String> {
         ("fs, a file written by 1 MiB", "MiB/s", NEW, "dd if=/dev/zero of=/@/new bs=1M count=32 2>/dev/null"),
         ("fs, small files looked up and read", "1/s", SMALL, "cat /@/small/* >/dev/null"),
     ] {
-        let figures = turns(rounds, &contenders, |turn| {
+        let figures = turns(CLOSE * rounds, &contenders, |turn| {
             let tag = ["ours", "old", "new"].get(turn).copied().unwrap_or_default();
             guest.run("echo 3 >/proc/sys/vm/drop_caches")?;
             Ok(f64::from(amount) / time(&mut guest, &line.replace('@', tag))?)

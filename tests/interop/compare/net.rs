@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::{Contender, PATIENCE, named, print, turns};
+use super::{CLOSE, Contender, PATIENCE, named, print, turns};
 use crate::NEW_QEMU;
 use crate::guest::{Guest, Service};
 use crate::traffic::{archive, modules, run as command, text};
@@ -115,7 +115,7 @@ pub fn run(rounds: usize) -> Result<(), String> {
     for (what, direction) in
         [("net, TCP to the guest, iperf3", "-R"), ("net, TCP from the guest, iperf3", "")]
     {
-        let figures = turns(rounds, &contenders, |turn| stream(&mut guest, turn + 1, direction))?;
+        let figures = turns(CLOSE * rounds, &contenders, |turn| stream(&mut guest, turn + 1, direction))?;
         show(what, "Mbit/s", figures);
     }
     let figures = turns(rounds, &contenders, |turn| send(&mut guest, turn + 1))?;
