@@ -22,6 +22,9 @@ const DISK_BYTES: f64 = 2e6;
 /// What the cards of a group may move together, bytes a second.
 const CARD_BYTES: f64 = 4e6;
 
+/// How a script in the guest ends that has come to its end.
+const DONE: i32 = 42;
+
 /// What fio does, after all of one paragraph the next: disks of a group with small requests, which their number limits, with large ones,
 /// which their bytes do, and one while the other is idle; then contents, by each interface and with blocks of all sizes.
 const JOBS: &str = "
@@ -105,7 +108,7 @@ measure passt-up --time 2 --client 10.0.2.2
 measure passt-down --time 2 --client 10.0.2.2 --reverse
 (measure group-up --time 6 --client 10.9.1.1 --port 5202) &
 measure group-down --time 6 --client 10.9.2.1 --port 5203 --reverse
-wait $!
+wait $! || exit 1
 ";
 
 pub fn cases() -> Vec<Case> {
@@ -131,8 +134,8 @@ fn in_guest(context: &Context, program: &str, arguments: &[String], script: &str
     let mut command = bulkhead(context);
     command.current_dir(&context.folder).args(["run", "--memory", "768M", "--rw", "."]).args(arguments);
     command.arg("--kernel").arg(kernel);
-    command.args(["--", "sh", "-c", script]);
-    Machine::from_command(context, command).start()?.expect_exit(0)
+    command.args(["--", "sh", "-c", &format!("{script}\nexit {DONE}")]);
+    Machine::from_command(context, command).start()?.expect_exit(DONE)
 }
 
 /// What a program in the guest has left in the case's folder, as JSON.
@@ -219,8 +222,8 @@ fn disks(context: &Context) -> Outcome {
         format!("--disk=path={},limit-group=slow", path("a")),
         format!("--disk=path={},limit-group=slow", path("b")),
     ];
-    let script = "fio --output=fio.json --output-format=json jobs || { cat fio.json; exit 1; }
-        sha256sum /dev/vda /dev/vdb >digests";
+    let script = "fio --eta=never --output=fio.json --output-format=json jobs || { cat fio.json; exit 1; }
+        sha256sum /dev/vda /dev/vdb >digests || exit 1";
     in_guest(context, "fio", &arguments, script)?;
 
     let report = result(context, "fio.json")?;

@@ -141,8 +141,8 @@ pub fn prepare(args: &mut RunArgs) -> Result<Option<Prepared>, CommandError> {
         return Err(CommandError::NotWith(option));
     }
     let root = folder("--root", args.root.as_deref().unwrap_or(Path::new("/")))?;
-    let kernel = kernel::find(args.kernel.as_deref(), &root)?;
     let (cwd, mounts) = share(args, &root)?;
+    let kernel = kernel::find(args.kernel.as_deref(), &root)?;
     let warning = network::fill(args);
     let (archive, contents) = initial(&kernel, &plan(args, &cwd, &mounts, &root), args)?;
     let initrd =
