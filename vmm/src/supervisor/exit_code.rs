@@ -25,6 +25,8 @@ pub enum ExitCode {
     Watchdog,
     /// What the guest wrote to the debug exit port: twice the value, and 1.
     Guest(u8),
+    /// The guest of a command ended before the command's exit status was known.
+    Untold,
     /// Ended by this signal: 128 + its number, as shells count.
     Signal(u8),
 }
@@ -43,6 +45,7 @@ impl ExitCode {
             Self::NoMachine => 7,
             Self::Watchdog => 8,
             Self::Guest(code) => code,
+            Self::Untold => 125,
             Self::Signal(signal) => 128 | (signal & 0x7f),
         }
     }
@@ -67,6 +70,7 @@ Exit codes:
     7  no machine of that name runs, or it did not end in time
     8  the guest's --watchdog ran out, with action=poweroff, or action=reset and --on-reboot exit
   odd  with --debug-exit: the guest wrote V to port F4, and the code is 2·V+1
+  125  with a command: it could not be started, or the guest ended without telling its exit status
   129, 130, 143  ended by SIGHUP, SIGINT, SIGTERM (128 + number of the signal)";
 
 #[cfg(test)]
@@ -91,8 +95,9 @@ mod tests {
             ExitCode::Forced,
             ExitCode::NoMachine,
             ExitCode::Watchdog,
+            ExitCode::Untold,
         ] {
-            assert!(HELP.contains(&format!("    {}  ", code.number())), "{code:?}");
+            assert!(HELP.contains(&format!("\n{:>5}  ", code.number())), "{code:?}");
         }
     }
 }

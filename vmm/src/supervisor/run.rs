@@ -94,11 +94,27 @@ pub fn run(mut args: RunArgs, started: Instant) -> Result<ExitCode, RunError> {
         if end.restarts(&config) {
             continue;
         }
-        return Ok(match end {
-            // The status of the command, as it is.
-            End::DebugExit(status) if command.is_some() => ExitCode::Guest(status),
-            end => end.exit_code(),
-        });
+        if command.is_none() {
+            return Ok(end.exit_code());
+        }
+        let (code, complaint) = end_of_command(end);
+        if let Some(complaint) = complaint {
+            environment.log.say(LogLevel::Error, complaint);
+        }
+        return Ok(code);
+    }
+}
+
+/// The exit code when the machine was a command's, and what is wrong.
+fn end_of_command(end: End) -> (ExitCode, Option<&'static str>) {
+    match end {
+        // The status of the command, as it is.
+        End::DebugExit(status) => (ExitCode::Guest(status), None),
+        // Whether the command succeeded nobody knows, so it has not.
+        End::PowerOff | End::Reset => {
+            (ExitCode::Untold, Some("the guest has ended without telling the exit status of the command"))
+        }
+        end => (end.exit_code(), None),
     }
 }
 
@@ -122,5 +138,18 @@ fn announce(config: &MachineConfig, resources: &Resources, log: &mut Log) {
         if let Some(path) = &port.stream.pty {
             log.say(LogLevel::Info, &format!("port {}: pseudo terminal {}", port.name, path.display()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_succeeds_only_when_its_status_says_so() {
+        let code = |end| end_of_command(end).0.number();
+        assert_eq!([0, 1, 255].map(|status| code(End::DebugExit(status))), [0, 1, 255]);
+        assert_eq!([End::PowerOff, End::Reset].map(code), [125, 125]);
+        assert_eq!(code(End::Panicked), ExitCode::GuestPanic.number());
     }
 }

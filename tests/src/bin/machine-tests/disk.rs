@@ -49,7 +49,7 @@ fn qcow2(context: &Context) -> Outcome {
     expect_digest(&running, Path::new(&raw))
 }
 
-fn qemu_img(arguments: &[&str]) -> Outcome {
+pub fn qemu_img(arguments: &[&str]) -> Outcome {
     let output =
         Command::new("qemu-img").args(arguments).output().map_err(|error| format!("qemu-img: {error}"))?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -18,6 +18,7 @@ mod jail;
 mod keyboard;
 mod lifecycle;
 mod limits;
+mod load;
 mod network;
 mod pmem;
 mod ports;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         lifecycle::cases(),
         jail::cases(),
         limits::cases(),
+        load::cases(),
         bare::cases(),
         hostile::cases(),
         serial::cases(),

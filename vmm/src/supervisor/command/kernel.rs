@@ -40,10 +40,7 @@ pub fn find(named: Option<&Path>, root: &Path) -> Result<Kernel, CommandError> {
 /// The running kernel's image, or else the newest one that has modules.
 fn installed() -> Result<PathBuf, CommandError> {
     let running = uname().ok().map(|names| names.release().to_string_lossy().into_owned());
-    let of = |release: &str| {
-        let image = [format!("/boot/vmlinuz-{release}"), format!("/lib/modules/{release}/vmlinuz")];
-        image.map(PathBuf::from).into_iter().find(|image| image.is_file())
-    };
+    let of = |release: &str| image(Path::new("/"), release);
     if let Some(image) = running.as_deref().and_then(of) {
         return Ok(image);
     }
@@ -55,6 +52,17 @@ fn installed() -> Result<PathBuf, CommandError> {
         .collect();
     releases.sort_by_key(|release| numbers(release));
     releases.iter().rev().find_map(|release| of(release)).ok_or(CommandError::NoKernel)
+}
+
+/// The image of a release below `root`.
+fn image(root: &Path, release: &str) -> Option<PathBuf> {
+    let modules = root.join("lib/modules").join(release);
+    let name = format!("vmlinuz-{release}");
+    // Where a package was unpacked and its modules are a link to there, the image lies beside them.
+    let beside =
+        modules.canonicalize().ok().and_then(|it| Some(it.ancestors().nth(3)?.join("boot").join(&name)));
+    let places = [root.join("boot").join(&name), modules.join("vmlinuz")];
+    places.into_iter().chain(beside).find(|image| image.is_file())
 }
 
 /// The numbers in a release, by which 6.10 is newer than 6.9.
@@ -87,6 +95,31 @@ mod tests {
         let mut releases = ["6.9.1-amd64", "6.10.0-amd64", "5.15.0-3"];
         releases.sort_by_key(|release| numbers(release));
         assert_eq!(releases, ["5.15.0-3", "6.9.1-amd64", "6.10.0-amd64"]);
+    }
+
+    #[test]
+    fn an_image_lies_in_boot_or_with_its_modules_or_where_a_link_leads() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, unpacked) =
+            (folder.path().join("root"), folder.path().canonicalize().unwrap().join("unpacked"));
+        for place in [
+            root.join("boot"),
+            root.join("lib/modules/1"),
+            unpacked.join("boot"),
+            unpacked.join("lib/modules/1"),
+        ] {
+            fs::create_dir_all(place).unwrap();
+        }
+        std::os::unix::fs::symlink(unpacked.join("lib/modules/1"), root.join("lib/modules/2")).unwrap();
+        assert_eq!(image(&root, "2"), None);
+        for (release, place) in [
+            ("2", unpacked.join("boot/vmlinuz-2")),
+            ("1", root.join("lib/modules/1/vmlinuz")),
+            ("1", root.join("boot/vmlinuz-1")),
+        ] {
+            File::create(&place).unwrap();
+            assert_eq!(image(&root, release), Some(place));
+        }
     }
 
     #[test]

@@ -141,11 +141,10 @@ pub fn prepare(args: &mut RunArgs) -> Result<Option<Prepared>, CommandError> {
         return Err(CommandError::NotWith(option));
     }
     let root = folder("--root", args.root.as_deref().unwrap_or(Path::new("/")))?;
-    let kernel = kernel::find(args.kernel.as_deref(), &root)?;
     let (cwd, mounts) = share(args, &root)?;
+    let kernel = kernel::find(args.kernel.as_deref(), &root)?;
     let warning = network::fill(args);
-    let (archive, contents) =
-        initial(&kernel, &plan(args, &cwd, &mounts, &root), args.nets.iter().any(|net| !net.none))?;
+    let (archive, contents) = initial(&kernel, &plan(args, &cwd, &mounts, &root), args)?;
     let initrd =
         memfd_create(c"initramfs", MFdFlags::MFD_CLOEXEC).map_err(|it| CommandError::Hold(it.into()))?;
     let mut left = archive.as_slice();
@@ -251,7 +250,7 @@ fn plan(args: &RunArgs, cwd: &str, mounts: &[Mount], root: &Path) -> Vec<(&'stat
 fn initial(
     kernel: &Kernel,
     plan: &[(&'static str, String)],
-    network: bool,
+    args: &RunArgs,
 ) -> Result<(Vec<u8>, String), CommandError> {
     let read =
         |path: &Path| fs::read(path).map_err(|source| CommandError::Read { path: path.to_owned(), source });
@@ -266,7 +265,7 @@ fn initial(
     let mut text = Vec::new();
     let mut names = Vec::new();
     if let Some(folder) = &kernel.modules {
-        for file in modules::to_load(folder, network).map_err(CommandError::Modules)? {
+        for file in modules::to_load(folder, args).map_err(CommandError::Modules)? {
             let name = file.rsplit('/').next().unwrap_or(&file).to_owned();
             archive.file(&format!("bulkhead/{name}"), &read(&folder.join(&file))?, 0o644);
             names.push(name);
