@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -21,6 +22,30 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// `VHostUserBackendType` (docs/interop/vhost-user.json of QEMU): the types that a manifest can name.
 const BACKEND_TYPES: &[&str] =
     &["balloon", "block", "console", "crypto", "fs", "gpu", "input", "net", "rng", "scsi", "vsock"];
+
+/// A service that ends with its test.
+struct Running(Child);
+
+impl Deref for Running {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended = self.kill();
+        let _reaped = self.wait();
+    }
+}
 
 fn ended(child: &mut Child) -> ExitStatus {
     let end = Instant::now() + PATIENCE;
@@ -53,15 +78,15 @@ fn output(mut child: Child) -> String {
     text
 }
 
-fn with_socket(options: &[&str]) -> (tempfile::TempDir, std::path::PathBuf, Child) {
+fn with_socket(options: &[&str]) -> (tempfile::TempDir, std::path::PathBuf, Running) {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
     let child = rng(&["--socket-path", socket.to_str().unwrap()]).args(options).spawn().unwrap();
-    (folder, socket, child)
+    (folder, socket, Running(child))
 }
 
 /// The child's end of a socket survives the exec as descriptor 3.
-fn inherits(command: &mut Command, socket: OwnedFd) -> Child {
+fn inherits(command: &mut Command, socket: OwnedFd) -> Running {
     // SAFETY: between fork and exec only dup2 is called, on a descriptor that lives until then.
     unsafe {
         command.pre_exec(move || {
@@ -76,7 +101,7 @@ fn inherits(command: &mut Command, socket: OwnedFd) -> Child {
             Ok(())
         });
     }
-    command.spawn().unwrap()
+    Running(command.spawn().unwrap())
 }
 
 #[test]
@@ -121,8 +146,7 @@ fn an_inherited_socket_may_listen_or_be_connected() {
         drop(is_served(connect(&path)));
     }
     assert!(child.try_wait().unwrap().is_none());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(child);
     assert!(path.exists(), "who made it removes it");
 }
 
@@ -166,8 +190,7 @@ fn a_front_end_that_reconnects_survives_a_killed_device() {
     drop(is_served(connect(&socket)));
     drop(driver);
     assert!(child.try_wait().unwrap().is_none());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(child);
     // Without the option, and with an exit code that tells systemd to start it again.
     let (_folder, socket, mut child) = with_socket(&[]);
     let _driver = is_served(connect(&socket));
@@ -208,12 +231,6 @@ fn the_device_of_a_service_is_in_the_full_jail() {
         assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
     }
     assert_eq!(fs::read_dir(format!("{proc}/root")).unwrap().count(), 0, "its root is not empty");
-    stop(child);
-}
-
-fn stop(mut child: Child) {
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[test]
