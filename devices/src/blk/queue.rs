@@ -477,7 +477,7 @@ impl BlkQueue {
         let looks = has_room && self.limited.is_none();
         let Some(ring) = self.ring.as_mut().filter(|_| looks) else { return sleep(engine) };
         if let Some(idle) = &mut self.idle
-            && idle.look(|| ring.has_requests() || engine.has_news())
+            && idle.look(engine.busy() > 0, || ring.has_requests() || engine.has_news())
         {
             return Ok(());
         }
