@@ -1,10 +1,14 @@
 //! When to try what may be in vain: looking at a ring before sleeping, and moving data without the kernel's help.
 //!
 //! A driver that has its answer often has its next request within microseconds, while going to sleep and being woken costs more than that on
-//! both sides. So a queue that has just worked looks at its ring for up to [`LONGEST`] before it asks to be kicked and sleeps. A
-//! look that was in vain makes the next 1, 3, 7 … 63 sleeps go without one; a single success forgets that. In the long run a queue whose driver is
-//! slower wastes no more than 32 µs in 64 sleeps; one without work sleeps. With a single CPU there is nothing to wait for: the
-//! driver cannot run meanwhile.
+//! both sides. So a queue that has just worked looks at its ring for up to [`NEXT`] before it asks to be kicked and sleeps. While
+//! requests are under way it looks for up to [`END`], for the end of one, too: that takes as long as the disk does. The two know
+//! nothing of each other: a disk that is too slow to be waited for tells nothing about the driver, which has its next
+//! request at once when it is told of an end, and would have to wake a queue that no longer looks.
+//!
+//! A look that was in vain makes the next 1, 3, 7 … 63 sleeps of its kind go without one; a single success forgets that. In the long run a
+//! queue whose driver or disk is slower wastes no more than one look in 64 sleeps; one without work sleeps. With a single CPU
+//! there is nothing to wait for: the driver cannot run meanwhile.
 
 use std::hint::spin_loop;
 use std::time::{Duration, Instant};
@@ -12,8 +16,10 @@ use std::time::{Duration, Instant};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
-/// The longest look at a ring.
-pub const LONGEST: Duration = Duration::from_micros(32);
+/// The longest look for a request when none is under way.
+const NEXT: Duration = Duration::from_micros(32);
+/// The longest look while some are: about what it costs to go to sleep and be woken by the disk.
+const END: Duration = Duration::from_micros(40);
 /// Most chances that are left out after a failure.
 const MOST_SKIPPED: u32 = 63;
 /// Looks between two looks at the clock.
@@ -49,8 +55,8 @@ impl Backoff {
 /// What a queue does before it sleeps.
 #[derive(Debug)]
 pub struct Idle {
-    longest: Duration,
-    backoff: Backoff,
+    next: Look,
+    end: Look,
 }
 
 impl Idle {
@@ -59,11 +65,33 @@ impl Idle {
         let alone = sched_getaffinity(Pid::from_raw(0)).map_or(true, |cpus| {
             (0..CpuSet::count()).filter(|cpu| cpus.is_set(*cpu) == Ok(true)).count() == 1
         });
-        Self { longest: if alone { Duration::ZERO } else { LONGEST }, backoff: Backoff::default() }
+        let look = |longest| Look {
+            longest: if alone { Duration::ZERO } else { longest },
+            backoff: Backoff::default(),
+        };
+        Self { next: look(NEXT), end: look(END) }
     }
 
-    /// Looks whether there is something to do until there is, or until it is better to sleep (false).
-    pub fn look(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+    /// Looks for the next request until it is there, or until it is better to sleep (false).
+    pub fn look_for_next(&mut self, ready: impl FnMut() -> bool) -> bool {
+        self.next.look(ready)
+    }
+
+    /// The same while requests are under way, for the end of one, too.
+    pub fn look_for_end(&mut self, ready: impl FnMut() -> bool) -> bool {
+        self.end.look(ready)
+    }
+}
+
+/// Looks of one kind.
+#[derive(Debug)]
+struct Look {
+    longest: Duration,
+    backoff: Backoff,
+}
+
+impl Look {
+    fn look(&mut self, mut ready: impl FnMut() -> bool) -> bool {
         if self.longest.is_zero() || !self.backoff.due() {
             return false;
         }
@@ -110,17 +138,31 @@ mod tests {
         assert_eq!(tries(&mut backoff, 10, true), 10);
     }
 
+    fn idle() -> Idle {
+        let look = |longest| Look { longest, backoff: Backoff::default() };
+        Idle { next: look(NEXT), end: look(END) }
+    }
+
     #[test]
     fn a_look_ends_when_there_is_something_or_in_time() {
-        let mut idle = Idle { longest: LONGEST, backoff: Backoff::default() };
+        let mut idle = idle();
         let mut looks = 0;
-        assert!(idle.look(|| {
+        assert!(idle.look_for_next(|| {
             looks += 1;
             looks == 5
         }));
-        assert!(!idle.look(|| false));
+        assert!(!idle.look_for_next(|| false));
         // Not the next time.
-        assert!(!idle.look(|| true));
-        assert!(idle.look(|| true));
+        assert!(!idle.look_for_next(|| true));
+        assert!(idle.look_for_next(|| true));
+    }
+
+    #[test]
+    fn a_disk_that_is_slow_tells_nothing_about_the_driver() {
+        let mut idle = idle();
+        for _ in 0..10 {
+            assert!(!idle.look_for_end(|| false));
+            assert!(idle.look_for_next(|| true));
+        }
     }
 }

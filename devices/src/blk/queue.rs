@@ -476,9 +476,11 @@ impl BlkQueue {
         };
         let looks = has_room && self.limited.is_none();
         let Some(ring) = self.ring.as_mut().filter(|_| looks) else { return sleep(engine) };
-        if let Some(idle) = &mut self.idle
-            && idle.look(|| ring.has_requests() || engine.has_news())
-        {
+        let under_way = engine.busy() > 0;
+        let ready = || ring.has_requests() || engine.has_news();
+        let look =
+            |idle: &mut Idle| if under_way { idle.look_for_end(ready) } else { idle.look_for_next(ready) };
+        if self.idle.as_mut().is_some_and(look) {
             return Ok(());
         }
         let slept = if ring.enable_kicks() { Ok(()) } else { sleep(engine) };

@@ -197,7 +197,8 @@ impl QueueHandler for FsQueue {
                     }
                 }
                 let worked = budget < BATCH;
-                if worked && self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests())) {
+                if worked && self.idle.as_mut().is_some_and(|idle| idle.look_for_next(|| ring.has_requests()))
+                {
                     continue;
                 }
                 if !ring.enable_kicks() {

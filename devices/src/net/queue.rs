@@ -342,7 +342,7 @@ impl Pair {
     /// Before this thread sleeps: the guest's next packet may come at once, and without a kick.
     fn look(&mut self) {
         let Some(ring) = self.transmit.as_mut() else { return };
-        let comes = self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests()));
+        let comes = self.idle.as_mut().is_some_and(|idle| idle.look_for_next(|| ring.has_requests()));
         self.more = comes || ring.enable_kicks();
     }
 

@@ -71,7 +71,7 @@ impl Worker {
     /// Before this thread sleeps: the guest's next packet, an answer perhaps, may come at once, and without a kick.
     pub(super) fn look(&mut self) {
         let Some(ring) = self.tx.as_mut().filter(|_| !self.more && !self.stuck) else { return };
-        let comes = self.idle.as_mut().is_some_and(|idle| idle.look(|| ring.has_requests()));
+        let comes = self.idle.as_mut().is_some_and(|idle| idle.look_for_next(|| ring.has_requests()));
         self.more = comes || ring.enable_kicks();
     }
 

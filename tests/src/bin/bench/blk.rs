@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -12,6 +11,7 @@ use bulkhead_tests::harness::{Outcome, Places};
 use bulkhead_tests::processes::descendants;
 use tempfile::TempDir;
 
+use crate::blk_fio;
 use crate::blk_load::{Generator, Load};
 use crate::table::{self, median};
 
@@ -19,6 +19,17 @@ use crate::table::{self, median};
 const DISK: u64 = 256 << 20;
 /// One measurement.
 const TIME: Duration = Duration::from_millis(400);
+/// Requests a second are to be this many times the peer's.
+const FASTER: f64 = 1.5;
+/// CPU time for each request is to be at most this part of the peer's.
+const CHEAPER: f64 = 0.7;
+
+/// What the tables cannot say.
+const EXPLANATION: &str = "\
+fio moves the same blocks of the same file by itself, without device and driver: by io_uring with a registered file and buffers, and
+where the page cache is in play also by pread and pwrite, of which the better counts. It sleeps where our driver does not, so a device
+that looks before it sleeps may be ahead of it. Where a miss says `fio 1.06`, fio itself comes to no more than 1.06 times the
+requests of qemu-storage-daemon.";
 
 /// A back end that runs.
 struct Service {
@@ -114,21 +125,62 @@ fn describe(load: Load) -> String {
     format!("{} KiB {place} {kind}, depth {}{driver}", load.size >> 10, load.depth)
 }
 
-/// Requests a second that `pread` and `pwrite` in a loop come to on the same file.
-fn kernel(file: &File, load: Load) -> f64 {
-    let (mut buffer, mut place, mut count) = (vec![1; load.size], 0x1357_9bdf_u64, 0u64);
-    let begin = Instant::now();
-    while begin.elapsed() < TIME / 4 {
-        place = place.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        let offset = (place >> 20) % (DISK / load.size as u64) * load.size as u64;
-        let moved =
-            if load.writes { file.write_at(&buffer, offset) } else { file.read_at(&mut buffer, offset) };
-        if moved.is_err() {
-            return 0.0;
+/// Medians of one load: requests a second, and µs of CPU for each.
+struct Figures {
+    load: Load,
+    ours: (f64, f64),
+    theirs: (f64, f64),
+    fio: f64,
+}
+
+impl Figures {
+    /// The contenders take turns, and in every other round the other way round: the disk of a virtual machine has its moods.
+    fn measure(
+        load: Load,
+        rounds: usize,
+        (ours, theirs): (&Service, &Service),
+        fio: impl Fn(Load) -> Outcome<f64>,
+    ) -> Outcome<Self> {
+        let turns: [&dyn Fn() -> Outcome<(f64, f64)>; 3] =
+            [&|| ours.measure(load), &|| Ok((fio(load)?, 0.0)), &|| theirs.measure(load)];
+        let mut lists: [Vec<(f64, f64)>; 3] = Default::default();
+        for round in 0..rounds {
+            let mut turns: Vec<_> = turns.iter().zip(&mut lists).collect();
+            if round % 2 == 1 {
+                turns.reverse();
+            }
+            for (measure, list) in turns {
+                list.push(measure()?);
+            }
         }
-        count += 1;
+        let [ours, (fio, _), theirs] = lists.map(|list| {
+            let (rates, costs): (Vec<_>, Vec<_>) = list.into_iter().unzip();
+            (median(&rates), median(&costs))
+        });
+        Ok(Self { load, ours, theirs, fio })
     }
-    count as f64 / begin.elapsed().as_secs_f64()
+
+    fn row(&self) -> Vec<String> {
+        let ((rate, cpu), (their_rate, their_cpu)) = (self.ours, self.theirs);
+        let faster = rate / their_rate;
+        // An aim that the kernel itself misses is no less missed; but a reader is told.
+        let missed = match self.fio / their_rate {
+            fio if fio < FASTER => format!("**missed**, fio {fio:.2}"),
+            _ => "**missed**".into(),
+        };
+        let cheaper = cpu / their_cpu;
+        vec![
+            describe(self.load),
+            format!("{:.1}", rate / 1e3),
+            format!("{:.1}", their_rate / 1e3),
+            format!("{faster:.2}, {}", if faster >= FASTER { "holds" } else { &missed }),
+            format!("{cpu:.1}"),
+            format!("{their_cpu:.1}"),
+            format!("{cheaper:.2}, {}", if cheaper <= CHEAPER { "holds" } else { "**missed**" }),
+            format!("{:.1}", self.fio / 1e3),
+            format!("{:.2}", rate / self.fio),
+        ]
+    }
 }
 
 fn compare(
@@ -139,42 +191,16 @@ fn compare(
     direct: bool,
 ) -> Outcome {
     let disk: PathBuf = folder.join("bench-disk");
-    let made = (|| -> std::io::Result<File> {
-        let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&disk)?;
-        for _ in 0..DISK >> 20 {
-            file.write_all(&[1; 1 << 20])?;
-        }
-        file.sync_all()?;
-        Ok(file)
-    })();
-    let file = made.map_err(|error| format!("{}: {error}", disk.display()))?;
-    let services =
-        ["bulkhead", "qemu-storage-daemon"].map(|name| Service::start(name, places, &disk, direct));
-    let [ours, theirs] = services;
-    let (ours, theirs) = (ours?, theirs?);
-    let mut rows = Vec::new();
+    make(&disk).map_err(|error| format!("{}: {error}", disk.display()))?;
+    let start = |name| Service::start(name, places, &disk, direct);
+    let (ours, theirs) = (start("bulkhead")?, start("qemu-storage-daemon")?);
+    let fio = |load| blk_fio::requests(&disk, DISK, load, direct, TIME);
     let wanted = |load: &Load| only.is_empty() || describe(*load).contains(only);
-    for load in loads().into_iter().filter(wanted) {
-        let mut figures: [Vec<f64>; 5] = Default::default();
-        for _ in 0..rounds {
-            let (a, b) = (ours.measure(load)?, theirs.measure(load)?);
-            let kernel = if direct { 0.0 } else { kernel(&file, load) };
-            for (list, value) in figures.iter_mut().zip([a.0, b.0, a.1, b.1, kernel]) {
-                list.push(value);
-            }
-        }
-        let [rate, their_rate, cpu, their_cpu, kernel] = figures.map(|list| median(&list));
-        rows.push(vec![
-            describe(load),
-            format!("{:.1}", rate / 1e3),
-            format!("{:.1}", their_rate / 1e3),
-            format!("{:.2}", rate / their_rate),
-            format!("{cpu:.1}"),
-            format!("{their_cpu:.1}"),
-            format!("{:.2}", cpu / their_cpu),
-            if direct { String::new() } else { format!("{:.1}", kernel / 1e3) },
-        ]);
-    }
+    let figures: Outcome<Vec<_>> = loads()
+        .into_iter()
+        .filter(wanted)
+        .map(|load| Figures::measure(load, rounds, (&ours, &theirs), fio))
+        .collect();
     drop((ours, theirs));
     let _ = std::fs::remove_file(&disk);
     table::print(
@@ -183,15 +209,25 @@ fn compare(
             "load",
             "bulkhead-device, 1000/s",
             "qemu-storage-daemon, 1000/s",
-            "ratio (aim ≥ 1.5)",
+            &format!("ratio (aim ≥ {FASTER})"),
             "CPU each, µs",
             "theirs, µs",
-            "ratio (aim ≤ 0.7)",
-            "pread/pwrite alone, 1000/s",
+            &format!("ratio (aim ≤ {CHEAPER})"),
+            "fio, 1000/s",
+            "ours ÷ fio",
         ],
-        &rows,
+        &figures?.iter().map(Figures::row).collect::<Vec<_>>(),
     );
     Ok(())
+}
+
+/// A file whose blocks are all written.
+fn make(disk: &Path) -> std::io::Result<()> {
+    let mut file = File::create(disk)?;
+    for _ in 0..DISK >> 20 {
+        file.write_all(&[1; 1 << 20])?;
+    }
+    file.sync_all()
 }
 
 /// `only` selects loads by a part of their description.
@@ -199,6 +235,7 @@ pub fn run(places: &Places, rounds: usize, only: &str) -> Outcome {
     let rounds = (rounds, only);
     let root = places.programs.ancestors().nth(3).ok_or("no root of the repository")?.join("build");
     std::fs::create_dir_all(&root).map_err(|error| error.to_string())?;
+    println!("\n## Disk processes and the kernel itself\n\n{EXPLANATION}");
     let memory = Path::new("/dev/shm");
     compare(places, rounds, "Disk processes, a file on tmpfs", memory, false)?;
     compare(

@@ -4,7 +4,7 @@
 //! bench stock [ROUNDS]   stock kernels: needs hardware virtualization or the lab (default 5 rounds)
 //! bench bare [ROUNDS]    bare payloads on this machine's own KVM (default 20 rounds)
 //! bench exits [ROUNDS]   what an access costs that the core answers (default 5 rounds)
-//! bench blk [ROUNDS]     disks under one load generator, beside qemu-storage-daemon (default 5 rounds)
+//! bench blk [ROUNDS]     disks under one load generator, beside qemu-storage-daemon and fio (default 5 rounds)
 //! bench services [ROUNDS] device services at rest: start and memory (default 11 rounds)
 //! bench static           sizes, policies, lines of code
 //! ```
@@ -14,6 +14,7 @@
 mod bare;
 mod bare_kvm;
 mod blk;
+mod blk_fio;
 mod blk_load;
 mod contenders;
 mod exits;
