@@ -34,6 +34,9 @@ const MAX_IOVECS: usize = 1024;
 /// Bytes of zero written at once where the disk cannot make them itself. Large enough to be mapped afresh when it is
 /// allocated: only read, it stays the kernel's zero page.
 const ZEROES: usize = 256 * 1024;
+/// A read or write of so many bytes is submitted by itself. Of several that follow each other on the disk and are submitted together the
+/// kernel makes one: they end together, the driver's next ones begin together, and between these the disk has nothing to do.
+const LARGE: usize = 64 * 1024;
 /// The token of a wake-up; those of operations are their slots.
 const WOKEN: u64 = u64::MAX;
 /// The disk's index in the registered files.
@@ -221,8 +224,9 @@ impl Engine {
         let Some(slot_ref) = self.slots.get(slot).filter(|slot| !slot.busy) else { return Err(busy()) };
         let iovecs = slot_ref.buffers.iovecs();
         let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
-        let entry = entry(iovecs.as_ptr(), count);
-        self.start(slot, entry)
+        let (entry, large) = (entry(iovecs.as_ptr(), count), slot_ref.buffers.len() >= LARGE);
+        self.start(slot, entry)?;
+        if large { self.submit(0) } else { Ok(()) }
     }
 
     /// Writes up to `len` bytes of zero at `offset`.
