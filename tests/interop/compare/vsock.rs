@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::vsock_load::Load;
-use super::{Contender, PATIENCE, named, print, turns};
+use super::{Contender, Figures, PATIENCE, named, print, turns};
 use crate::guest::{Guest, Service};
 use crate::ours::{RECONNECT, device};
 use crate::traffic::{archive, dial, modules, text};
@@ -76,25 +76,61 @@ fn questions(uds: &Path) -> Result<f64, String> {
     Ok(f64::from(QUESTIONS) / begin.elapsed().as_secs_f64())
 }
 
+/// vhost-device-vsock with a driver.
+fn theirs(folder: &Path) -> Result<(Service, Load), String> {
+    let at = |name: &str| folder.join(name);
+    // One that was ended leaves its socket.
+    let _left = std::fs::remove_file(at("theirs.sock"));
+    let mut command = Command::new(DEVICE_VSOCK.path());
+    command.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
+    let service = Service::other(command, at("theirs.sock"))?;
+    let load = Load::new(&service.socket, 4, &at("theirs")).map_err(|error| format!("theirs: {error}"))?;
+    Ok((service, load))
+}
+
+/// A load by both, in turns. The other one falls silent now and then: then it is started anew, and so are the rounds.
+fn both(
+    sides: &mut [(Service, Load); 2],
+    folder: &Path,
+    rounds: usize,
+    load: Driven,
+) -> Result<Vec<Figures>, String> {
+    const TRIES: usize = 5;
+    let mut tries = 0;
+    loop {
+        let contenders = sides
+            .each_ref()
+            .map(|(service, _)| Contender { back_end: Some(service.child.id()), guest: None });
+        let mut ours_failed = false;
+        let figures = turns(rounds, &contenders, |turn| {
+            let (_, driver) = sides.get_mut(turn).ok_or("no such turn")?;
+            load(driver).map_err(|error| {
+                ours_failed = turn == 0;
+                format!("{}: {error}", if turn == 0 { "ours" } else { "theirs" })
+            })
+        });
+        tries += 1;
+        match figures {
+            Err(error) if ours_failed || tries == TRIES => return Err(error),
+            Err(_) => sides[1] = theirs(folder)?,
+            done => return done,
+        }
+    }
+}
+
+/// A load that a driver carries out.
+type Driven = fn(&mut Load) -> Result<f64, String>;
+
 /// Both back ends, each with its driver.
 pub fn by_driver(rounds: usize) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(text)?;
-    let at = |name: &str| folder.path().join(name);
-    let options =
-        ["--guest-cid", "3", "--uds-path", at("ours").to_str().unwrap_or_default()].map(str::to_owned);
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let uds = folder.path().join("ours");
+    let options = ["--guest-cid", "3", "--uds-path", uds.to_str().unwrap_or_default()];
     let ours = Service::start(folder.path(), "vsock", "ours.sock", &options);
-    let mut other = Command::new(DEVICE_VSOCK.path());
-    other.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
-    let theirs = Service::other(other, at("theirs.sock"))?;
-    let mut loads = [
-        Load::new(&ours.socket, 3, &at("ours")).map_err(|error| format!("ours: {error}"))?,
-        Load::new(&theirs.socket, 4, &at("theirs")).map_err(|error| format!("theirs: {error}"))?,
-    ];
-    let contenders =
-        [&ours, &theirs].map(|service| Contender { back_end: Some(service.child.id()), guest: None });
+    let driver = Load::new(&ours.socket, 3, &uds).map_err(|error| format!("ours: {error}"))?;
+    let mut sides = [(ours, driver), theirs(folder.path())?];
     for (what, unit, load) in [
-        ("vsock, driver without a guest, a stream to it", "MiB/s", Load::down as fn(&mut Load) -> _),
+        ("vsock, driver without a guest, a stream to it", "MiB/s", Load::down as Driven),
         ("vsock, driver without a guest, a stream from it", "MiB/s", Load::up),
         ("vsock, driver without a guest, packets of 64 bytes from it", "1/s", Load::packets),
         (
@@ -104,11 +140,8 @@ pub fn by_driver(rounds: usize) -> Result<(), String> {
         ),
         ("vsock, driver without a guest, a question of 64 bytes and its answer", "1/s", Load::questions),
     ] {
-        let one = |turn: usize| {
-            let failed = |error: String| format!("{}: {error}", if turn == 0 { "ours" } else { "theirs" });
-            load(loads.get_mut(turn).ok_or("no such turn")?).map_err(failed)
-        };
-        let figures = turns(rounds, &contenders, one).map_err(|error| format!("{what}: {error}"))?;
+        let figures =
+            both(&mut sides, folder.path(), rounds, load).map_err(|error| format!("{what}: {error}"))?;
         if let [ours, theirs] = figures.as_slice() {
             print(what, &named(DEVICE_VSOCK), unit, ours, theirs, 2.0);
         }
