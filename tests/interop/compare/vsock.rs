@@ -78,9 +78,9 @@ fn questions(uds: &Path) -> Result<f64, String> {
 
 /// vhost-device-vsock with a driver.
 fn theirs(folder: &Path) -> Result<(Service, Load), String> {
+    // One that was ended leaves its sockets, and its driver those of the host's programs.
+    let folder = tempfile::tempdir_in(folder).map_err(text)?.keep();
     let at = |name: &str| folder.join(name);
-    // One that was ended leaves its socket.
-    let _left = std::fs::remove_file(at("theirs.sock"));
     let mut command = Command::new(DEVICE_VSOCK.path());
     command.args(["--guest-cid", "4", "--socket"]).arg(at("theirs.sock")).arg("--uds-path").arg(at("theirs"));
     let service = Service::other(command, at("theirs.sock"))?;
