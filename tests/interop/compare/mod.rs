@@ -53,15 +53,15 @@ struct Figures {
     busy: Vec<f64>,
 }
 
-/// The value below which this share of all lies.
-fn quantile(values: &[f64], share: f64) -> Option<f64> {
+/// The value below which so many quarters of all lie, up to three.
+fn quartile(values: &[f64], quarters: usize) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get((sorted.len() as f64 * share) as usize).copied()
+    sorted.get(sorted.len() * quarters / 4).copied()
 }
 
 fn median(values: &[f64]) -> Option<f64> {
-    quantile(values, 0.5)
+    quartile(values, 2)
 }
 
 /// A row of the table.
@@ -69,7 +69,7 @@ fn print(what: &str, peer: &str, unit: &str, ours: &Figures, theirs: &Figures, l
     let (Some(mine), Some(other)) = (median(&ours.rates), median(&theirs.rates)) else { return };
     let ratio = mine / other;
     let rounds: Vec<f64> = ours.rates.iter().zip(&theirs.rates).map(|(ours, theirs)| ours / theirs).collect();
-    let [low, high] = [0.25, 0.75].map(|share| quantile(&rounds, share).unwrap_or(ratio));
+    let [low, high] = [1, 3].map(|quarters| quartile(&rounds, quarters).unwrap_or(ratio));
     let verdict = match () {
         () if ratio >= limit => "holds",
         () if high >= limit => "**missed** by less than rounds differ",
