@@ -89,8 +89,8 @@ pub fn run(places: &Places, rounds: usize) -> Outcome {
     }
     println!(
         "\nA service starts its program twice: once to listen, and once as the jailed process of a device, which it rehearses before it says READY=1. \
-         The same program\nneeds {:.1} ms ({}) to say its version and end: on this host the C library's start alone traps to the hypervisor for each \
-         CPUID instruction.",
+         The same program\nneeds {:.1} ms ({}) to say its version and end: under a hypervisor the C library's start traps for each of its CPUID \
+         instructions.",
         median(&empty),
         spread(&empty)
     );
