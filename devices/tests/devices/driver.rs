@@ -110,6 +110,7 @@ pub struct Queue {
     pub error: EventFd,
     pub next_available: u16,
     pub last_used: u16,
+    event_idx: bool,
     free: Vec<u16>,
     chains: Vec<Vec<u16>>,
 }
@@ -129,6 +130,7 @@ impl Queue {
             error: eventfd(),
             next_available: 0,
             last_used: 0,
+            event_idx: false,
             free: (0..SIZE).rev().collect(),
             chains: vec![Vec::new(); usize::from(SIZE)],
         }
@@ -205,6 +207,20 @@ impl Queue {
             assert!(Instant::now() < end, "a request of queue {} is never finished", self.index);
         }
     }
+
+    /// Waits until the device asks to be told of the next request, as one that sleeps must: a real driver would not kick it otherwise.
+    pub fn rests(&self, ram: &GuestRam) {
+        let end = Instant::now() + PATIENCE;
+        let word = |at: u64| -> u16 { ram.memory().read_obj(GuestAddress(self.base + at)).unwrap() };
+        let asks = || match self.event_idx {
+            true => word(0x8004 + u64::from(SIZE) * 8) == self.next_available,
+            false => word(0x8000) & 1 == 0,
+        };
+        while !asks() {
+            assert!(Instant::now() < end, "queue {} sleeps and does not ask for kicks", self.index);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
 }
 
 pub fn put_descriptor(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {
@@ -247,6 +263,7 @@ impl Driver {
         let device = self.frontend.offered_features() & 0xff_ffff & device_features;
         let features = device | VERSION_1 | ring_features | VHOST_USER_F_PROTOCOL_FEATURES;
         self.frontend.set_features(features).unwrap();
+        self.queues.iter_mut().for_each(|queue| queue.event_idx = ring_features & EVENT_IDX != 0);
         let regions: Vec<_> = self.ram.regions().map(MemoryRegion::from).collect();
         self.frontend.set_memory(&regions).unwrap();
     }

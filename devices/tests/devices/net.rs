@@ -105,6 +105,7 @@ fn packets_go_both_ways_in_one_buffer_and_in_many() {
     for len in [14, 60, 1514, 65_000] {
         transmit(&mut driver, &packet(len, 7));
         assert_eq!(receive(&mut wire), packet(len, 7), "{len}");
+        driver.queues[TRANSMIT].rests(&driver.ram);
     }
     post(&mut driver, 60, 1500);
     let mut first = 0;

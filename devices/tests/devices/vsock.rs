@@ -234,6 +234,7 @@ fn both_sides_connect_and_bytes_go_both_ways() {
     rig.guest.expect_data((7, host_port), b"who is there");
     rig.guest.send(DATA, (7, host_port), 0, b"me");
     assert_eq!(exactly(&mut caller, 2), b"me");
+    rig.guest.driver.queues[1].rests(&rig.guest.driver.ram);
     rig.device.stop();
 }
 
