@@ -11,9 +11,12 @@
 //! there is nothing to wait for: the driver cannot run meanwhile.
 
 use std::hint::spin_loop;
+use std::io;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
 
 /// The longest look for a request when none is under way.
@@ -80,6 +83,18 @@ impl Idle {
     /// The same while requests are under way, for the end of one, too.
     pub fn look_for_end(&mut self, ready: impl FnMut() -> bool) -> bool {
         self.end.look(ready)
+    }
+}
+
+/// The number of events that have come within the time.
+///
+/// # Errors
+///
+/// Those of `epoll_wait(2)`; a signal is none.
+pub fn arrived(epoll: &Epoll, events: &mut [EpollEvent], timeout: EpollTimeout) -> io::Result<usize> {
+    match epoll.wait(events, timeout) {
+        Err(Errno::EINTR) => Ok(0),
+        count => Ok(count?),
     }
 }
 

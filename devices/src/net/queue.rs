@@ -22,11 +22,13 @@ use super::inbox::{Inbox, Input};
 use super::outbox::Outbox;
 use super::port::{LARGEST, Output, Pieces, Port, SMALLEST, send_to_tap};
 use super::{Peer, Shared};
-use crate::idle::Idle;
+use crate::idle::{self, Idle};
 
 /// Tags of the epoll; a ring's is its index.
 const WAKE: u64 = u64::MAX;
 const PORT: u64 = u64::MAX - 1;
+/// Events handled together.
+const EVENTS: usize = 8;
 /// Most packets of a direction before the other, and the control thread, get their turn.
 const BATCH: u32 = 256;
 /// Most packets of the guest whose buffers are given back together.
@@ -73,6 +75,8 @@ pub struct Pair {
     starved: bool,
     /// The epoll does not wait for packets: each that comes would wake this thread, which can do nothing with it.
     deaf: bool,
+    /// A packet has come while the guest had no buffer.
+    in_vain: bool,
     /// The packet in the inbox has had its share of the limit.
     paid_in: bool,
     /// So has the one that the port had no room for.
@@ -168,6 +172,7 @@ impl Pair {
             waits_for_room: false,
             starved: false,
             deaf: false,
+            in_vain: false,
             paid_in: false,
             paid_out: false,
             resume: None,
@@ -339,11 +344,36 @@ impl Pair {
         budget == 0
     }
 
-    /// Before this thread sleeps: the guest's next packet may come at once, and without a kick.
-    fn look(&mut self) {
-        let Some(ring) = self.transmit.as_mut() else { return };
-        let comes = self.idle.as_mut().is_some_and(|idle| idle.look_for_next(|| ring.has_requests()));
+    /// Before this thread sleeps: the guest's next packet may come at once, and without a kick, or that of the port.
+    fn look(&mut self) -> io::Result<()> {
+        let (Some(ring), Some(idle), Some(epoll)) = (&mut self.transmit, &mut self.idle, &self.epoll) else {
+            return Ok(());
+        };
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let mut count = Ok(0);
+        let comes = idle.look_for_next(|| {
+            ring.has_requests() || {
+                count = idle::arrived(epoll, &mut events, EpollTimeout::ZERO);
+                !matches!(count, Ok(0))
+            }
+        });
         self.more = comes || ring.enable_kicks();
+        events.iter().take(count?).for_each(|event| self.note(event));
+        Ok(())
+    }
+
+    /// What has happened to the port.
+    fn note(&mut self, event: &EpollEvent) {
+        if event.data() != PORT {
+            return;
+        }
+        let flags = event.events();
+        self.in_vain |= self.starved && flags == EpollFlags::EPOLLIN;
+        self.readable |=
+            flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
+        if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+            self.full = false;
+        }
     }
 
     /// Port to guest. Says whether there may be more.
@@ -530,8 +560,7 @@ impl Pair {
         }
     }
 
-    /// `in_vain`: a packet has come while the guest had no buffer.
-    fn serve(&mut self, in_vain: bool) -> io::Result<()> {
+    fn serve(&mut self) -> io::Result<()> {
         while let Some(peer) = self.arrivals.as_ref().and_then(|arrivals| arrivals.try_recv().ok()) {
             if std::mem::replace(&mut self.way, peer.way) == peer.way {
                 continue;
@@ -545,13 +574,13 @@ impl Pair {
         // The limit's moment brings us back to the guest's packets.
         let held_back = self.full || self.resume.is_some();
         self.more |= self.receive();
-        if !self.more && !held_back {
-            self.look();
-        }
-        let deaf = self.starved && (self.deaf || in_vain);
+        let deaf = self.starved && (self.deaf || std::mem::take(&mut self.in_vain));
         let waits = self.full || !self.outbox.is_empty();
         if std::mem::replace(&mut self.deaf, deaf) != deaf || self.waits_for_room != waits {
             self.watch()?;
+        }
+        if !self.more && !held_back {
+            self.look()?;
         }
         Ok(())
     }
@@ -632,22 +661,10 @@ impl QueueWorker for Pair {
                 u16::try_from(left).unwrap_or(u16::MAX).into()
             }
         };
-        let mut events = [EpollEvent::empty(); 8];
-        let count = match self.epoll.as_ref().ok_or(io::ErrorKind::NotConnected)?.wait(&mut events, timeout) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => return Err(errno.into()),
-        };
-        let mut in_vain = false;
-        for event in events.iter().take(count).filter(|event| event.data() == PORT) {
-            let flags = event.events();
-            in_vain |= self.starved && flags == EpollFlags::EPOLLIN;
-            self.readable |=
-                flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
-            if flags.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
-                self.full = false;
-            }
-        }
-        self.serve(in_vain)
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let epoll = self.epoll.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let count = idle::arrived(epoll, &mut events, timeout)?;
+        events.iter().take(count).for_each(|event| self.note(event));
+        self.serve()
     }
 }

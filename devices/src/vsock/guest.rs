@@ -68,13 +68,6 @@ impl Worker {
         self.tx = Some(ring);
     }
 
-    /// Before this thread sleeps: the guest's next packet, an answer perhaps, may come at once, and without a kick.
-    pub(super) fn look(&mut self) {
-        let Some(ring) = self.tx.as_mut().filter(|_| !self.more && !self.stuck) else { return };
-        let comes = self.idle.as_mut().is_some_and(|idle| idle.look_for_next(|| ring.has_requests()));
-        self.more = comes || ring.enable_kicks();
-    }
-
     /// One packet, in `chain`. True: it is held.
     fn packet(&mut self, ring: &mut Vring) -> Result<bool, VringError> {
         let room = self.chain.readable_bytes().checked_sub(HEADER);

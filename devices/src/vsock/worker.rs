@@ -10,7 +10,6 @@ use std::time::Instant;
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::memory::{Direction, GuestRam, LentVector};
 use bulkhead_ipc::vhost_user::backend::{Chain, QueueWorker, Vring};
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tracing::info;
 
@@ -18,7 +17,7 @@ use super::guest::Held;
 use super::packet::Header;
 use super::table::Table;
 use super::{EVENT, RX, Shared, TX};
-use crate::idle::Idle;
+use crate::idle::{self, Idle};
 use crate::segments;
 
 /// Event data: the wake-up, the connector, and the rings; below are sockets.
@@ -152,6 +151,22 @@ impl Worker {
         }
     }
 
+    /// Before this thread sleeps: the guest's next packet may come at once, and without a kick, or that of a socket. The number of
+    /// events, if some have come.
+    fn look(&mut self, events: &mut [EpollEvent]) -> io::Result<usize> {
+        let (Some(ring), Some(idle)) = (&mut self.tx, &mut self.idle) else { return Ok(0) };
+        let Some(epoll) = self.epoll.as_ref().filter(|_| !self.more && !self.stuck) else { return Ok(0) };
+        let mut count = Ok(0);
+        let comes = idle.look_for_next(|| {
+            ring.has_requests() || {
+                count = idle::arrived(epoll, events, EpollTimeout::ZERO);
+                !matches!(count, Ok(0))
+            }
+        });
+        self.more = comes || ring.enable_kicks();
+        count
+    }
+
     fn timeout(&self) -> EpollTimeout {
         if self.more {
             return EpollTimeout::ZERO;
@@ -214,10 +229,9 @@ impl QueueWorker for Worker {
 
     fn turn(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        let count = match self.epoll()?.wait(&mut events, self.timeout()) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => return Err(errno.into()),
+        let count = match self.look(&mut events)? {
+            0 => idle::arrived(self.epoll()?, &mut events, self.timeout())?,
+            count => count,
         };
         self.more = count == EVENTS;
         self.forget();
@@ -232,7 +246,6 @@ impl QueueWorker for Worker {
         self.tell_reset();
         self.take_packets();
         self.send_packets();
-        self.look();
         Ok(())
     }
 
