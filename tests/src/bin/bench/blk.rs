@@ -26,8 +26,8 @@ const CHEAPER: f64 = 0.7;
 
 /// What the tables cannot say.
 const EXPLANATION: &str = "\
-fio moves the same blocks of the same file by itself, without device and driver: by io_uring with a registered file and buffers, and
-where the page cache is in play also by pread and pwrite, of which the better counts. It sleeps where our driver does not, so a device
+fio moves the same blocks of the same file by itself, without device and driver, to and from shared memory: by io_uring with a registered
+file and buffers, and where the page cache is in play also by pread and pwrite, of which the better counts. It sleeps where our driver does not, so a device
 that looks before it sleeps may be ahead of it. Where a miss says `fio 1.06`, fio itself comes to no more than 1.06 times the
 requests of qemu-storage-daemon.";
 

@@ -10,9 +10,9 @@ mod cpio;
 mod kernel;
 mod modules;
 mod network;
+mod words;
 
 use std::env;
-use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,6 +24,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::utsname::uname;
 use nix::unistd::write;
 use thiserror::Error;
+use words::{Given, words};
 
 use super::cli::{EndAction, LogLevel, RunArgs, Switch};
 use super::config::{CpuSpec, FsSpec, Size, StreamTarget};
@@ -159,7 +160,7 @@ pub fn prepare(args: &mut RunArgs) -> Result<Option<Prepared>, CommandError> {
     args.kernel = Some(kernel.image);
     args.initrd = Some(PathBuf::from(format!("/proc/self/fd/{}", initrd.as_raw_fd())));
     fill(args);
-    let words = words(args, &contents);
+    let words = words(args, &Given::new(env::args_os()), &contents);
     Ok(Some(Prepared { words, dry_run: args.dry_run, verbose: args.verbose, warning, _initrd: initrd }))
 }
 
@@ -301,41 +302,6 @@ fn fill(args: &mut RunArgs) {
     args.cpus.get_or_insert(CpuSpec::from(u32::try_from(cpus).unwrap_or(1)));
 }
 
-/// A word as a shell takes it.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@%".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
-    }
-}
-
-/// The command that a run stands for.
-fn words(args: &RunArgs, contents: &str) -> String {
-    let path =
-        |path: &Option<PathBuf>| path.as_deref().unwrap_or(Path::new("")).to_string_lossy().into_owned();
-    let initrd = args.save_initrd.as_ref().map_or("INITRAMFS".into(), |path| path.to_string_lossy());
-    let kernel = quoted(&path(&args.kernel));
-    let mut text = format!("bulkhead run --kernel {kernel} --initrd {}", quoted(&initrd));
-    let _infallible = write!(text, " \\\n    --cmdline {}", quoted(args.cmdline.as_deref().unwrap_or("")));
-    let memory = args.memory.map_or(0, |size| size.0 >> 20);
-    let cpus = args.cpus.and_then(|cpus| cpus.resolve().ok()).map_or(1, |(count, _)| count);
-    let _infallible = write!(text, " \\\n    --memory {memory}M --cpus {cpus} --console=stdio --serial off");
-    text.push_str(" --debug-exit --on-reboot exit --on-panic exit");
-    for net in &args.nets {
-        let _infallible = write!(text, " \\\n    --net {}", quoted(&net.to_string()));
-    }
-    for fs in &args.fs {
-        let on = |on: bool, key: &'static str| if on { key } else { "" };
-        let flags = [on(fs.readonly, ",readonly=on"), on(fs.submounts, ",submounts=on")].concat();
-        let spec = format!("tag={},path={}{flags},others={}", fs.tag, fs.path.display(), fs.others);
-        let _infallible = write!(text, " \\\n    --fs {}", quoted(&spec));
-    }
-    let _infallible = write!(text, "\n# the initial RAM file system, made for this run: {contents}\n");
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -343,7 +309,7 @@ mod tests {
     use super::*;
     use crate::supervisor::cli::{Cli, Command};
 
-    fn args(words: &[&str]) -> RunArgs {
+    pub(super) fn args(words: &[&str]) -> RunArgs {
         let all = ["bulkhead", "run"].iter().chain(words);
         match Cli::try_parse_from(all).unwrap().command {
             Command::Run(args) => *args,
@@ -393,19 +359,5 @@ mod tests {
         assert!(refusal(&["--rw", "/nonexistent", "--", "true"]).contains("/nonexistent"));
         assert!(refusal(&["--root", "/dev/null", "--", "true"]).contains("/dev/null"));
         assert!(prepare(&mut args(&["--kernel", "k"])).unwrap().is_none());
-    }
-
-    #[test]
-    fn the_words_can_be_given_to_a_shell() {
-        assert_eq!(quoted("a=b/c,d"), "a=b/c,d");
-        assert_eq!(quoted("it's"), r"'it'\''s'");
-        assert_eq!(quoted(""), "''");
-        let mut args = args(&["--save-initrd", "/i d", "--", "true"]);
-        args.kernel = Some("/boot/vmlinuz".into());
-        fill(&mut args);
-        share(&mut args, Path::new("/")).unwrap();
-        let words = words(&args, "nothing");
-        assert!(words.starts_with("bulkhead run --kernel /boot/vmlinuz --initrd '/i d' "), "{words}");
-        assert!(words.contains("--fs tag=root,path=/,readonly=on,submounts=on,others=0"), "{words}");
     }
 }
