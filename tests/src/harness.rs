@@ -33,6 +33,8 @@ pub struct Places {
     pub programs: PathBuf,
     /// Folder that `tools/make-guest` made.
     pub guest: PathBuf,
+    /// Folder of the lab, with a kernel that has every driver, which `tools/lab --prepare` made.
+    pub lab: PathBuf,
     /// Folder of the bare-metal payloads.
     pub payloads: PathBuf,
     /// Folder of the disks that firmware boots, which `tools/make-boot-disks` made.
@@ -50,6 +52,7 @@ impl Places {
         let build = root.join("build");
         Ok(Self {
             guest: build.join("guest"),
+            lab: build.join("lab"),
             payloads: build.join("payloads"),
             boot: build.join("boot"),
             logs: build.join("machine-tests"),

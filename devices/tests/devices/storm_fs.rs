@@ -295,6 +295,7 @@ fn a_storm_of_kills_closes_no_file_of_the_guest() {
         let finished = victim.driver.queues[1].wait(&ram);
         guest.done(&victim.driver, finished);
     }
+    victim.driver.queues[1].rests(&ram);
     for file in 0..FILES {
         let found = fs::read(folder.path().join(format!("file{file}"))).unwrap();
         for (block, found) in (0..).zip(found.chunks(BLOCK)) {

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use bulkhead_tests::ensure;
@@ -122,20 +123,34 @@ fn text(error: impl ToString) -> String {
     error.to_string()
 }
 
-/// Runs a script in a guest that may write to the case's folder and begins there.
-fn in_guest(context: &Context, program: &str, arguments: &[String], script: &str) -> Outcome {
+fn ensure_installed(program: &str) -> Outcome {
     let there = Command::new(program).arg("--version").stdout(Stdio::null()).status();
     ensure!(there.is_ok_and(|it| it.success()), "{program} is missing: tools/install-packages lab");
+    Ok(())
+}
+
+/// Runs a script in a guest that may write to the case's folder and begins there. It ends with [`DONE`].
+pub(super) fn in_guest(context: &Context, arguments: &[String], script: &str) -> Outcome {
     // That of the test guest, whose modules lie beside it: the host may have none installed.
-    let guest = context.places.guest.join("kernel");
-    let release =
-        fs::read_to_string(guest.join("release")).map_err(|error| format!("{error}: run `make guest`"))?;
-    let kernel = guest.join(format!("boot/vmlinuz-{}", release.trim()));
+    let kernel = context.places.guest.join("kernel");
+    command(context, &kernel, arguments, &format!("{script}\nexit {DONE}"))?.start()?.expect_exit(DONE)
+}
+
+/// The same for another end, with the kernel in a folder that `tools/unpack-kernel` made.
+pub(super) fn command<'a>(
+    context: &'a Context,
+    kernel: &Path,
+    arguments: &[String],
+    script: &str,
+) -> Outcome<Machine<'a>> {
+    let release = kernel.join("release");
+    let release = fs::read_to_string(&release)
+        .map_err(|error| format!("{}: {error}: `make guest` or `tools/lab --prepare`", release.display()))?;
     let mut command = bulkhead(context);
     command.current_dir(&context.folder).args(["run", "--memory", "768M", "--rw", "."]).args(arguments);
-    command.arg("--kernel").arg(kernel);
-    command.args(["--", "sh", "-c", &format!("{script}\nexit {DONE}")]);
-    Machine::from_command(context, command).start()?.expect_exit(DONE)
+    command.arg("--kernel").arg(kernel.join(format!("boot/vmlinuz-{}", release.trim())));
+    command.args(["--", "sh", "-c", script]);
+    Ok(Machine::from_command(context, command))
 }
 
 /// What a program in the guest has left in the case's folder, as JSON.
@@ -224,7 +239,8 @@ fn disks(context: &Context) -> Outcome {
     ];
     let script = "fio --eta=never --output=fio.json --output-format=json jobs || { cat fio.json; exit 1; }
         sha256sum /dev/vda /dev/vdb >digests || exit 1";
-    in_guest(context, "fio", &arguments, script)?;
+    ensure_installed("fio")?;
+    in_guest(context, &arguments, script)?;
 
     let report = result(context, "fio.json")?;
     let shared = |jobs: [&str; 2], rate: fn(&Done) -> f64| -> Outcome<[f64; 2]> {
@@ -303,7 +319,8 @@ fn cards(context: &Context) -> Outcome {
     for port in [5201, 5202, 5203] {
         serve(context, port)?;
     }
-    in_guest(context, "iperf3", &arguments, TRANSFERS)?;
+    ensure_installed("iperf3")?;
+    in_guest(context, &arguments, TRANSFERS)?;
 
     let rate = |name: &str| -> Outcome<f64> {
         let report = result(context, &format!("{name}.json"))?;

@@ -13,6 +13,8 @@ use bulkhead_tests::machine::{Machine, bulkhead};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::load::in_guest;
+
 /// An ordinary user.
 const USER: u32 = 65534;
 
@@ -33,6 +35,20 @@ bash -c 'exec 5<>/dev/tcp/&/8000 && cat <&5' >fetched || exit 4
 exit 7
 "#;
 
+/// Every virtio device of the guest has a driver, and those that hold something give it.
+const DEVICES: &str = r#"
+count=0
+for device in /sys/bus/virtio/devices/*; do
+    [ -e "$device/driver" ] || { echo "$device ($(cat "$device/modalias")) has no driver"; exit 1; }
+    count=$((count + 1))
+done
+# Entropy, vsock, balloon, persistent memory, disk, console, root and case folder.
+[ $count = 8 ] || { echo "$count devices"; exit 1; }
+[ "$(head -c 16 /dev/hwrng | wc -c)" = 16 ] || exit 1
+[ "$(head -c 4 /dev/pmem0)" = pmem ] && [ "$(head -c 4 /dev/vda)" = disk ] || exit 1
+[ -c /dev/vsock ] || exit 1
+"#;
+
 pub fn cases() -> Vec<Case> {
     let plain = ("hello: hello.txt\n\tsed s/h/H/ hello.txt >hello\n", "cat hello", "Hello\n");
     let compiled = ("hello: hello.c\n\tcc -o hello hello.c\n", "./hello", "hello\n");
@@ -45,6 +61,12 @@ pub fn cases() -> Vec<Case> {
         ),
         Case::new("stock", "bulkhead run builds a C project", 200, move |context| command(context, compiled))
             .not_in_lab("the compiler alone takes a minute there"),
+        Case::new(
+            "stock",
+            "bulkhead run loads the drivers of the virtio devices that are asked for",
+            90,
+            drivers,
+        ),
     ]
 }
 
@@ -145,4 +167,23 @@ fn command(context: &Context, (makefile, show, shown): Project) -> Outcome {
     }
     ensure!(!Path::new("/etc/bulkhead-was-here").exists(), "the guest has changed the host's root");
     Ok(())
+}
+
+fn drivers(context: &Context) -> Outcome {
+    let file = |name: &str| -> Outcome<String> {
+        let path = context.folder.join(name);
+        fs::write(&path, name).map_err(text)?;
+        let file = fs::File::options().write(true).open(&path).map_err(text)?;
+        file.set_len(2 << 20).map_err(text)?;
+        Ok(path.display().to_string())
+    };
+    let arguments = [
+        "--net=none".to_owned(),
+        "--rng".to_owned(),
+        "--balloon".to_owned(),
+        format!("--vsock=cid=5,path={}", context.folder.join("vsock").display()),
+        format!("--pmem=path={},readonly=on", file("pmem")?),
+        format!("--disk=path={}", file("disk")?),
+    ];
+    in_guest(context, &arguments, DEVICES)
 }

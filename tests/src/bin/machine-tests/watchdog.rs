@@ -10,10 +10,23 @@ use bulkhead_tests::machine::{Machine, Running, bulkhead, exit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::serial;
+use crate::{load, serial};
 
 /// What the guest gives itself: two stages of 512 counts of 33 MHz / 2^15 each.
 const ARMED: Duration = Duration::from_millis(1017);
+/// What a stock guest does: a driver that is fed for twice as long as it takes to starve, and then starves.
+const STARVES: &str = r#"
+wdctl --settimeout 4 /dev/watchdog0 || exit 1
+exec 3>/dev/watchdog0 || exit 2
+for second in 1 2 3 4 5 6 7 8; do
+    sleep 1
+    echo >&3
+done
+echo yes >fed
+sync
+sleep 60
+exit 3
+"#;
 /// How late an expiry may come on a busy host.
 const LATE: Duration = Duration::from_secs(2);
 
@@ -21,6 +34,12 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("bare", "watchdog: resets a guest that starves it, not one that feeds it", 60, reset),
         Case::new("bare", "watchdog: each other action does what it says", 60, actions),
+        Case::new(
+            "stock",
+            "watchdog: Linux's driver feeds it, and its machine ends when it starves",
+            120,
+            stock,
+        ),
     ]
 }
 
@@ -129,4 +148,14 @@ fn actions(context: &Context) -> Outcome {
     serial::read_until(&mut stream, "here\n")?;
     stream.write_all(b"q").map_err(|error| error.to_string())?;
     running.expect_exit(exit::SUCCESS)
+}
+
+/// By the kernel with every driver: Debian's for clouds has none for this.
+fn stock(context: &Context) -> Outcome {
+    let arguments = ["--net=none".to_owned(), "--watchdog".to_owned()];
+    let kernel = context.places.lab.join("kernel");
+    let mut running = load::command(context, &kernel, &arguments, STARVES)?.start()?;
+    running.expect_exit(exit::WATCHDOG)?;
+    ensure!(context.folder.join("fed").exists(), "it starved while it was fed");
+    Ok(())
 }
