@@ -2,7 +2,7 @@
 //!
 //! A driver that has its answer often has its next request within microseconds, while going to sleep and being woken costs more than that on
 //! both sides. So a queue that has just worked looks at its ring for up to [`NEXT`] before it asks to be kicked and sleeps. While
-//! requests are under way it looks for up to [`END`], for the end of one, too: that takes as long as the disk does. The two know
+//! requests are under way a disk looks for up to [`END`], for the end of one, too, for a driver that does the same. The two know
 //! nothing of each other: a disk that is too slow to be waited for tells nothing about the driver, which has its next
 //! request at once when it is told of an end, and would have to wake a queue that no longer looks.
 //!

@@ -478,8 +478,11 @@ impl BlkQueue {
         let Some(ring) = self.ring.as_mut().filter(|_| looks) else { return sleep(engine) };
         let under_way = engine.busy() > 0;
         let ready = || ring.has_requests() || engine.has_news();
-        let look =
-            |idle: &mut Idle| if under_way { idle.look_for_end(ready) } else { idle.look_for_next(ready) };
+        let look = |idle: &mut Idle| match under_way {
+            // A driver that sleeps has its answer as soon if this thread sleeps, too, for half the CPU time.
+            true => ring.driver_looks() && idle.look_for_end(ready),
+            false => idle.look_for_next(ready),
+        };
         if self.idle.as_mut().is_some_and(look) {
             return Ok(());
         }

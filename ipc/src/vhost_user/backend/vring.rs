@@ -118,6 +118,8 @@ pub struct Vring {
     published: Wrapping<u16>,
     /// The used ring's index when it was last decided whether to interrupt.
     signalled: Wrapping<u16>,
+    /// It did not want to.
+    driver_looks: bool,
     /// Heads of the entries that are written and not published.
     unpublished: Vec<u16>,
     broken: bool,
@@ -174,6 +176,7 @@ impl Vring {
             next_used: used,
             published: used,
             signalled: used,
+            driver_looks: false,
             unpublished: Vec::with_capacity(BATCH),
             broken: false,
             meter: None,
@@ -370,6 +373,7 @@ impl Vring {
             let wanted = self.wants_interrupt();
             self.signalled = self.published;
             let told = matches!(wanted, Ok(true));
+            self.driver_looks = !told;
             match wanted {
                 Ok(true) => self.call(),
                 Ok(false) => {}
@@ -377,6 +381,11 @@ impl Vring {
             }
             self.meter.iter_mut().for_each(|meter| meter.signalled(told));
         }
+    }
+
+    /// The driver did not want to hear of what was finished last: it looks at the used ring by itself, and waits no longer than the device does.
+    pub fn driver_looks(&self) -> bool {
+        self.driver_looks
     }
 
     /// Virtio 1.2, 2.7.7.2 and 2.7.10.
