@@ -14,17 +14,30 @@ use serde_json::Value;
 
 use crate::blk_load::Load;
 
-/// Requests a second that fio comes to on the first `size` bytes of `file` in `time`.
+/// Requests a second that fio comes to on the first `size` bytes of `file` in `time`, and µs of CPU for each.
 ///
 /// # Errors
 /// There is no fio, or it did nothing.
-pub fn requests(file: &Path, size: u64, load: Load, direct: bool, time: Duration) -> Outcome<f64> {
+pub fn requests(file: &Path, size: u64, load: Load, direct: bool, time: Duration) -> Outcome<(f64, f64)> {
     let engines: &[&str] = if direct { &["io_uring"] } else { &["io_uring", "psync"] };
-    let rates = engines.iter().map(|engine| run(engine, file, size, load, direct, time));
-    rates.reduce(|one, other| Ok(one?.max(other?))).unwrap_or(Ok(0.0))
+    let mut best = (0.0, 0.0);
+    for engine in engines {
+        let figures = run(engine, file, size, load, direct, time)?;
+        if figures.0 > best.0 {
+            best = figures;
+        }
+    }
+    Ok(best)
 }
 
-fn run(engine: &str, file: &Path, size: u64, load: Load, direct: bool, time: Duration) -> Outcome<f64> {
+fn run(
+    engine: &str,
+    file: &Path,
+    size: u64,
+    load: Load,
+    direct: bool,
+    time: Duration,
+) -> Outcome<(f64, f64)> {
     let kind = if load.writes { "write" } else { "read" };
     let place = if load.sequential { "" } else { "rand" };
     let mut fio = Command::new("fio");
@@ -41,7 +54,11 @@ fn run(engine: &str, file: &Path, size: u64, load: Load, direct: bool, time: Dur
     let output = fio.stdin(Stdio::null()).output();
     let output = output.map_err(|error| format!("fio, which tells the kernel's limit: {error}"))?;
     let told: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let rate = told.pointer(&format!("/jobs/0/{kind}/iops")).and_then(Value::as_f64);
-    rate.filter(|rate| output.status.success() && *rate > 0.0)
+    let number = |path: &str| told.pointer(&format!("/jobs/0/{path}")).and_then(Value::as_f64);
+    let rate = number(&format!("{kind}/iops")).filter(|rate| output.status.success() && *rate > 0.0);
+    // Percent of one CPU.
+    let used = number("usr_cpu").zip(number("sys_cpu")).map(|(user, system)| user + system);
+    rate.zip(used)
+        .map(|(rate, used)| (rate, used * 1e4 / rate))
         .ok_or_else(|| format!("fio at {load:?}: {}", String::from_utf8_lossy(&output.stderr).trim_end()))
 }
