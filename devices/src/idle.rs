@@ -80,7 +80,29 @@ impl Idle {
         self.next.look(ready)
     }
 
-    /// The same while requests are under way, for the end of one, too.
+    /// The same for a thread that waits at an epoll, whose events count, too: how many have come, which is 0 for a request. `None`: it is
+    /// better to sleep.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`arrived`].
+    pub fn look_for_next_or_events(
+        &mut self,
+        epoll: &Epoll,
+        events: &mut [EpollEvent],
+        mut ready: impl FnMut() -> bool,
+    ) -> io::Result<Option<usize>> {
+        let mut count = Ok(0);
+        let comes = self.look_for_next(|| {
+            ready() || {
+                count = arrived(epoll, events, EpollTimeout::ZERO);
+                !matches!(count, Ok(0))
+            }
+        });
+        Ok(comes.then_some(count?))
+    }
+
+    /// Looks while requests are under way, for the next or for the end of one.
     pub fn look_for_end(&mut self, ready: impl FnMut() -> bool) -> bool {
         self.end.look(ready)
     }

@@ -350,15 +350,9 @@ impl Pair {
             return Ok(());
         };
         let mut events = [EpollEvent::empty(); EVENTS];
-        let mut count = Ok(0);
-        let comes = idle.look_for_next(|| {
-            ring.has_requests() || {
-                count = idle::arrived(epoll, &mut events, EpollTimeout::ZERO);
-                !matches!(count, Ok(0))
-            }
-        });
-        self.more = comes || ring.enable_kicks();
-        events.iter().take(count?).for_each(|event| self.note(event));
+        let found = idle.look_for_next_or_events(epoll, &mut events, || ring.has_requests())?;
+        self.more = found.is_some() || ring.enable_kicks();
+        events.iter().take(found.unwrap_or(0)).for_each(|event| self.note(event));
         Ok(())
     }
 

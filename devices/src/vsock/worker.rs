@@ -156,15 +156,9 @@ impl Worker {
     fn look(&mut self, events: &mut [EpollEvent]) -> io::Result<usize> {
         let (Some(ring), Some(idle)) = (&mut self.tx, &mut self.idle) else { return Ok(0) };
         let Some(epoll) = self.epoll.as_ref().filter(|_| !self.more && !self.stuck) else { return Ok(0) };
-        let mut count = Ok(0);
-        let comes = idle.look_for_next(|| {
-            ring.has_requests() || {
-                count = idle::arrived(epoll, events, EpollTimeout::ZERO);
-                !matches!(count, Ok(0))
-            }
-        });
-        self.more = comes || ring.enable_kicks();
-        count
+        let found = idle.look_for_next_or_events(epoll, events, || ring.has_requests())?;
+        self.more = found.is_some() || ring.enable_kicks();
+        Ok(found.unwrap_or(0))
     }
 
     fn timeout(&self) -> EpollTimeout {
