@@ -295,6 +295,9 @@ fn a_storm_of_kills_closes_no_file_of_the_guest() {
         let finished = victim.driver.queues[1].wait(&ram);
         guest.done(&victim.driver, finished);
     }
+    // A request to a thread that sleeps, so that no kick is left when it is served.
+    std::thread::sleep(Duration::from_millis(50));
+    guest.call(&mut victim.driver, (LOOKUP, ROOT), b"file0\0");
     victim.driver.queues[1].rests(&ram);
     for file in 0..FILES {
         let found = fs::read(folder.path().join(format!("file{file}"))).unwrap();
