@@ -3,15 +3,14 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use bulkhead_tests::ensure;
 use bulkhead_tests::harness::{Case, Context, Outcome};
-use bulkhead_tests::machine::{Machine, bulkhead};
 use serde_json::Value;
 
 use super::disk::qemu_img;
+use super::guest_command::in_guest;
 use super::network::{run, separate};
 
 const MIB: u64 = 1 << 20;
@@ -22,9 +21,6 @@ const REQUESTS: f64 = 100.0;
 const DISK_BYTES: f64 = 2e6;
 /// What the cards of a group may move together, bytes a second.
 const CARD_BYTES: f64 = 4e6;
-
-/// How a script in the guest ends that has come to its end.
-const DONE: i32 = 42;
 
 /// What fio does, after all of one paragraph the next: disks of a group with small requests, which their number limits, with large ones,
 /// which their bytes do, and one while the other is idle; then contents, by each interface and with blocks of all sizes.
@@ -127,30 +123,6 @@ fn ensure_installed(program: &str) -> Outcome {
     let there = Command::new(program).arg("--version").stdout(Stdio::null()).status();
     ensure!(there.is_ok_and(|it| it.success()), "{program} is missing: tools/install-packages lab");
     Ok(())
-}
-
-/// Runs a script in a guest that may write to the case's folder and begins there. It ends with [`DONE`].
-pub(super) fn in_guest(context: &Context, arguments: &[String], script: &str) -> Outcome {
-    // That of the test guest, whose modules lie beside it: the host may have none installed.
-    let kernel = context.places.guest.join("kernel");
-    command(context, &kernel, arguments, &format!("{script}\nexit {DONE}"))?.start()?.expect_exit(DONE)
-}
-
-/// The same for another end, with the kernel in a folder that `tools/unpack-kernel` made.
-pub(super) fn command<'a>(
-    context: &'a Context,
-    kernel: &Path,
-    arguments: &[String],
-    script: &str,
-) -> Outcome<Machine<'a>> {
-    let release = kernel.join("release");
-    let release = fs::read_to_string(&release)
-        .map_err(|error| format!("{}: {error}: `make guest` or `tools/lab --prepare`", release.display()))?;
-    let mut command = bulkhead(context);
-    command.current_dir(&context.folder).args(["run", "--memory", "768M", "--rw", "."]).args(arguments);
-    command.arg("--kernel").arg(kernel.join(format!("boot/vmlinuz-{}", release.trim())));
-    command.args(["--", "sh", "-c", script]);
-    Ok(Machine::from_command(context, command))
 }
 
 /// What a program in the guest has left in the case's folder, as JSON.

@@ -12,6 +12,7 @@ mod bare;
 mod boot;
 mod disk;
 mod firmware;
+mod guest_command;
 mod hostile;
 mod hotplug;
 mod jail;

@@ -13,7 +13,7 @@ use bulkhead_tests::machine::{Machine, bulkhead};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::load::in_guest;
+use super::guest_command::in_guest;
 
 /// An ordinary user.
 const USER: u32 = 65534;

@@ -10,7 +10,7 @@ use bulkhead_tests::machine::{Machine, Running, bulkhead, exit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{load, serial};
+use crate::{guest_command, serial};
 
 /// What the guest gives itself: two stages of 512 counts of 33 MHz / 2^15 each.
 const ARMED: Duration = Duration::from_millis(1017);
@@ -154,7 +154,7 @@ fn actions(context: &Context) -> Outcome {
 fn stock(context: &Context) -> Outcome {
     let arguments = ["--net=none".to_owned(), "--watchdog".to_owned()];
     let kernel = context.places.lab.join("kernel");
-    let mut running = load::command(context, &kernel, &arguments, STARVES)?.start()?;
+    let mut running = guest_command::command(context, &kernel, &arguments, STARVES)?.start()?;
     running.expect_exit(exit::WATCHDOG)?;
     ensure!(context.folder.join("fed").exists(), "it starved while it was fed");
     Ok(())
